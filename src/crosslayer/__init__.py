@@ -1,0 +1,74 @@
+"""Cross-layer transcoders: train, measure, save and open them.
+
+    import crosslayer as xl
+
+    host = xl.load_host("stdlib-qwen3")
+    clt = xl.load_clt("runs/quickstart").clt
+    trained = xl.train(xl.RECIPES["stdlib"](), "runs/mine")
+    evaluation = xl.evaluate("runs/mine", text=["stdlib"])
+
+Names are loaded when first used (PEP 562), so that `import crosslayer` is quick and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CLT": "crosslayer.clt.transcoder",
+    "CLTConfig": "crosslayer.clt.config",
+    "CrosslayerError": "crosslayer.core.errors",
+    "Evaluation": "crosslayer.records.evaluation",
+    "FirstPosition": "crosslayer.records.policy",
+    "Host": "crosslayer.host.host",
+    "RECIPES": "crosslayer.train.recipes",
+    "TrainConfig": "crosslayer.train.config",
+    "evaluate": "crosslayer.eval.api",
+    "load_clt": "crosslayer.clt.open",
+    "load_host": "crosslayer.host.host",
+}
+
+__all__ = [
+    "CLT",
+    "RECIPES",
+    "CLTConfig",
+    "CrosslayerError",
+    "Evaluation",
+    "FirstPosition",
+    "Host",
+    "TrainConfig",
+    "__version__",
+    "evaluate",
+    "load_clt",
+    "load_host",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from crosslayer.clt.config import CLTConfig as CLTConfig
+    from crosslayer.clt.open import load_clt as load_clt
+    from crosslayer.clt.transcoder import CLT as CLT
+    from crosslayer.core.errors import CrosslayerError as CrosslayerError
+    from crosslayer.eval.api import evaluate as evaluate
+    from crosslayer.host.host import Host as Host
+    from crosslayer.host.host import load_host as load_host
+    from crosslayer.records.evaluation import Evaluation as Evaluation
+    from crosslayer.records.policy import FirstPosition as FirstPosition
+    from crosslayer.train.config import TrainConfig as TrainConfig
+    from crosslayer.train.loop import train as train
+    from crosslayer.train.recipes import RECIPES as RECIPES
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("crosslayer.train")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'crosslayer' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

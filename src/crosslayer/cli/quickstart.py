@@ -1,0 +1,39 @@
+"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from crosslayer.core.errors import RunError
+
+
+@click.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True, help="run folder to make")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="of initial weights and of the order of text")
+def command(out: Path, seed: int) -> None:
+    """Train a transcoder of the shipped host on Python's standard library, measure and save it.
+
+    Needs no network and no GPU. A run that was stopped goes on where it stood.
+    """
+    from dataclasses import replace
+
+    from crosslayer.eval.report import print_table
+    from crosslayer.records.evaluation import Evaluation
+    from crosslayer.train.loop import train
+    from crosslayer.train.recipes import stdlib
+    from crosslayer.train.run_folder import read_manifest
+
+    config = replace(stdlib(), seed=seed)
+    there = read_manifest(out) if (out / "run.json").exists() else None
+    if there is not None and there.config != config.as_dict():
+        raise RunError(f"{out} holds another run; give another --out")
+    if there is not None and there.state == "finished":
+        click.echo(f"{out} is finished already; these are its measures")
+        evaluation = Evaluation.model_validate_json((out / "eval.json").read_text(encoding="utf-8"))
+    else:
+        evaluation = train(config, out, resume=there is not None, console=Console(stderr=True)).evaluation
+    print_table(Console(), evaluation)
+    click.echo(f"saved in {out}/clt, with a model card; look closer with: crosslayer inspect {out}")

@@ -1,0 +1,76 @@
+"""Flags made from the fields of `TrainConfig`: their names, types, explanations and headings have one home."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+from crosslayer.core.errors import ConfigError
+from crosslayer.train.config import TrainConfig
+from crosslayer.train.recipes import RECIPES
+
+
+class GroupedHelp(click.Command):
+    """Prints options under the headings that the config's fields name."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups = {_flag(f.name): f.metadata["group"] for f in fields(TrainConfig)}
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                section = groups.get(parameter.opts[0], "options")
+                sections.setdefault(section, []).append(record)
+        for name, records in sections.items():
+            with formatter.section(name.capitalize()):
+                formatter.write_dl(records)
+
+
+def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command a flag for each field; those not given arrive as None."""
+    hints = get_type_hints(TrainConfig)
+    for f in reversed(fields(TrainConfig)):
+        hint, text = hints[f.name], f.metadata["help"]
+        flag = _flag(f.name)
+        if hint is bool:
+            option = click.option(f"{flag}/--no-{flag[2:]}", f.name, default=None, help=text)
+        elif f.name == "text":
+            option = click.option(flag, f.name, multiple=True, metavar="SOURCE", help=text)
+        else:
+            kinds = (
+                [k for k in get_args(hint) if k is not type(None)]
+                if get_origin(hint) not in (None, Literal)
+                else [hint]
+            )
+            choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else None
+            kind = click.Choice(choices) if choices else kinds[0]
+            option = click.option(flag, f.name, type=kind, default=None, help=text)
+        command = option(command)
+    recipe = click.option("--recipe", type=click.Choice(list(RECIPES)), default=None, help="settings to begin with")
+    return recipe(command)
+
+
+def config_from(flags: dict[str, Any], recipe: str | None) -> TrainConfig:
+    """The config that flags ask for, on top of a recipe's settings or the defaults."""
+    base = RECIPES[recipe]().as_dict() if recipe else {}
+    given = given_flags(flags)
+    if "l0" in given and "l0_per_layer" not in given:
+        base.pop("l0_per_layer", None)
+    if "l0_per_layer" in given and "l0" not in given:
+        base.pop("l0", None)
+    settings = base | given
+    if not settings.get("text"):
+        raise ConfigError("no text was given; name a file, a folder, stdlib or hf:NAME with --text, or use --recipe")
+    return TrainConfig.from_dict(settings)
+
+
+def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items() if v is not None and v != ()}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

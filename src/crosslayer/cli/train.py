@@ -1,0 +1,47 @@
+"""`crosslayer train`: settings to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from crosslayer.cli.settings import GroupedHelp, config_flags, config_from, given_flags
+from crosslayer.core.errors import ConfigError
+
+
+@click.command(cls=GroupedHelp)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="run folder to make")
+@click.option("--resume", type=click.Path(path_type=Path), help="run folder to go on with, its settings unchanged")
+@click.option("--step", type=int, help="with --resume: go on from this step's checkpoint instead of the last")
+@config_flags
+def command(out: Path | None, resume: Path | None, step: int | None, recipe: str | None, **flags: Any) -> None:
+    """Train a cross-layer transcoder.
+
+    \b
+    crosslayer train --model PATH --text PATH --l0-per-layer 8 -o runs/mine
+    crosslayer train --recipe stdlib -o runs/mine
+    crosslayer train --resume runs/mine
+    torchrun --nproc-per-node 8 -m crosslayer train --recipe gpt2-32k -o runs/gpt2
+    """
+    from crosslayer.eval.report import print_table
+    from crosslayer.train.config import TrainConfig
+    from crosslayer.train.loop import train
+    from crosslayer.train.run_folder import MAY_CHANGE, check_same_config, read_manifest
+
+    if (out is None) == (resume is None):
+        raise ConfigError("give --out for a new run, or --resume to go on with one")
+    if resume is not None:
+        saved = read_manifest(resume).config
+        given = given_flags(flags)
+        check_same_config(saved, given)
+        config = TrainConfig.from_dict(saved | {k: v for k, v in given.items() if k in MAY_CHANGE})
+    else:
+        if step is not None:
+            raise ConfigError(f"--step={step} goes with --resume; leave it out of a new run")
+        config = config_from(flags, recipe)
+    done = train(config, resume or out or Path(), resume=resume is not None, step=step, console=Console(stderr=True))
+    print_table(Console(), done.evaluation)
+    click.echo(f"saved in {done.folder}/clt; measures in {done.folder}/eval.json")

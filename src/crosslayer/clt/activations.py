@@ -1,0 +1,93 @@
+"""Activation functions: pre-activations in, activations out, elementwise or by rank.
+
+JumpReLU follows Rajamanoharan et al. 2024 (arXiv:2407.14435): f = z 1[z > theta], strictly, with straight-through
+gradients for the threshold through the rectangle kernel K(u) = 1[|u| < 1/2]:
+
+    df/dz = 1[z > theta]        df/dtheta = -(theta / eps) K((z - theta) / eps)
+
+The functions are elementwise, so they serve a matrix with a threshold a column and a list of its entries alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.eps = eps
+        return torch.where(z > theta, z, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        z, theta = ctx.saved_tensors
+        grad_theta = torch.where(in_window(z, theta, ctx.eps), grad * -(theta / ctx.eps), 0.0)
+        return torch.where(z > theta, grad, 0.0), grad_theta.sum_to_size(theta.shape).to(theta.dtype), None
+
+
+class _Step(torch.autograd.Function):
+    """H(z - theta), with a gradient for the threshold only: dH/dtheta = -(1/eps) K((z - theta)/eps)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.eps = eps
+        return (z > theta).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (grad,) = grads
+        z, theta = ctx.saved_tensors
+        grad_theta = torch.where(in_window(z, theta, ctx.eps), grad / -ctx.eps, 0.0)
+        return None, grad_theta.sum_to_size(theta.shape).to(theta.dtype), None
+
+
+def in_window(z: Tensor, theta: Tensor, eps: float) -> Bool[Tensor, ...]:
+    """K((z - theta) / eps): where the straight-through estimator lets gradients to the threshold."""
+    return (z - theta).abs() < eps / 2
+
+
+def jumprelu(z: Float[Tensor, ...], theta: Float[Tensor, ...], eps: float) -> Float[Tensor, ...]:
+    """JumpReLU with the straight-through estimator of width `eps` for its threshold, which broadcasts."""
+    return _JumpReLU.apply(z, theta, eps)  # type: ignore[return-value]
+
+
+def step(z: Float[Tensor, ...], theta: Float[Tensor, ...], eps: float) -> Float[Tensor, ...]:
+    """Whether each feature fires, as 0 or 1, differentiable in the threshold alone."""
+    return _Step.apply(z, theta, eps)  # type: ignore[return-value]
+
+
+def top_mask(score_BF: Float[Tensor, "B F"], k: int) -> Bool[Tensor, "B F"]:
+    """The `k` largest positive entries of each row."""
+    values, index = score_BF.topk(min(k, score_BF.shape[1]), dim=1)
+    return torch.zeros_like(score_BF, dtype=torch.bool).scatter_(1, index, values > 0)
+
+
+def batch_top_mask(score_BF: Float[Tensor, "B F"], k: int) -> Bool[Tensor, "B F"]:
+    """The `k` B largest positive entries of the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
+    return score_BF >= batch_top_cut(score_BF, k)
+
+
+def batch_top_cut(score_BF: Float[Tensor, "B F"], k: int) -> Float[Tensor, ""]:
+    """The smallest of the `k` B largest positive entries; of all that are positive, if they are fewer.
+
+    Exact; a sample of the entries tells under which bound none of them needs to be ranked.
+    """
+    wanted = k * score_BF.shape[0]
+    flat = score_BF.flatten()
+    smallest = torch.finfo(flat.dtype).tiny
+    sample = flat[:: max(1, flat.numel() // 65536)]
+    rank = min(sample.numel(), 1 + round(1.5 * wanted * sample.numel() / flat.numel()))
+    bound = sample.kthvalue(sample.numel() - rank + 1).values.clamp(min=smallest)
+    for least in (bound, torch.full_like(bound, smallest)):
+        candidates = flat[flat >= least]
+        if candidates.numel() >= wanted:
+            return candidates.kthvalue(candidates.numel() - wanted + 1).values
+    return torch.full_like(bound, smallest)

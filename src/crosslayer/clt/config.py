@@ -1,0 +1,89 @@
+"""The shape of a transcoder, and what it must say of itself on disk. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from crosslayer.core.errors import ConfigError
+from crosslayer.records.policy import FirstPosition
+
+Activation = Literal["jumprelu", "relu", "topk", "batchtopk"]
+Scope = Literal["layer", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLTConfig:
+    """Sizes and kind of a cross-layer transcoder.
+
+    Attributes:
+        n_layers, d_model, n_features: layers, width, features a layer.
+        activation: `jumprelu`, `relu`, `topk` (k a token) or `batchtopk` (k a token on average over the batch).
+        k: active features a token, per layer or in all as `scope` says; for `topk` and `batchtopk` only.
+        scope: whether top-k ranks the features of each layer apart or those of all layers together.
+        cross_layer: features write to their own and all later layers; if not, to their own only (a PLT).
+        skip: an affine skip, y += x W_skip.
+
+    Raises:
+        ConfigError: for values that contradict each other.
+    """
+
+    n_layers: int
+    d_model: int
+    n_features: int
+    activation: Activation = "jumprelu"
+    k: int | None = None
+    scope: Scope = "all"
+    cross_layer: bool = True
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_features"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.ranks:
+            if self.k is None or self.k < 1:
+                raise ConfigError(f"activation {self.activation} needs k >= 1, not {self.k}; set k")
+            most = self.n_features * (self.n_layers if self.scope == "all" else 1)
+            if self.k > most:
+                raise ConfigError(f"k={self.k} exceeds the {most} features it ranks; lower k or raise n_features")
+        elif self.k is not None:
+            raise ConfigError(f"k={self.k} is for topk and batchtopk, not {self.activation}; leave it out")
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the activation chooses features by rank."""
+        return self.activation in ("topk", "batchtopk")
+
+    def n_slots(self, layer: int) -> int:
+        """Layers that features of `layer` write to."""
+        return self.n_layers - layer if self.cross_layer else 1
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights, biases and thresholds."""
+        slots = sum(self.n_slots(i) for i in range(self.n_layers))
+        matrices = (self.n_layers + slots) * self.n_features * self.d_model
+        thresholds = self.n_layers * self.n_features * (self.activation == "jumprelu")
+        skip = self.n_layers * self.d_model**2 * self.skip
+        return matrices + self.n_layers * (self.n_features + self.d_model) + thresholds + skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a transcoder's activations come from; written into `config.yaml`.
+
+    Attributes:
+        model_name: the host's name.
+        scan: repo id or name under which viewers know the features.
+        input_hook, output_hook: TransformerLens' names of the sites.
+        policy: what was done with first positions.
+        extra: other keys under `crosslayer:`, kept as they are.
+    """
+
+    model_name: str
+    scan: str
+    input_hook: str = "mlp.hook_in"
+    output_hook: str = "mlp.hook_out"
+    policy: FirstPosition = field(default_factory=FirstPosition)
+    extra: dict[str, object] = field(default_factory=dict)

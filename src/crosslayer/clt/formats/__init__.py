@@ -1,0 +1,1 @@
+"""Transcoder folders, one adapter file a format. Nothing is ever unpickled."""

@@ -1,0 +1,157 @@
+"""The cross-layer transcoder: parameters, encode, decode.
+
+    pre_L  = W_enc_L x_L + b_enc_L
+    f_L    = activation(pre_L)
+    yhat_M = sum_{L<=M} W_dec_{L->M}^T f_L + b_dec_M  (+ x_M W_skip_M)
+
+`W_dec[L]` is (F, n_layers - L, D): all that a feature writes lies together, slot j going to layer L + j. A per-layer
+transcoder has one slot. Nothing here knows of ranks, of language models, or of normalisation, which is folded in.
+
+An encoding is dense, a (B, F) matrix a layer, or sparse, an `Active` a layer. Both decode to the same numbers and give
+the same gradients; the second costs what its entries cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from crosslayer.clt.activations import batch_top_mask, in_window, jumprelu, top_mask
+from crosslayer.clt.config import CLTConfig
+from crosslayer.clt.sparse import Active, sparse_decode, sparse_pre, where_active
+
+DEFAULT_EPS = 0.5
+"""Width of the straight-through window, in units of normalised pre-activations."""
+
+
+class CLT(nn.Module):
+    """A cross-layer transcoder; see the module's docstring for its mathematics.
+
+    Attributes (lists over the layer read):
+        W_enc (F, D), b_enc (F), threshold (F; empty unless JumpReLU, always float32 while training),
+        W_dec (F, slots, D), b_dec (D), W_skip (D, D; empty without skip).
+    """
+
+    def __init__(self, config: CLTConfig, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        c, layers = config, range(config.n_layers)
+        small = torch.promote_types(dtype, torch.float32)
+
+        def parameters(shapes: Sequence[tuple[int, ...]], kind: torch.dtype = dtype) -> nn.ParameterList:
+            return nn.ParameterList(nn.Parameter(torch.zeros(s, dtype=kind, device=device)) for s in shapes)
+
+        self.W_enc = parameters([(c.n_features, c.d_model) for _ in layers])
+        self.b_enc = parameters([(c.n_features,) for _ in layers], small)
+        self.W_dec = parameters([(c.n_features, c.n_slots(i), c.d_model) for i in layers])
+        self.b_dec = parameters([(c.d_model,) for _ in layers], small)
+        self.threshold = parameters([(c.n_features,) for _ in layers if c.activation == "jumprelu"], small)
+        self.W_skip = parameters([(c.d_model, c.d_model) for _ in layers if c.skip])
+
+    def pre(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
+        """Pre-activations of one layer's features; float32 at least while training, as biases and thresholds are."""
+        W_FD = self.W_enc[layer]
+        return F.linear(x_BD.to(W_FD.dtype), W_FD) + self.b_enc[layer]
+
+    def encode(self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS) -> list[Float[Tensor, "B F"]]:
+        """Activations of every layer's features, dense.
+
+        Args:
+            x_BLD: MLP inputs.
+            eps: width of the straight-through window; matters to gradients only.
+        """
+        pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))]
+        if self.config.activation == "jumprelu":
+            return [jumprelu(z, theta.to(z.dtype), eps) for z, theta in zip(pre, self.threshold, strict=True)]
+        return [torch.where(m, z, 0.0) for m, z in zip(self.firing(pre), pre, strict=True)]
+
+    def encode_layer(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
+        """Activations of one layer's features, without gradients. Not for top-k over all layers, which needs them all."""
+        assert not (self.config.ranks and self.config.scope == "all"), "top-k over all layers ranks them together"
+        with torch.no_grad():
+            z = self.pre(x_BD, layer)
+            if self.config.activation == "jumprelu":
+                return torch.where(z > self.threshold[layer].to(z.dtype), z, 0.0)
+            if self.config.activation == "relu":
+                return z.relu()
+            return torch.where(self._ranked(z * self.decoder_norm(layer)), z, 0.0)
+
+    def encode_sparse(self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS) -> list[Active]:
+        """Activations of every layer's features as entries: those that fire, and those inside JumpReLU's window.
+
+        The gradients are those of `encode`.
+        """
+        x_LBD = [x_BD.to(self.W_enc[0].dtype) for x_BD in x_BLD.unbind(1)]
+        with torch.no_grad():
+            pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_LBD)]
+            masks = self.firing(pre)
+            if self.config.activation == "jumprelu" and torch.is_grad_enabled():
+                masks = [m | in_window(z, t, eps) for m, z, t in zip(masks, pre, self.threshold, strict=True)]
+        active = []
+        for i, (x_BD, z_BF, mask) in enumerate(zip(x_LBD, pre, masks, strict=True)):
+            token_K, feature_K = where_active(mask)
+            value_K = sparse_pre(x_BD, self.W_enc[i], self.b_enc[i], z_BF, token_K, feature_K)
+            if self.config.activation == "jumprelu":
+                value_K = jumprelu(value_K, self.threshold[i][feature_K].to(value_K.dtype), eps)
+            active.append(Active(token_K, feature_K, value_K, (z_BF.shape[0], z_BF.shape[1])))
+        return active
+
+    @torch.no_grad()
+    def firing(self, pre: Sequence[Float[Tensor, "B F"]]) -> list[Bool[Tensor, "B F"]]:
+        """Which features are active, from the pre-activations of all layers."""
+        c = self.config
+        if c.activation == "jumprelu":
+            return [z > theta.to(z.dtype) for z, theta in zip(pre, self.threshold, strict=True)]
+        if c.activation == "relu":
+            return [z > 0 for z in pre]
+        scores = [z * self.decoder_norm(i) for i, z in enumerate(pre)]
+        if c.scope == "layer":
+            return [self._ranked(s) for s in scores]
+        return list(self._ranked(torch.cat(scores, dim=1)).split(c.n_features, dim=1))
+
+    def _ranked(self, score_BF: Tensor) -> Tensor:
+        assert self.config.k is not None
+        rank = top_mask if self.config.activation == "topk" else batch_top_mask
+        return rank(score_BF, self.config.k)
+
+    def decoder_norm(self, layer: int) -> Float[Tensor, " F"]:
+        """Norm of all that each feature writes, over all layers together; differentiable."""
+        return self.W_dec[layer].flatten(1).float().norm(dim=1)
+
+    def decode(
+        self, f: Sequence[Float[Tensor, "B F"] | Active], x_BLD: Float[Tensor, "B L D"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """Reconstructed MLP outputs of all layers.
+
+        Args:
+            f: activations of each layer, dense or sparse.
+            x_BLD: MLP inputs, for the affine skip; needed if there is one.
+        """
+        c = self.config
+        y: list[Tensor] = list(self.b_dec)
+        for i, f_BF in enumerate(f):
+            for slot, part_BD in enumerate(self.decode_layer(f_BF, i).unbind(1)):
+                y[i + slot] = y[i + slot] + part_BD
+        if c.skip:
+            assert x_BLD is not None, "a transcoder with an affine skip needs its inputs to decode"
+            y = [y_BD + x_BD.to(w.dtype) @ w for y_BD, x_BD, w in zip(y, x_BLD.unbind(1), self.W_skip, strict=True)]
+        return torch.stack(y, dim=1)
+
+    def decode_layer(self, f_BF: Float[Tensor, "B F"] | Active, layer: int) -> Float[Tensor, "B S D"]:
+        """What one layer's features write, by slot."""
+        n_features, slots, width = self.W_dec[layer].shape
+        rows = self.W_dec[layer].view(n_features, slots * width)
+        out = sparse_decode(f_BF, rows) if isinstance(f_BF, Active) else f_BF.to(rows.dtype) @ rows
+        return out.view(-1, slots, width)
+
+    def forward(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Reconstruct MLP outputs from MLP inputs."""
+        return self.decode(self.encode_sparse(x_BLD), x_BLD)
+
+    def decoder_rows(self, layer: int, features: Int[Tensor, " K"]) -> Float[Tensor, "K S D"]:
+        """What the given features of a layer write: the one door to decoder weights for everything downstream."""
+        return self.W_dec[layer].detach()[features]

@@ -1,0 +1,47 @@
+"""Writing so that a reader never sees half a file: to a temporary name beside it, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from crosslayer.core.errors import ResourceError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` if the block ends well and removed if it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def require_free_disk(folder: Path, needed_bytes: int, remedy: str) -> None:
+    """Refuse before starting what the disk cannot hold."""
+    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if needed_bytes > free_bytes:
+        raise ResourceError(
+            f"{folder} needs {needed_bytes / 2**30:.2f} GiB of disk but {free_bytes / 2**30:.2f} GiB are free; {remedy}"
+        )

@@ -1,0 +1,64 @@
+"""The replacement model: the host with every MLP output replaced by what a transcoder makes of the stream so far."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosslayer.clt.sparse import Active, where_active
+from crosslayer.clt.transcoder import CLT
+from crosslayer.core.errors import ConfigError
+from crosslayer.host.host import Host
+
+
+class Replace:
+    """A visitor that replaces each MLP's output, bottom to top, in one forward pass.
+
+    The first `n_skip` positions keep the host's own output. Each pass needs a new one.
+
+    Raises:
+        ConfigError: for a transcoder that ranks the features of all layers together, which cannot go layer by layer.
+    """
+
+    def __init__(self, clt: CLT, n_skip: int) -> None:
+        if clt.config.ranks and clt.config.scope == "all":
+            raise ConfigError(
+                f"{clt.config.activation} over all layers has no replacement model; convert it to JumpReLU"
+            )
+        self.clt, self.n_skip = clt, n_skip
+        self.pending: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+        rows, _, width = x_BTD.shape
+        x_BD = x_BTD[:, self.n_skip :].reshape(-1, width)
+        f_BF = self.clt.encode_layer(x_BD, layer)
+        token_K, feature_K = where_active(f_BF > 0)
+        active = Active(token_K, feature_K, f_BF[token_K, feature_K], (f_BF.shape[0], f_BF.shape[1]))
+        for slot, part_BD in enumerate(self.clt.decode_layer(active, layer).unbind(1)):
+            self.pending[layer + slot] = self.pending.get(layer + slot, 0) + part_BD
+        out_BD = self.pending.pop(layer) + self.clt.b_dec[layer]
+        if self.clt.config.skip:
+            W_DD = self.clt.W_skip[layer]
+            out_BD = out_BD + x_BD.to(W_DD.dtype) @ W_DD
+        replaced_BTD = out_BD.view(rows, -1, width).to(y_BTD.dtype)
+        return torch.cat([y_BTD[:, : self.n_skip], replaced_BTD], dim=1)
+
+
+class Zero:
+    """A visitor that sets each MLP's output to zero, but at the first `n_skip` positions."""
+
+    def __init__(self, n_skip: int) -> None:
+        self.n_skip = n_skip
+
+    def __call__(self, layer: int, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+        del layer, x_BTD
+        return torch.cat([y_BTD[:, : self.n_skip], torch.zeros_like(y_BTD[:, self.n_skip :])], dim=1)
+
+
+@torch.no_grad()
+def replaced_logits(host: Host, clt: CLT, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+    """Logits of the replacement model."""
+    logits = host.run(tokens_BT, Replace(clt, host.policy.n_skip))
+    assert logits is not None
+    return logits

@@ -1,0 +1,92 @@
+"""Where each family of Hugging Face models keeps the sites that a transcoder reads and writes.
+
+A *site* is a module and a side of it. The names are TransformerLens', as the published CLTs use them:
+
+    mlp.hook_in      what the MLP module receives, after its norm
+    hook_resid_mid   the residual stream before that norm (none where attention and MLP run in parallel)
+    mlp.hook_out     what the MLP module returns
+    hook_mlp_out     what is added to the residual stream: after the norm that follows the MLP, where there is one
+
+To support a family, add one entry to `FAMILIES` and a tiny instance of it to `tests/host/test_families.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from crosslayer.core.errors import ConfigError, HostError
+
+INPUT_HOOKS = ("mlp.hook_in", "hook_resid_mid")
+OUTPUT_HOOKS = ("mlp.hook_out", "hook_mlp_out")
+
+
+class Family(NamedTuple):
+    """Module paths of one family: `layers` from the model, the others from one of its layers."""
+
+    layers: str
+    mlp: str
+    mlp_norm: str
+    after_mlp_norm: str | None = None
+    parallel_when: str | None = None
+    """Attribute of the config that, if true, says that attention and MLP run in parallel."""
+
+
+LLAMA_LIKE = Family("model.layers", "mlp", "post_attention_layernorm")
+GEMMA_LIKE = Family("model.layers", "mlp", "pre_feedforward_layernorm", after_mlp_norm="post_feedforward_layernorm")
+
+FAMILIES: dict[str, Family] = {
+    "qwen3": LLAMA_LIKE,
+    "llama": LLAMA_LIKE,
+    "gemma2": GEMMA_LIKE,
+    "gemma3_text": GEMMA_LIKE,
+    "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers"),
+    "gpt2": Family("transformer.h", "mlp", "ln_2"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp", "post_attention_layernorm", parallel_when="use_parallel_residual"),
+}
+
+
+def family_of(model_type: str, name: str) -> Family:
+    """The entry of a model type, or an error that lists those there are."""
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise HostError(
+            f"{name} is a {model_type!r} model, a family whose MLPs crosslayer cannot find; known families: {known}"
+        )
+    return FAMILIES[model_type]
+
+
+class Site(NamedTuple):
+    """A module of a layer and the side of it where activations are taken."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
+def input_site(family: Family, hook: str, *, parallel: bool) -> Site:
+    """Where `hook`, an input hook with or without a `blocks.{i}.` prefix, is taken."""
+    match short_hook(hook):
+        case "mlp.hook_in":
+            return Site(family.mlp, "input")
+        case "hook_resid_mid" if not parallel:
+            return Site(family.mlp_norm, "input")
+        case "hook_resid_mid":
+            raise ConfigError(
+                "hook_resid_mid does not exist in a model whose attention and MLP run in parallel; use mlp.hook_in"
+            )
+    raise ConfigError(f"unknown input hook {hook!r}; known: {', '.join(INPUT_HOOKS)}")
+
+
+def output_site(family: Family, hook: str) -> Site:
+    """Where `hook`, an output hook with or without a `blocks.{i}.` prefix, is taken."""
+    match short_hook(hook):
+        case "mlp.hook_out":
+            return Site(family.mlp, "output")
+        case "hook_mlp_out":
+            return Site(family.after_mlp_norm or family.mlp, "output")
+    raise ConfigError(f"unknown output hook {hook!r}; known: {', '.join(OUTPUT_HOOKS)}")
+
+
+def short_hook(hook: str) -> str:
+    """`blocks.3.mlp.hook_in` and `blocks.{i}.mlp.hook_in` are `mlp.hook_in`."""
+    parts = hook.split(".")
+    return ".".join(parts[2:]) if parts[0] == "blocks" and len(parts) > 2 else hook

@@ -1,0 +1,202 @@
+"""A Hugging Face causal language model whose MLPs can be watched and replaced.
+
+There is one mechanism: `Host.run` calls a visitor at each layer with what its MLP reads and writes; what the
+visitor returns, if anything, takes the place of what the MLP wrote. Tapping is a visitor that keeps, patching one
+that returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from crosslayer.core.errors import HostError
+from crosslayer.host.families import Family, family_of, input_site, output_site
+from crosslayer.records.policy import FirstPosition
+
+SHIPPED = "stdlib-qwen3"
+SHIPPED_FOLDER = Path(__file__).parent.parent / "hosts" / SHIPPED
+
+
+class Visitor(Protocol):
+    """Called at each layer, bottom to top, with the MLP's input and output; what it returns replaces the output."""
+
+    def __call__(self, layer: int, x_BTD: Tensor, y_BTD: Tensor, /) -> Tensor | None: ...
+
+
+class Tapped(NamedTuple):
+    """MLP inputs and outputs of all layers."""
+
+    x_BTLD: Float[Tensor, "B T L D"]
+    y_BTLD: Float[Tensor, "B T L D"]
+
+
+class Host:
+    """A language model with its tokenizer and the places where a transcoder reads and writes.
+
+    Attributes:
+        name: what it was asked for by; written into the CLTs trained on it.
+        n_layers, d_model, n_vocab, max_positions: its sizes.
+        input_hook, output_hook: the sites tapped and patched, in TransformerLens' names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str,
+        *,
+        input_hook: str = "mlp.hook_in",
+        output_hook: str = "mlp.hook_out",
+        policy: FirstPosition | None = None,
+    ) -> None:
+        config: Any = model.config
+        text_config = config.get_text_config()
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model_type: str = config.model_type
+        self.family: Family = family_of(config.model_type, name)
+        self.layers: list[nn.Module] = list(model.get_submodule(self.family.layers))  # type: ignore[arg-type]
+        self.n_layers = len(self.layers)
+        self.d_model: int = text_config.hidden_size
+        self.n_vocab: int = text_config.vocab_size
+        self.max_positions: int = text_config.max_position_embeddings
+        self.parallel = bool(self.family.parallel_when and getattr(config, self.family.parallel_when))
+        self.input_hook, self.output_hook = input_hook, output_hook
+        self.policy = policy or FirstPosition()
+        self._input_site = input_site(self.family, input_hook, parallel=self.parallel)
+        self._output_site = output_site(self.family, output_hook)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def run(
+        self, tokens_BT: Int[Tensor, "B T"], visit: Visitor | None = None, *, logits: bool = True
+    ) -> Float[Tensor, "B T V"] | None:
+        """One forward pass over rows of equal length, calling `visit` at each MLP.
+
+        Args:
+            tokens_BT: token ids, used as they are.
+            visit: watches, and by returning a tensor replaces, each MLP's output.
+            logits: compute and return the logits; without, the unembedding is not run.
+
+        Raises:
+            HostError: for rows longer than the model's context.
+        """
+        if tokens_BT.shape[1] > self.max_positions:
+            raise HostError(
+                f"{tokens_BT.shape[1]} tokens exceed the context of {self.name}, {self.max_positions}; shorten the text"
+            )
+        with ExitStack() as hooks:
+            if visit is not None:
+                for layer, block in enumerate(self.layers):
+                    self._hook(hooks, layer, block, visit)
+            runner: Any = self.model if logits else self.model.base_model
+            output = runner(tokens_BT.to(self.device), use_cache=False)
+        return output.logits if logits else None
+
+    def _hook(self, hooks: ExitStack, layer: int, block: nn.Module, visit: Visitor) -> None:
+        seen: list[Tensor] = []
+
+        def keep_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0])
+
+        def on_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
+            return visit(layer, seen.pop(), output)
+
+        into = block.get_submodule(self._input_site.module).register_forward_pre_hook(keep_input)
+        out = block.get_submodule(self._output_site.module).register_forward_hook(on_output)
+        hooks.callback(into.remove)
+        hooks.callback(out.remove)
+
+    @torch.no_grad()
+    def tap(self, tokens_BT: Int[Tensor, "B T"]) -> Tapped:
+        """MLP inputs and outputs of all layers on rows of token ids."""
+        xs: list[Tensor] = []
+        ys: list[Tensor] = []
+
+        def keep(_layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
+            xs.append(x_BTD)
+            ys.append(y_BTD)
+
+        self.run(tokens_BT, keep, logits=False)
+        return Tapped(torch.stack(xs, dim=2), torch.stack(ys, dim=2))
+
+    def encode(self, text: str) -> Int[Tensor, "1 T"]:
+        """Token ids of a text, with the policy's special token in front."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.policy.prepend and not (ids and ids[0] in self.tokenizer.all_special_ids):
+            ids = [self.first_token, *ids]
+        return torch.tensor([ids], dtype=torch.long)
+
+    @property
+    def first_token(self) -> int:
+        """The tokenizer's BOS, else PAD, else EOS.
+
+        Raises:
+            HostError: for a tokenizer that has none of the three.
+        """
+        t = self.tokenizer
+        for token in (t.bos_token_id, t.pad_token_id, t.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise HostError(
+            f"the tokenizer of {self.name} has no BOS, PAD or EOS to begin a text with; set one of them in its tokenizer_config.json"
+        )
+
+
+def load_host(
+    name: str | Path | Host,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    input_hook: str = "mlp.hook_in",
+    output_hook: str = "mlp.hook_out",
+    policy: FirstPosition | None = None,
+) -> Host:
+    """A host by hub name, local folder, the name `stdlib-qwen3`, or as it is if it is one already.
+
+    Raises:
+        HostError: for a model that is not there, cannot be read, or is of no known family.
+    """
+    if isinstance(name, Host):
+        return name
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shown, where = str(name), folder_of(name)
+    config = reading(shown, lambda: AutoConfig.from_pretrained(where))
+    family_of(config.model_type, shown)
+    model = reading(shown, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True))
+    tokenizer = reading(shown, lambda: AutoTokenizer.from_pretrained(where))
+    model.to(device).eval().requires_grad_(False)
+    return Host(model, tokenizer, shown, input_hook=input_hook, output_hook=output_hook, policy=policy)
+
+
+def folder_of(name: str | Path) -> str:
+    """What `transformers` is to open: the shipped host's folder for its name, anything else as it is."""
+    return str(SHIPPED_FOLDER) if str(name) == SHIPPED else str(name)
+
+
+def reading(name: str, read: Callable[[], Any]) -> Any:
+    """Turn the many errors of a loader into one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if not Path(name).exists() and name != SHIPPED:
+            raise HostError(
+                f"no model {name!r}: it is no local folder, and the Hugging Face hub did not give it; check the name, or the network"
+            ) from error
+        first_line = str(error).strip().splitlines()[0]
+        raise HostError(f"{name} cannot be read as a Hugging Face causal language model: {first_line}") from error

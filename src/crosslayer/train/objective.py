@@ -1,0 +1,125 @@
+"""One micro-batch: encode, decode, the losses, and what is counted along the way.
+
+Layers whose features are few and far between go through the sparse path, the others through matrix products; the two
+give the same numbers, so the choice is one of speed alone, made by the density measured at the step before.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosslayer.clt.activations import in_window, step, top_mask
+from crosslayer.clt.sparse import Active
+from crosslayer.clt.transcoder import CLT
+from crosslayer.train import losses
+from crosslayer.train.config import TrainConfig
+
+SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006}
+"""Density of features under which the sparse path is the faster one (benchmarks/bench_step.py)."""
+
+
+class Terms(NamedTuple):
+    """The losses of a micro-batch, each a mean over its tokens, and what was counted."""
+
+    total: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    sparsity: Float[Tensor, ""]
+    revival: Float[Tensor, ""]
+    fired_LF: Int[Tensor, "L F"]
+    """Tokens on which each feature fired."""
+    density: float
+    """Share of features that fire on a token."""
+
+
+def compute(
+    clt: CLT,
+    x_BLD: Float[Tensor, "B L D"],
+    y_BLD: Float[Tensor, "B L D"],
+    config: TrainConfig,
+    *,
+    coefficient: float,
+    running_l0: float,
+    asked_l0: float,
+    dead_LF: Tensor,
+    sparse: bool,
+) -> Terms:
+    """The losses on normalised activations.
+
+    Args:
+        coefficient: lambda of the sparsity term; JumpReLU and ReLU only.
+        running_l0, asked_l0: for the penalty on L0 itself.
+        dead_LF: which features count as dead.
+        sparse: take the sparse path.
+    """
+    n_tokens = x_BLD.shape[0]
+    f: list[Tensor | Active] = [*(clt.encode_sparse(x_BLD, config.eps) if sparse else clt.encode(x_BLD, config.eps))]
+    yhat_BLD = clt.decode(f, x_BLD)
+    fit = losses.reconstruction(yhat_BLD, y_BLD)
+    sparsity = revival = fit.new_zeros(())
+    if not clt.config.ranks:
+        sparsity = _sparsity(clt, f, x_BLD, config, running_l0, asked_l0)
+    if dead_LF.any():
+        if clt.config.activation == "jumprelu":
+            revival = config.revive * _preactivation(clt, x_BLD, dead_LF)
+        elif clt.config.ranks and config.auxiliary:
+            revival = config.auxiliary * _auxiliary(
+                clt, x_BLD, (y_BLD - yhat_BLD).detach(), dead_LF, config.auxiliary_k
+            )
+    with torch.no_grad():
+        fired_LF = torch.stack([a.count() if isinstance(a, Active) else (a > 0).sum(0) for a in f])
+    density = float(fired_LF.sum()) / (n_tokens * fired_LF.numel())
+    return Terms(
+        fit + coefficient * sparsity + revival, fit.detach(), sparsity.detach(), revival.detach(), fired_LF, density
+    )
+
+
+def _sparsity(
+    clt: CLT, f: list[Tensor | Active], x_BLD: Tensor, config: TrainConfig, running_l0: float, asked: float
+) -> Tensor:
+    n_tokens = x_BLD.shape[0]
+    total = x_BLD.new_zeros((), dtype=torch.float32)
+    for i, a in enumerate(f):
+        if config.sparsity == "tanh" or clt.config.activation == "relu":
+            norm_F = clt.decoder_norm(i)
+            value, norm = (a.value_K, norm_F[a.feature_K]) if isinstance(a, Active) else (a, norm_F)
+            total = total + losses.tanh_sparsity(value.float(), norm, config.sparsity_c, n_tokens)
+        else:
+            with torch.no_grad():
+                z_BF = clt.pre(x_BLD[:, i], i)
+                theta = clt.threshold[i].to(z_BF.dtype)
+                token_K, feature_K = (in_window(z_BF, theta, config.eps) | (z_BF > theta)).nonzero(as_tuple=True)
+            fired_K = step(z_BF[token_K, feature_K], clt.threshold[i][feature_K], config.eps)
+            total = total + losses.l0_target(fired_K, running_l0, asked, n_tokens)
+    return total
+
+
+def _preactivation(clt: CLT, x_BLD: Tensor, dead_LF: Tensor) -> Tensor:
+    total = x_BLD.new_zeros((), dtype=torch.float32)
+    for i, dead_F in enumerate(dead_LF):
+        which = dead_F.nonzero()[:, 0]
+        if len(which):
+            W_FD = clt.W_enc[i][which]
+            pre_BF = F.linear(x_BLD[:, i].to(W_FD.dtype), W_FD).float() + clt.b_enc[i][which]
+            norm_F = clt.W_dec[i].detach()[which].flatten(1).float().norm(dim=1)
+            total = total + losses.preactivation(pre_BF, clt.threshold[i].detach()[which], norm_F)
+    return total
+
+
+def _auxiliary(clt: CLT, x_BLD: Tensor, residual_BLD: Tensor, dead_LF: Tensor, k: int) -> Tensor:
+    """Reconstruction of what is left by the `k` most active dead features of each layer (Gao et al. 2024, arXiv:2406.04093)."""
+    left: list[Tensor] = [r * 0 for r in residual_BLD.unbind(1)]
+    for i, dead_F in enumerate(dead_LF):
+        which = dead_F.nonzero()[:, 0]
+        if len(which):
+            W_FD = clt.W_enc[i][which]
+            pre_BF = F.linear(x_BLD[:, i].to(W_FD.dtype), W_FD) + clt.b_enc[i][which].to(W_FD.dtype)
+            f_BF = torch.where(top_mask(pre_BF.detach(), k), pre_BF, 0.0)
+            written_BSD = (f_BF @ clt.W_dec[i][which].flatten(1)).view(-1, *clt.W_dec[i].shape[1:])
+            for slot, part_BD in enumerate(written_BSD.unbind(1)):
+                left[i + slot] = left[i + slot] + part_BD
+    return losses.reconstruction(torch.stack(left, dim=1), residual_BLD)
