@@ -3,7 +3,8 @@
 The ring has `size` slots. Each *turn* a permutation, drawn from the seed and the number of the turn, fixes the order in
 which slots are served; a slot that was served is refilled at once with the next token harvested, to be served in the next
 turn. So tokens of a batch come from a stretch of `size` tokens of text, every token is served exactly once, and none waits
-longer than two turns. The state is a few numbers: the ring's contents are made again by harvesting that stretch once more.
+longer than two turns. With `reuse` above 1, a turn's contents are served that many times, each time in another order,
+before they are replaced; it saves running the host. The state is a few numbers: the ring's contents are made again by harvesting that stretch once more.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class ActivationStream:
         size: slots of the ring.
         rows_per_harvest: rows that go through the host at once; part of what a resume must keep.
         dtype: of what the ring holds.
+        reuse: turns that a token stays in the ring, being served once in each.
         state: where to go on, of a stream with the same arguments.
     """
 
@@ -59,9 +61,10 @@ class ActivationStream:
         size: int,
         rows_per_harvest: int,
         dtype: torch.dtype = torch.bfloat16,
+        reuse: int = 1,
         state: StreamState | None = None,
     ) -> None:
-        self.rows, self.size, self.rows_per_harvest, self.dtype = rows, size, rows_per_harvest, dtype
+        self.rows, self.size, self.rows_per_harvest, self.dtype, self.reuse = rows, size, rows_per_harvest, dtype, reuse
         self.host = rows.host
         shape = (size, self.host.n_layers, self.host.d_model)
         self._x = torch.empty(shape, dtype=dtype)
@@ -123,12 +126,15 @@ class ActivationStream:
             slots = self._order[position : position + n]
             xs.append(self._x[slots])
             ys.append(self._y[slots])
-            self._write(slots)
+            last_use = self._served // self.size % self.reuse == self.reuse - 1
+            if last_use:
+                self._write(slots)
             self._served += len(slots)
             n -= len(slots)
             if self._served % self.size == 0:
                 self._order = self._permutation(self._served // self.size)
-                self._begun, self._next = self._next, self._mark()
+                if last_use:
+                    self._begun, self._next = self._next, self._mark()
         return Activations(torch.cat(xs), torch.cat(ys)) if len(xs) > 1 else Activations(xs[0], ys[0])
 
     def peek(self, n: int) -> Activations:
@@ -146,13 +152,15 @@ class ActivationStream:
         self.rows.cursor = Cursor.of(state.begun_at)
         self._pending = Activations(self._x[:0], self._y[:0])
         self._pending_used = 0
-        self._served = state.served - state.served % self.size
+        self._served = state.served - state.served % (self.size * self.reuse)
         if state.skipped:
             self._pending_cursor = self.rows.cursor
             fresh = harvest(self.host, self.rows.rows(self.rows_per_harvest))
             self._pending = Activations(fresh.x_BLD.to(self.dtype), fresh.y_BLD.to(self.dtype))
             self._pending_used = state.skipped
         self._fill()
-        behind = state.served - self._served
-        self._write(self._order[:behind])
         self._served = state.served
+        turn = state.served // self.size
+        self._order = self._permutation(turn)
+        if turn % self.reuse == self.reuse - 1:
+            self._write(self._order[: state.served % self.size])

@@ -10,11 +10,14 @@ The functions are elementwise, so they serve a matrix with a threshold a column 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from crosslayer.clt.sparse import Entries, where
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -70,24 +73,29 @@ def top_mask(score_BF: Float[Tensor, "B F"], k: int) -> Bool[Tensor, "B F"]:
     return torch.zeros_like(score_BF, dtype=torch.bool).scatter_(1, index, values > 0)
 
 
-def batch_top_mask(score_BF: Float[Tensor, "B F"], k: int) -> Bool[Tensor, "B F"]:
-    """The `k` B largest positive entries of the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
-    return score_BF >= batch_top_cut(score_BF, k)
+def batch_top(pre: Sequence[Float[Tensor, "B F"]], norms: Sequence[Float[Tensor, " F"]], k: float) -> list[Entries]:
+    """BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) over several layers: the `k` B largest positive scores of them all.
 
+    Exact, and one pass over the entries: the scores of some tokens tell a bound that about twice as many entries exceed as
+    are wanted, and only those are ranked. Where the bound misled, everything positive is.
 
-def batch_top_cut(score_BF: Float[Tensor, "B F"], k: int) -> Float[Tensor, ""]:
-    """The smallest of the `k` B largest positive entries; of all that are positive, if they are fewer.
-
-    Exact; a sample of the entries tells under which bound none of them needs to be ranked.
+    Args:
+        pre: pre-activations of each layer.
+        norms: what they are multiplied by to be ranked.
+        k: entries a token, on average.
     """
-    wanted = k * score_BF.shape[0]
-    flat = score_BF.flatten()
-    smallest = torch.finfo(flat.dtype).tiny
-    sample = flat[:: max(1, flat.numel() // 65536)]
-    rank = min(sample.numel(), 1 + round(1.5 * wanted * sample.numel() / flat.numel()))
-    bound = sample.kthvalue(sample.numel() - rank + 1).values.clamp(min=smallest)
-    for least in (bound, torch.full_like(bound, smallest)):
-        candidates = flat[flat >= least]
-        if candidates.numel() >= wanted:
-            return candidates.kthvalue(candidates.numel() - wanted + 1).values
-    return torch.full_like(bound, smallest)
+    n_tokens = pre[0].shape[0]
+    wanted = max(1, round(k * n_tokens))
+    some = slice(None, None, max(1, n_tokens // 32))
+    sample = torch.cat([(z[some] * norm).flatten() for z, norm in zip(pre, norms, strict=True)])
+    rank = min(sample.numel(), 1 + round(2.0 * k * len(pre[0][some])))
+    smallest = torch.finfo(sample.dtype).tiny
+    bound = sample.kthvalue(sample.numel() - rank + 1).values.clamp(min=smallest).item()
+    for least in (bound, smallest):
+        entries = [where(z >= least / norm) for z, norm in zip(pre, norms, strict=True)]
+        scores = [z[e] * norm[e.feature_K] for z, norm, e in zip(pre, norms, entries, strict=True)]
+        every = torch.cat(scores)
+        if every.numel() >= wanted:
+            cut = every.kthvalue(every.numel() - wanted + 1).values
+            return [Entries(*(axis[s >= cut] for axis in e)) for e, s in zip(entries, scores, strict=True)]
+    return entries

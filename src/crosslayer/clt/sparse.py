@@ -16,6 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+class Entries(NamedTuple):
+    """Places in a (B, F) matrix, in order of token then feature."""
+
+    token_K: Int[Tensor, " K"]
+    feature_K: Int[Tensor, " K"]
+
+
 class Active(NamedTuple):
     """Features that a decoder or a gradient must see, of one layer on B tokens, in order of token then feature."""
 
@@ -35,10 +42,9 @@ class Active(NamedTuple):
         return torch.bincount(self.feature_K[self.value_K > 0], minlength=self.shape[1])
 
 
-def where_active(mask_BF: Bool[Tensor, "B F"]) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:
-    """Token and feature of each true entry, in order of token."""
-    token_K, feature_K = mask_BF.nonzero(as_tuple=True)
-    return token_K, feature_K
+def where(mask_BF: Bool[Tensor, "B F"]) -> Entries:
+    """The true entries of a mask."""
+    return Entries(*mask_BF.nonzero(as_tuple=True))
 
 
 def sparse_pre(

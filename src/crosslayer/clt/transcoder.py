@@ -17,12 +17,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from crosslayer.clt.activations import batch_top_mask, in_window, jumprelu, top_mask
+from crosslayer.clt.activations import batch_top, jumprelu, top_mask
 from crosslayer.clt.config import CLTConfig
-from crosslayer.clt.sparse import Active, sparse_decode, sparse_pre, where_active
+from crosslayer.clt.sparse import Active, Entries, sparse_decode, sparse_pre, where
 
 DEFAULT_EPS = 0.5
 """Width of the straight-through window, in units of normalised pre-activations."""
@@ -54,20 +54,24 @@ class CLT(nn.Module):
 
     def pre(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
         """Pre-activations of one layer's features; float32 at least while training, as biases and thresholds are."""
-        W_FD = self.W_enc[layer]
-        return F.linear(x_BD.to(W_FD.dtype), W_FD) + self.b_enc[layer]
+        W_FD, b_F = self.W_enc[layer], self.b_enc[layer]
+        z_BF = F.linear(x_BD.to(W_FD.dtype), W_FD)
+        return z_BF.add_(b_F) if z_BF.dtype == b_F.dtype else z_BF + b_F
 
-    def encode(self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS) -> list[Float[Tensor, "B F"]]:
+    def encode(
+        self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
+    ) -> list[Float[Tensor, "B F"]]:
         """Activations of every layer's features, dense.
 
         Args:
             x_BLD: MLP inputs.
             eps: width of the straight-through window; matters to gradients only.
+            k: in place of the config's, for a schedule; top-k only.
         """
         pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))]
         if self.config.activation == "jumprelu":
             return [jumprelu(z, theta.to(z.dtype), eps) for z, theta in zip(pre, self.threshold, strict=True)]
-        return [torch.where(m, z, 0.0) for m, z in zip(self.firing(pre), pre, strict=True)]
+        return [torch.zeros_like(z).index_put(e, z[e]) for e, z in zip(self.firing(pre, k), pre, strict=True)]
 
     def encode_layer(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
         """Activations of one layer's features, without gradients. Not for top-k over all layers, which needs them all."""
@@ -78,22 +82,23 @@ class CLT(nn.Module):
                 return torch.where(z > self.threshold[layer].to(z.dtype), z, 0.0)
             if self.config.activation == "relu":
                 return z.relu()
-            return torch.where(self._ranked(z * self.decoder_norm(layer)), z, 0.0)
+            (entries,) = self._ranked([z], [self.decoder_norm(layer)], self.config.k)
+            return torch.zeros_like(z).index_put(entries, z[entries])
 
-    def encode_sparse(self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS) -> list[Active]:
+    def encode_sparse(
+        self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
+    ) -> list[Active]:
         """Activations of every layer's features as entries: those that fire, and those inside JumpReLU's window.
 
         The gradients are those of `encode`.
         """
         x_LBD = [x_BD.to(self.W_enc[0].dtype) for x_BD in x_BLD.unbind(1)]
+        window = eps if torch.is_grad_enabled() else 0.0
         with torch.no_grad():
             pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_LBD)]
-            masks = self.firing(pre)
-            if self.config.activation == "jumprelu" and torch.is_grad_enabled():
-                masks = [m | in_window(z, t, eps) for m, z, t in zip(masks, pre, self.threshold, strict=True)]
+            places = self.firing(pre, k, window)
         active = []
-        for i, (x_BD, z_BF, mask) in enumerate(zip(x_LBD, pre, masks, strict=True)):
-            token_K, feature_K = where_active(mask)
+        for i, (x_BD, z_BF, (token_K, feature_K)) in enumerate(zip(x_LBD, pre, places, strict=True)):
             value_K = sparse_pre(x_BD, self.W_enc[i], self.b_enc[i], z_BF, token_K, feature_K)
             if self.config.activation == "jumprelu":
                 value_K = jumprelu(value_K, self.threshold[i][feature_K].to(value_K.dtype), eps)
@@ -101,22 +106,25 @@ class CLT(nn.Module):
         return active
 
     @torch.no_grad()
-    def firing(self, pre: Sequence[Float[Tensor, "B F"]]) -> list[Bool[Tensor, "B F"]]:
-        """Which features are active, from the pre-activations of all layers."""
+    def firing(self, pre: Sequence[Float[Tensor, "B F"]], k: float | None = None, window: float = 0.0) -> list[Entries]:
+        """Where features fire, from the pre-activations of all layers; for JumpReLU also where its window of this width lies."""
         c = self.config
         if c.activation == "jumprelu":
-            return [z > theta.to(z.dtype) for z, theta in zip(pre, self.threshold, strict=True)]
+            return [where(z > theta.to(z.dtype) - window / 2) for z, theta in zip(pre, self.threshold, strict=True)]
         if c.activation == "relu":
-            return [z > 0 for z in pre]
-        scores = [z * self.decoder_norm(i) for i, z in enumerate(pre)]
-        if c.scope == "layer":
-            return [self._ranked(s) for s in scores]
-        return list(self._ranked(torch.cat(scores, dim=1)).split(c.n_features, dim=1))
+            return [where(z > 0) for z in pre]
+        norms = [self.decoder_norm(i) for i in range(c.n_layers)]
+        if c.scope == "all":
+            return self._ranked(pre, norms, k or c.k)
+        return [e for z, norm in zip(pre, norms, strict=True) for e in self._ranked([z], [norm], k or c.k)]
 
-    def _ranked(self, score_BF: Tensor) -> Tensor:
-        assert self.config.k is not None
-        rank = top_mask if self.config.activation == "topk" else batch_top_mask
-        return rank(score_BF, self.config.k)
+    def _ranked(self, pre: Sequence[Tensor], norms: Sequence[Tensor], k: float | None) -> list[Entries]:
+        """The top k by value times decoder norm, ranked over all these layers together."""
+        assert k is not None
+        if self.config.activation == "batchtopk":
+            return batch_top(pre, norms, k)
+        score = torch.cat([z * norm for z, norm in zip(pre, norms, strict=True)], dim=1)
+        return [where(mask) for mask in top_mask(score, round(k)).split(self.config.n_features, dim=1)]
 
     def decoder_norm(self, layer: int) -> Float[Tensor, " F"]:
         """Norm of all that each feature writes, over all layers together; differentiable."""

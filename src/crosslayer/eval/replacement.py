@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.clt.sparse import Active, where_active
+from crosslayer.clt.sparse import Active, where
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
 from crosslayer.host.host import Host
@@ -33,7 +33,7 @@ class Replace:
         rows, _, width = x_BTD.shape
         x_BD = x_BTD[:, self.n_skip :].reshape(-1, width)
         f_BF = self.clt.encode_layer(x_BD, layer)
-        token_K, feature_K = where_active(f_BF > 0)
+        token_K, feature_K = where(f_BF > 0)
         active = Active(token_K, feature_K, f_BF[token_K, feature_K], (f_BF.shape[0], f_BF.shape[1]))
         for slot, part_BD in enumerate(self.clt.decode_layer(active, layer).unbind(1)):
             self.pending[layer + slot] = self.pending.get(layer + slot, 0) + part_BD

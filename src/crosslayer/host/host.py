@@ -7,10 +7,10 @@ that returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ SHIPPED = "stdlib-qwen3"
 SHIPPED_FOLDER = Path(__file__).parent.parent / "hosts" / SHIPPED
 
 
+@runtime_checkable
 class Visitor(Protocol):
     """Called at each layer, bottom to top, with the MLP's input and output; what it returns replaces the output."""
 
@@ -176,10 +177,23 @@ def load_host(
     shown, where = str(name), folder_of(name)
     config = reading(shown, lambda: AutoConfig.from_pretrained(where))
     family_of(config.model_type, shown)
-    model = reading(shown, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True))
+    with _no_loading_bar():
+        model = reading(shown, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True))
     tokenizer = reading(shown, lambda: AutoTokenizer.from_pretrained(where))
     model.to(device).eval().requires_grad_(False)
     return Host(model, tokenizer, shown, input_hook=input_hook, output_hook=output_hook, policy=policy)
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """`transformers` draws a bar over the weights it reads; it would break ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def folder_of(name: str | Path) -> str:

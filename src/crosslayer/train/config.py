@@ -33,9 +33,10 @@ class TrainConfig:
     n_skip: int = setting(1, "leading positions without features (Gemma-3-it: 4)", "host")
 
     text: tuple[str, ...] = setting((), "source, repeatable: stdlib, PATH or hf:NAME[:CONFIG][:SPLIT], each with =WEIGHT", "data")  # fmt: skip
-    tokens: int = setting(1_000_000, "tokens to train on", "data")
+    tokens: int = setting(1_000_000, "tokens to train on, counted each time they are", "data")
     context: int = setting(256, "tokens of a row, the special token included", "data")
     ring: int = setting(65_536, "tokens among which batches are shuffled", "data")
+    reuse: int = setting(1, "times that each token's activations are trained on before they leave the ring", "data")
     rows_per_harvest: int = setting(32, "rows that go through the host at once", "data")
     scale_tokens: int = setting(1_000_000, "tokens from which normalisation is estimated", "data")
 
@@ -49,14 +50,14 @@ class TrainConfig:
 
     sparsity: Sparsity = setting("tanh", "jumprelu's penalty: tanh of the activation, or l0 through the threshold", "objective")  # fmt: skip
     sparsity_c: float = setting(1.0, "c in tanh(c ||W_dec|| f)", "objective")
-    l0_start: float = setting(20.0, "jumprelu: L0 at the start, as a multiple of the target", "objective")
-    l0_ramp: float = setting(0.5, "jumprelu: share of the run over which the L0 asked for falls to the target", "objective")  # fmt: skip
+    l0_start: float = setting(20.0, "L0 at the start, as a multiple of the target", "objective")
+    l0_ramp: float = setting(0.5, "share of the run over which the L0 asked for falls to the target", "objective")  # fmt: skip
     eps: float = setting(0.5, "jumprelu: width of the straight-through window", "objective")
     threshold: float = setting(0.1, "jumprelu: thresholds at the start", "objective")
     dead_after: int = setting(1_000_000, "tokens of silence after which a feature counts as dead", "objective")
     revive: float = setting(3e-3, "weight of the pre-activation loss that revives dead features (jumprelu)", "objective")  # fmt: skip
     auxiliary: float = setting(1 / 32, "weight of the reconstruction by dead features (topk, batchtopk)", "objective")
-    auxiliary_k: int = setting(256, "dead features a token and layer that take part in it", "objective")
+    auxiliary_k: int = setting(32, "dead features a token and layer that take part in it", "objective")
 
     batch: int = setting(4096, "tokens a step and rank", "optimiser")
     accumulate: int = setting(1, "micro-batches a step; each has batch / accumulate tokens", "optimiser")
@@ -81,7 +82,16 @@ class TrainConfig:
     wandb: bool = setting(False, "also send the figures to Weights & Biases (extra: wandb)", "run")
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "ring", "rows_per_harvest", "scale_tokens", "n_features", "batch", "accumulate"):
+        for name in (
+            "tokens",
+            "ring",
+            "reuse",
+            "rows_per_harvest",
+            "scale_tokens",
+            "n_features",
+            "batch",
+            "accumulate",
+        ):
             self._at_least(name, 1)
         for name in ("checkpoint_every", "keep", "log_every", "eval_tokens", "dead_after", "auxiliary_k"):
             self._at_least(name, 1)

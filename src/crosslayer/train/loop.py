@@ -161,7 +161,10 @@ class Trainer:
         self.scale = Scale(*state["scale"]) if state else self._estimate_scale()
         self._factors = (self.scale.x_L[:, None].to(self.device), self.scale.y_L[:, None].to(self.device))
         stream_state = StreamState(*state["streams"][dist.rank()]) if state else None
-        self.stream = ActivationStream(self.rows, self.config.ring, self.config.rows_per_harvest, state=stream_state)
+        config = self.config
+        self.stream = ActivationStream(
+            self.rows, config.ring, config.rows_per_harvest, reuse=config.reuse, state=stream_state
+        )
         if state:
             self._load(state)
         else:
@@ -230,7 +233,7 @@ class Trainer:
             (terms.total / config.accumulate).backward()
             fired_LF += terms.fired_LF
             variance = (y_BLD - y_BLD.mean(0)).square().sum() / micro
-            values = (terms.total, terms.reconstruction, terms.sparsity, terms.revival, variance)
+            values = (terms.total.detach(), terms.reconstruction, terms.sparsity, terms.revival, variance)
             for name, value in zip(names, values, strict=True):
                 figures[name] += float(value) / config.accumulate
             self.density = terms.density

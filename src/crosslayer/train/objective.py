@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.clt.activations import in_window, step, top_mask
-from crosslayer.clt.sparse import Active
+from crosslayer.clt.activations import step, top_mask
+from crosslayer.clt.sparse import Active, sparse_pre, where
 from crosslayer.clt.transcoder import CLT
 from crosslayer.train import losses
 from crosslayer.train.config import TrainConfig
@@ -52,12 +52,14 @@ def compute(
 
     Args:
         coefficient: lambda of the sparsity term; JumpReLU and ReLU only.
-        running_l0, asked_l0: for the penalty on L0 itself.
+        running_l0, asked_l0: for the penalty on L0 itself; the second is also what top-k keeps.
         dead_LF: which features count as dead.
         sparse: take the sparse path.
     """
     n_tokens = x_BLD.shape[0]
-    f: list[Tensor | Active] = [*(clt.encode_sparse(x_BLD, config.eps) if sparse else clt.encode(x_BLD, config.eps))]
+    k = asked_l0 / (1 if config.scope == "all" else clt.config.n_layers) if clt.config.ranks else None
+    encode = clt.encode_sparse if sparse else clt.encode
+    f: list[Tensor | Active] = [*encode(x_BLD, config.eps, k)]
     yhat_BLD = clt.decode(f, x_BLD)
     fit = losses.reconstruction(yhat_BLD, y_BLD)
     sparsity = revival = fit.new_zeros(())
@@ -92,7 +94,7 @@ def _sparsity(
             with torch.no_grad():
                 z_BF = clt.pre(x_BLD[:, i], i)
                 theta = clt.threshold[i].to(z_BF.dtype)
-                token_K, feature_K = (in_window(z_BF, theta, config.eps) | (z_BF > theta)).nonzero(as_tuple=True)
+                token_K, feature_K = where(z_BF > theta - config.eps / 2)
             fired_K = step(z_BF[token_K, feature_K], clt.threshold[i][feature_K], config.eps)
             total = total + losses.l0_target(fired_K, running_l0, asked, n_tokens)
     return total
@@ -112,14 +114,17 @@ def _preactivation(clt: CLT, x_BLD: Tensor, dead_LF: Tensor) -> Tensor:
 
 def _auxiliary(clt: CLT, x_BLD: Tensor, residual_BLD: Tensor, dead_LF: Tensor, k: int) -> Tensor:
     """Reconstruction of what is left by the `k` most active dead features of each layer (Gao et al. 2024, arXiv:2406.04093)."""
-    left: list[Tensor] = [r * 0 for r in residual_BLD.unbind(1)]
+    left: list[Tensor] = list(torch.zeros_like(residual_BLD).unbind(1))
     for i, dead_F in enumerate(dead_LF):
         which = dead_F.nonzero()[:, 0]
-        if len(which):
-            W_FD = clt.W_enc[i][which]
-            pre_BF = F.linear(x_BLD[:, i].to(W_FD.dtype), W_FD) + clt.b_enc[i][which].to(W_FD.dtype)
-            f_BF = torch.where(top_mask(pre_BF.detach(), k), pre_BF, 0.0)
-            written_BSD = (f_BF @ clt.W_dec[i][which].flatten(1)).view(-1, *clt.W_dec[i].shape[1:])
-            for slot, part_BD in enumerate(written_BSD.unbind(1)):
-                left[i + slot] = left[i + slot] + part_BD
+        if not len(which):
+            continue
+        x_BD = x_BLD[:, i].to(clt.W_enc[i].dtype)
+        with torch.no_grad():
+            pre_BF = F.linear(x_BD, clt.W_enc[i][which]) + clt.b_enc[i][which]
+            token_K, row_K = where(top_mask(pre_BF, k))
+        value_K = sparse_pre(x_BD, clt.W_enc[i][which], clt.b_enc[i][which], pre_BF, token_K, row_K)
+        active = Active(token_K, which[row_K], value_K, (x_BD.shape[0], clt.config.n_features))
+        for slot, part_BD in enumerate(clt.decode_layer(active, i).unbind(1)):
+            left[i + slot] = left[i + slot] + part_BD
     return losses.reconstruction(torch.stack(left, dim=1), residual_BLD)

@@ -24,6 +24,7 @@ def stdlib() -> TrainConfig:
         batch=1024,
         ring=65_536,
         lr=2e-3,
+        host_precision="bf16",
         dead_after=100_000,
         checkpoint_every=500,
     )

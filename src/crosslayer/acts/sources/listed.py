@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from crosslayer.acts.documents import Document, Split, split_of, text_hash
 from crosslayer.core.errors import SourceError
 
 
+@runtime_checkable
 class Source(Protocol):
     """Text in documents, in an order that a seed and the number of the pass fix."""
 
