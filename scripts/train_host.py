@@ -117,7 +117,7 @@ def save_atomically(state: object, path: Path) -> None:
 
 def export(model: Qwen3ForCausalLM, tokenizer_file: Path, folder: Path, facts: dict) -> None:
     """Write the host folder: weights in bfloat16, tokenizer, model card."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype=torch.bfloat16).save_pretrained(folder)  # pyright: ignore
     model.generation_config.save_pretrained(folder)
     fast = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file), eos_token=EOT, pad_token=EOT, clean_up_tokenization_spaces=False
@@ -151,6 +151,7 @@ def main() -> None:
 
     tokenizer, tokens = load_tokens(args.out, args.vocab)
     eot = tokenizer.token_to_id(EOT)
+    assert eot is not None
     config = Qwen3Config(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=args.width,
@@ -165,7 +166,6 @@ def main() -> None:
         bos_token_id=None,
         eos_token_id=eot,
         pad_token_id=eot,
-        attn_implementation="sdpa",
     )
     model = Qwen3ForCausalLM(config).to(args.device)
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -21,6 +21,7 @@ def make(activation: str = "jumprelu", scope: str = "all", *, dtype: torch.dtype
     config = CLTConfig(
         n_layers=3, d_model=8, n_features=24, activation=activation, scope=scope, k=4 if ranks else None, **kwargs
     )
+    torch.manual_seed(0)
     clt = CLT(config, dtype=dtype)
     initialise(clt, seed=1, threshold=0.1)
     for parameters in (clt.b_dec, clt.b_enc, clt.W_skip):

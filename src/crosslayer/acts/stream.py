@@ -9,6 +9,7 @@ before they are replaced; it saves running the host. The state is a few numbers:
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,10 @@ class StreamState(NamedTuple):
     begun_at: Cursor
     skipped: int
     """Tokens of the first harvest from `begun_at` that belong to the turn before."""
+
+    def plain(self) -> list:
+        """As nested lists of numbers; `StreamState(*plain)` is the state again."""
+        return json.loads(json.dumps(self))
 
 
 def harvest(host: Host, rows_BT: Tensor) -> Activations:

@@ -89,7 +89,7 @@ def check_shape(host: Host, clt: CLT) -> None:
 
 @torch.no_grad()
 def measure_replacement(
-    host: Host, clt: CLT, batches: Sequence[Int[Tensor, "B T"]], on_progress: Callable[[int], None] = lambda n: None
+    host: Host, clt: CLT, batches: Sequence[Tensor], on_progress: Callable[[int], None] = lambda n: None
 ) -> Replacement:
     """Cross-entropies, KL(host || replacement) and top-1 agreement over the positions that features stand at."""
     n_skip = host.policy.n_skip

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from crosslayer.core.errors import HostError
+from crosslayer.core.errors import ConfigError, HostError
 from crosslayer.host.families import Family, family_of, input_site, output_site
 from crosslayer.records.policy import FirstPosition
 
@@ -180,8 +180,21 @@ def load_host(
     with _no_loading_bar():
         model = reading(shown, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True))
     tokenizer = reading(shown, lambda: AutoTokenizer.from_pretrained(where))
-    model.to(device).eval().requires_grad_(False)
+    model.to(choose_device(device)).eval().requires_grad_(False)
     return Host(model, tokenizer, shown, input_hook=input_hook, output_hook=output_hook, policy=policy)
+
+
+def choose_device(name: str) -> str:
+    """`auto` is cuda where there is one and cpu elsewhere; anything else must be there.
+
+    Raises:
+        ConfigError: for a device that PyTorch does not know or does not find.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda") or (name != "cpu" and not torch.cuda.is_available()):
+        raise ConfigError(f"device={name} is not to be had here; give cpu{', or cuda' * torch.cuda.is_available()}")
+    return name
 
 
 @contextmanager

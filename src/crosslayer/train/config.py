@@ -39,6 +39,7 @@ class TrainConfig:
     reuse: int = setting(1, "times that each token's activations are trained on before they leave the ring", "data")
     rows_per_harvest: int = setting(32, "rows that go through the host at once", "data")
     scale_tokens: int = setting(1_000_000, "tokens from which normalisation is estimated", "data")
+    calibration_tokens: int = setting(65_536, "tokens on which thresholds are set to the target L0 at the end", "data")
 
     n_features: int = setting(4096, "features a layer", "transcoder")
     activation: Activation = setting("jumprelu", "jumprelu, relu, topk or batchtopk; the last two are saved as jumprelu", "transcoder")  # fmt: skip

@@ -26,19 +26,19 @@ from crosslayer import dist
 from crosslayer.acts.rows import Documents, RowStream, held_out_rows
 from crosslayer.acts.scale import Scale, estimate_scale
 from crosslayer.acts.sources import Weighted, open_sources
-from crosslayer.acts.stream import ActivationStream, StreamState
+from crosslayer.acts.stream import ActivationStream, StreamState, harvest
 from crosslayer.clt.config import Provenance
 from crosslayer.clt.convert import to_jumprelu
 from crosslayer.clt.fold import fold
 from crosslayer.clt.formats import published
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
-from crosslayer.core.errors import CrosslayerError
+from crosslayer.core.errors import ConfigError, CrosslayerError
 from crosslayer.core.files import write_json, write_text
 from crosslayer.core.progress import Update, track
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.report import model_card
-from crosslayer.host.host import Host, load_host
+from crosslayer.host.host import Host, choose_device, load_host
 from crosslayer.records.evaluation import Evaluation
 from crosslayer.records.run import RunManifest
 from crosslayer.train import checkpoint
@@ -50,7 +50,6 @@ from crosslayer.train.run_folder import Log, check_same_config, locked, read_man
 from crosslayer.train.schedule import Controller, l0_asked, learning_rate
 from crosslayer.train.sinks import open_sinks
 
-CALIBRATION_TOKENS = 65_536
 BIAS_TOKENS = 8_192
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -100,7 +99,7 @@ def train(
         check_same_config(manifest.config, config.as_dict())
     elif dist.is_first():
         refuse_unless_new(run)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = choose_device(config.device)
     host = host or load_host(
         config.model,
         dtype=DTYPES[config.host_precision],
@@ -109,9 +108,13 @@ def train(
         output_hook=config.output_hook,
         policy=config.policy,
     )
+    if config.context > host.max_positions:
+        raise ConfigError(
+            f"context={config.context} exceeds that of {host.name}, {host.max_positions}; lower --context"
+        )
     check_fits(make_plan(config, _shape(host)), config, run)
     sources = open_sources(config.text)
-    held_out = held_out_rows(host, sources, min(config.context, host.max_positions), config.eval_tokens)
+    held_out = held_out_rows(host, sources, config.context, config.eval_tokens)
     with _locked_by_first(run):
         trainer = Trainer(config, run, host, sources, device, console)
         trainer.prepare(resume, step)
@@ -293,24 +296,28 @@ class Trainer:
 
     def _evaluate_on_the_way(self, held_out: Tensor) -> None:
         if dist.is_first():
-            clt = self.in_host_units(self.stream.peek(min(self.config.ring, 16_384)).x_BLD)
+            clt = self.in_host_units()
             e = evaluate_rows(
                 self.host, clt, held_out[:64], [s.source.name for s in self.sources], replacement_tokens=4096
             )
             self.log.write({"step": self.step, "eval": e.model_dump(exclude={"density_log10_edges", "sources"})})
         dist.barrier()
 
-    def in_host_units(self, x_BLD: Tensor) -> CLT:
-        """The transcoder as it is now, as JumpReLU at the target L0 of these inputs, normalisation folded in."""
-        clt = self.clt
+    def in_host_units(self) -> CLT:
+        """The transcoder as it is now, as JumpReLU at the target L0 of training text, normalisation folded in."""
+        clt, config = self.clt, self.config
         if clt.config.activation != "relu":
-            batches = (x.to(self.device).float() * self._factors[0] for x in x_BLD.split(2048))
+            # Another order than training's, so that the tokens come from everywhere.
+            rows = RowStream(self.host, Documents(self.sources, "train", config.seed + 1), config.context)
+            n_harvests = -(-config.calibration_tokens // (config.rows_per_harvest * (config.context - config.n_skip)))
+            harvests = (harvest(self.host, rows.rows(config.rows_per_harvest)).x_BLD for _ in range(n_harvests))
+            batches = (x.float() * self._factors[0] for h in harvests for x in h.split(2048))
             clt = to_jumprelu(clt, batches, self.target)
         return fold(clt, self.scale.x_L, self.scale.y_L)
 
     def finish(self, held_out: Tensor) -> Trained:
         """Convert, fold, save, measure."""
-        clt = self.in_host_units(self.stream.peek(min(self.config.ring, CALIBRATION_TOKENS)).x_BLD)
+        clt = self.in_host_units()
         self.save()
         names = [s.source.name for s in self.sources]
         provenance = Provenance(
@@ -342,7 +349,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint of this step."""
-        streams = dist.gather_objects(tuple(self.stream.state))
+        streams = dist.gather_objects(self.stream.state.plain())
         if dist.is_first():
             state = {
                 "step": self.step,

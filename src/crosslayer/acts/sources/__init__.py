@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from crosslayer.acts.documents import text_hash
+from crosslayer.acts.documents import Document, pieces, text_hash
 from crosslayer.acts.sources.hub import HubSource
 from crosslayer.acts.sources.listed import ListedSource, Source
 from crosslayer.acts.sources.local import local_documents
@@ -38,7 +38,11 @@ def open_source(name: str) -> Source:
     """
     if name.startswith("hf:"):
         return HubSource(name)
-    documents = list(stdlib_documents()) if name == "stdlib" else list(local_documents(Path(name)))
+    if name == "stdlib":
+        # Pieces of a module keep its name, so that they stay on its side of the split.
+        documents = [Document(d.id, piece) for d in stdlib_documents() for piece in pieces(d.text)]
+    else:
+        documents = list(local_documents(Path(name)))
     unique = list({text_hash(d.text): d for d in documents}.values())
     if not unique:
         raise SourceError(f"{name} holds no text; give a file or folder of .txt, .md, .jsonl, .parquet or source code")

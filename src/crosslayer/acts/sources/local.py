@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from crosslayer.acts.documents import Document, text_hash
+from crosslayer.acts.documents import Document, pieces, text_hash
 from crosslayer.core.errors import SourceError
 
 TEXT_SUFFIXES = frozenset(
@@ -33,8 +33,6 @@ TEXT_SUFFIXES = frozenset(
     }
 )
 SKIPPED_FOLDERS = frozenset({".git", "node_modules", "__pycache__", ".venv"})
-PIECE_CHARACTERS = 20_000
-"""A plain text longer than this is cut at blank lines into documents of about this size, so that one book can be split."""
 
 
 def local_documents(path: Path) -> Iterator[Document]:
@@ -71,15 +69,7 @@ def _plain(path: Path) -> Iterator[str]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
-    piece: list[str] = []
-    size = 0
-    for paragraph in text.split("\n\n"):
-        piece.append(paragraph)
-        size += len(paragraph) + 2
-        if size >= PIECE_CHARACTERS:
-            yield "\n\n".join(piece)
-            piece, size = [], 0
-    yield "\n\n".join(piece)
+    yield from pieces(text)
 
 
 def _text_of(record: object, where: str) -> str:

@@ -1,0 +1,198 @@
+"""The commands as a stranger types them: they work on any folder of a model and of text, and bad input ends in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tiny
+from crosslayer.cli.main import main
+
+QUICK = [
+    *("--tokens", "3000", "--batch", "200", "--ring", "512", "--context", "33", "--rows-per-harvest", "8"),
+    *(
+        "--scale-tokens",
+        "500",
+        "--calibration-tokens",
+        "2000",
+        "--n-features",
+        "64",
+        "--eval-tokens",
+        "1000",
+        "--l0-per-layer",
+        "4",
+    ),
+]
+
+
+def crosslayer(*args: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "160"} | (env or {})
+    command = [sys.executable, "-m", "crosslayer", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_llama_and_a_folder_of_text_give_a_transcoder_with_no_code(tmp_path: Path, text_folder: Path):
+    model = tiny.write_host(tmp_path / "llama", "llama")
+    done = crosslayer("train", "--model", model, "--text", text_folder, *QUICK, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "FVU" in done.stdout
+    assert "loss recovered" in done.stdout
+    looked = crosslayer("inspect", tmp_path / "run")
+    assert looked.returncode == 0
+    for words in ("3 × 64 × 16", "jumprelu", "mlp.hook_in, mlp.hook_out", str(model)):
+        assert words in looked.stdout
+    out = tmp_path / "again.json"
+    measured = crosslayer("eval", tmp_path / "run", "--tokens", "1000", "--context", "33", "-o", out)
+    assert measured.returncode == 0, measured.stderr
+    saved = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert json.loads(out.read_text())["fvu"] == pytest.approx(saved["fvu"], rel=1e-4)
+    tensors = load_file(tmp_path / "run" / "clt" / "W_dec_1.safetensors")
+    save_file({"W_dec_1": tensors["W_dec_1"][:-1].contiguous()}, tmp_path / "run" / "clt" / "W_dec_1.safetensors")
+    broken = crosslayer("inspect", tmp_path / "run")
+    assert broken.returncode == 2
+    assert "W_dec_1 has shape (63, 2, 16), expected (64, 2, 16)" in broken.stderr
+
+
+def test_plan_needs_no_weights(host_folder: Path, tmp_path: Path, here):
+    (tmp_path / "config.json").write_text((host_folder / "config.json").read_text())
+    done = crosslayer(
+        "plan", "--model", tmp_path, "--text", "x", "--n-features", "1000", "--l0", "10", "--flops", "1e11"
+    )
+    assert done.returncode == 0, done.stderr
+    parameters = 3 * 1000 * 16 + 6 * 1000 * 16 + 3 * (1000 + 1000 + 16)
+    assert f"{parameters:,}" in done.stdout
+    assert "1,000,000 tokens at 100 GFLOP/s" in done.stdout
+
+
+def test_help_explains_every_flag(here):
+    for verb in ("train", "plan", "eval", "inspect", "quickstart"):
+        done = here(verb, "--help")
+        assert done.returncode == 0
+        flags = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("-")]
+        assert flags
+    text = " ".join(here("train", "--help").stdout.split())
+    for words in ("target: active features a token", "Adam's", "steps between checkpoints", "--no-cross-layer"):
+        assert words in text
+
+
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """The command in this process, without the seconds that importing torch takes."""
+
+    def run(*args: str | Path) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["crosslayer", *map(str, args)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+BAD = {
+    "no such model": (["--model", "no/such-model"], "no model 'no/such-model'"),
+    "no such text": (["--text", "/no/such/text"], "no text at /no/such/text"),
+    "empty source": (["--text", "{empty}"], "holds no text"),
+    "unreadable source": (["--text", "{broken}"], "line 1, is not JSON"),
+    "no family": (["--model", "{bloom}"], "is a 'bloom' model, a family"),
+    "target too high": (["--l0-per-layer", "65"], "a target L0 of 195 exceeds the 192 features"),
+    "two targets": (["--l0", "5"], "give the target L0 once"),
+    "memory": (["--n-features", "3000000000"], "lower --batch"),
+    "a word for a number": (["--tokens", "many"], "'many' is not a valid integer"),
+    "no such flag": (["--tokns", "5"], "No such option"),
+    "no such choice": (["--activation", "gelu"], "'gelu' is not one of"),
+    "out in use": (["--out", "{filled}"], "is not empty; give another --out"),
+    "out is a file": (["--out", "{empty}"], "is a file; give a folder"),
+    "context": (["--context", "9999"], "context=9999 exceeds that of"),
+    "device": (["--device", "tpu"], "device=tpu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    name: str, host_folder: Path, text_folder: Path, tmp_path: Path, here
+):
+    (tmp_path / "filled").mkdir()
+    (tmp_path / "filled" / "mine.txt").write_text("mine")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "bloom").mkdir()
+    (tmp_path / "bloom" / "config.json").write_text('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}')
+    places = {
+        "filled": tmp_path / "filled", "empty": tmp_path / "empty.txt", "broken": tmp_path / "broken.jsonl",
+        "bloom": tmp_path / "bloom",
+    }  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    changed, words = BAD[name]
+    given = {"--model": str(host_folder), "--text": str(text_folder), "--out": str(tmp_path / "run")}
+    given |= dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+    given |= {flag: value.format(**places) for flag, value in zip(changed[::2], changed[1::2], strict=True)}
+    done = here("train", *[part for pair in given.items() for part in pair])
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("crosslayer: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_verbs_name_what_is_wrong(tmp_path: Path, here):
+    for args, words in (
+        (["eval", tmp_path, "--text", "stdlib"], "no config.yaml"),
+        (["eval", tmp_path / "no"], "no text was given"),
+        (["inspect", tmp_path / "no"], "no folder"),
+        (["train", "--resume", tmp_path], "no run.json"),
+        (["train", "--text", "stdlib", "--l0", "5"], "give --out"),
+        (["plan", "--model", tmp_path, "--text", "x", "--l0", "5"], "cannot be read as a Hugging Face"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ):
+        done = here(*args)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), (args, done.stderr)
+        assert words in done.stderr, done.stderr
+
+
+def test_ctrl_c_saves_says_so_and_the_run_goes_on(host_folder: Path, text_folder: Path, tmp_path: Path):
+    args = [
+        "train",
+        "--model",
+        host_folder,
+        "--text",
+        text_folder,
+        *QUICK,
+        "--tokens",
+        "200000",
+        "--out",
+        tmp_path / "run",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crosslayer", *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on with --resume" in err.splitlines()[-1]
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    refused = crosslayer("train", "--resume", tmp_path / "run", "--lr", "0.5")
+    assert refused.returncode == 2
+    assert "begun with lr=" in refused.stderr
