@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -115,6 +116,38 @@ def save_atomically(state: object, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def model_card(config: Qwen3Config, facts: dict) -> str:
+    """The host's card; every figure is one of `facts`."""
+    return f"""---
+library_name: transformers
+license: psf-2.0
+tags: [qwen3, code, tiny]
+---
+
+# stdlib-qwen3
+
+A small language model that ships with crosslayer, so that everything can be tried without network or GPU. Qwen3 architecture,
+{config.num_hidden_layers} layers of width {config.hidden_size}, MLPs of {config.intermediate_size}, {config.num_attention_heads} heads
+({config.num_key_value_heads} for keys and values), context {config.max_position_embeddings}; {facts["parameters"]:,} parameters in bfloat16; a
+byte-level BPE tokenizer of its own with {config.vocab_size:,} tokens, of which `{EOT}`, the last, begins every text.
+
+| | |
+|---|---|
+| held-out loss | {facts["held_out_nats_per_token"]} nats a token (perplexity {facts["perplexity"]}) over {facts["held_out_tokens"]:,} tokens |
+| trained on | {facts["training_tokens_seen"]:,} tokens, {facts["training_tokens_distinct"]:,} of them distinct |
+| steps, time | {facts["steps"]:,} steps, {facts["minutes"]} minutes on {facts["machine"]} |
+| data | the sources of the standard library of Python {facts["python"]}, and its tests |
+| held out | a tenth of the library's modules, by hash of their path |
+
+```sh
+python scripts/train_host.py --out DIR {facts["command"]}
+```
+
+It knows Python's surface: it closes brackets, continues indentation, writes `self` where a method's arguments begin, and copies names that
+it has seen. It was trained on code alone and is of no use for anything but experiments.
+"""
+
+
 def export(model: Qwen3ForCausalLM, tokenizer_file: Path, folder: Path, facts: dict) -> None:
     """Write the host folder: weights in bfloat16, tokenizer, model card."""
     model.to(dtype=torch.bfloat16).save_pretrained(folder)  # pyright: ignore
@@ -124,6 +157,7 @@ def export(model: Qwen3ForCausalLM, tokenizer_file: Path, folder: Path, facts: d
     )
     fast.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(model.config, facts))
 
 
 def main() -> None:
@@ -254,7 +288,11 @@ def main() -> None:
         "minutes": round(spent_s / 60, 1),
         "steps": step,
         "perplexity": round(math.exp(loss), 3),
-        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("out", "finish")},
+        "python": platform.python_version(),
+        "machine": f"{os.cpu_count()} CPU cores" if args.device == "cpu" else torch.cuda.get_device_name(),
+        "command": " ".join(
+            f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items() if k not in ("out", "finish")
+        ),
     }
     export(model, args.out / "tokenizer.json", args.out / "host", facts)
     print(json.dumps(facts, indent=2))

@@ -10,7 +10,7 @@ The functions are elementwise, so they serve a matrix with a threshold a column 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,16 +73,22 @@ def top_mask(score_BF: Float[Tensor, "B F"], k: int) -> Bool[Tensor, "B F"]:
     return torch.zeros_like(score_BF, dtype=torch.bool).scatter_(1, index, values > 0)
 
 
-def batch_top(pre: Sequence[Float[Tensor, "B F"]], norms: Sequence[Float[Tensor, " F"]], k: float) -> list[Entries]:
+def batch_top(
+    pre: Sequence[Float[Tensor, "B F"]],
+    norms: Sequence[Float[Tensor, " F"]],
+    k: float,
+    exact: Callable[[int, Entries], Float[Tensor, " K"]] | None = None,
+) -> list[Entries]:
     """BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) over several layers: the `k` B largest positive scores of them all.
 
-    Exact, and one pass over the entries: the scores of some tokens tell a bound that about twice as many entries exceed as
-    are wanted, and only those are ranked. Where the bound misled, everything positive is.
+    One pass over the entries: the scores of some tokens tell a bound that about twice as many entries exceed as are wanted,
+    and only those are ranked. Where the bound misled, everything positive is.
 
     Args:
-        pre: pre-activations of each layer.
+        pre: pre-activations of each layer; coarse ones do, if `exact` is given.
         norms: what they are multiplied by to be ranked.
         k: entries a token, on average.
+        exact: gives the pre-activations of some entries of a layer, to rank by.
     """
     n_tokens = pre[0].shape[0]
     wanted = max(1, round(k * n_tokens))
@@ -91,11 +97,13 @@ def batch_top(pre: Sequence[Float[Tensor, "B F"]], norms: Sequence[Float[Tensor,
     rank = min(sample.numel(), 1 + round(2.0 * k * len(pre[0][some])))
     smallest = torch.finfo(sample.dtype).tiny
     bound = sample.kthvalue(sample.numel() - rank + 1).values.clamp(min=smallest).item()
+    entries, scores = list[Entries](), list[Tensor]()
     for least in (bound, smallest):
-        entries = [where(z >= least / norm) for z, norm in zip(pre, norms, strict=True)]
-        scores = [z[e] * norm[e.feature_K] for z, norm, e in zip(pre, norms, entries, strict=True)]
-        every = torch.cat(scores)
-        if every.numel() >= wanted:
-            cut = every.kthvalue(every.numel() - wanted + 1).values
-            return [Entries(*(axis[s >= cut] for axis in e)) for e, s in zip(entries, scores, strict=True)]
-    return entries
+        entries = [where(z >= (least / norm).to(z.dtype)) for z, norm in zip(pre, norms, strict=True)]
+        values = [exact(i, e) if exact else z[e] for i, (z, e) in enumerate(zip(pre, entries, strict=True))]
+        scores = [v * norm[e.feature_K] for v, norm, e in zip(values, norms, entries, strict=True)]
+        if sum(s.numel() for s in scores) >= wanted:
+            break
+    every = torch.cat(scores)
+    cut = every.kthvalue(every.numel() - wanted + 1).values if every.numel() >= wanted else every.new_tensor(smallest)
+    return [Entries(*(axis[s >= cut] for axis in e)) for e, s in zip(entries, scores, strict=True)]

@@ -51,12 +51,11 @@ def sparse_pre(
     x_BD: Float[Tensor, "B D"],
     W_FD: Float[Tensor, "F D"],
     b_F: Float[Tensor, " F"],
-    pre_BF: Float[Tensor, "B F"],
-    token_K: Int[Tensor, " K"],
-    feature_K: Int[Tensor, " K"],
+    entries: Entries,
+    pre_BF: Float[Tensor, "B F"] | None = None,
 ) -> Float[Tensor, " K"]:
-    """Entries of the pre-activation `pre_BF` = x W^T + b, with gradients that touch those entries alone."""
-    return _SparsePre.apply(x_BD, W_FD, b_F, pre_BF, token_K, feature_K)  # type: ignore[return-value]
+    """These entries of the pre-activation x W^T + b, with gradients that touch them alone; read off `pre_BF` if it is given."""
+    return _SparsePre.apply(x_BD, W_FD, b_F, pre_BF, *entries)  # type: ignore[return-value]
 
 
 def sparse_decode(active: Active, W_FD: Float[Tensor, "F D"]) -> Float[Tensor, "B D"]:
@@ -91,9 +90,13 @@ def sampled_products(
 
 class _SparsePre(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, pre: Tensor, token: Tensor, feature: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor, pre: Tensor | None, token: Tensor, feature: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, W, token, feature)
-        return pre[token, feature]
+        if pre is not None:
+            return pre[token, feature]
+        return sampled_products(x, W, token, feature, W.shape[0]) + b[feature]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ the same gradients; the second costs what its entries cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,14 @@ from crosslayer.clt.sparse import Active, Entries, sparse_decode, sparse_pre, wh
 
 DEFAULT_EPS = 0.5
 """Width of the straight-through window, in units of normalised pre-activations."""
+
+
+@cache
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class CLT(nn.Module):
@@ -94,16 +103,35 @@ class CLT(nn.Module):
         """
         x_LBD = [x_BD.to(self.W_enc[0].dtype) for x_BD in x_BLD.unbind(1)]
         window = eps if torch.is_grad_enabled() else 0.0
+        pre: list[Tensor] | None = None
         with torch.no_grad():
-            pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_LBD)]
-            places = self.firing(pre, k, window)
+            if self._finds_coarsely(x_LBD[0].device):
+                places = self._candidates_in_bfloat16(x_LBD, k)
+            else:
+                pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_LBD)]
+                places = self.firing(pre, k, window)
         active = []
-        for i, (x_BD, z_BF, (token_K, feature_K)) in enumerate(zip(x_LBD, pre, places, strict=True)):
-            value_K = sparse_pre(x_BD, self.W_enc[i], self.b_enc[i], z_BF, token_K, feature_K)
+        for i, (x_BD, entries) in enumerate(zip(x_LBD, places, strict=True)):
+            value_K = sparse_pre(x_BD, self.W_enc[i], self.b_enc[i], entries, pre[i] if pre else None)
             if self.config.activation == "jumprelu":
-                value_K = jumprelu(value_K, self.threshold[i][feature_K].to(value_K.dtype), eps)
-            active.append(Active(token_K, feature_K, value_K, (z_BF.shape[0], z_BF.shape[1])))
+                value_K = jumprelu(value_K, self.threshold[i][entries.feature_K].to(value_K.dtype), eps)
+            active.append(Active(*entries, value_K, (x_BD.shape[0], self.config.n_features)))
         return active
+
+    def _finds_coarsely(self, device: torch.device) -> bool:
+        c = self.config
+        ranks = c.activation == "batchtopk" and c.scope == "all"
+        return ranks and self.W_enc[0].dtype == torch.float32 and bfloat16_is_fast(device)
+
+    def _candidates_in_bfloat16(self, x_LBD: list[Tensor], k: float | None) -> list[Entries]:
+        """BatchTopK whose candidates are found by a bfloat16 product, and ranked by exact values."""
+        half, chosen = torch.bfloat16, k or self.config.k
+        assert chosen is not None
+        layers = zip(x_LBD, self.W_enc, self.b_enc, strict=True)
+        pre = [F.linear(x.to(half), w.to(half)).add_(b.to(half)) for x, w, b in layers]
+        norms = [self.decoder_norm(i) for i in range(self.config.n_layers)]
+        exact = lambda i, e: sparse_pre(x_LBD[i], self.W_enc[i], self.b_enc[i], e)  # noqa: E731
+        return batch_top(pre, norms, chosen, exact)
 
     @torch.no_grad()
     def firing(self, pre: Sequence[Float[Tensor, "B F"]], k: float | None = None, window: float = 0.0) -> list[Entries]:

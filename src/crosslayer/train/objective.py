@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosslayer.clt.activations import step, top_mask
-from crosslayer.clt.sparse import Active, sparse_pre, where
+from crosslayer.clt.sparse import Active, Entries, sparse_pre, where
 from crosslayer.clt.transcoder import CLT
 from crosslayer.train import losses
 from crosslayer.train.config import TrainConfig
@@ -123,8 +123,9 @@ def _auxiliary(clt: CLT, x_BLD: Tensor, residual_BLD: Tensor, dead_LF: Tensor, k
         with torch.no_grad():
             pre_BF = F.linear(x_BD, clt.W_enc[i][which]) + clt.b_enc[i][which]
             token_K, row_K = where(top_mask(pre_BF, k))
-        value_K = sparse_pre(x_BD, clt.W_enc[i][which], clt.b_enc[i][which], pre_BF, token_K, row_K)
-        active = Active(token_K, which[row_K], value_K, (x_BD.shape[0], clt.config.n_features))
+            entries = Entries(token_K, which[row_K])
+        value_K = sparse_pre(x_BD, clt.W_enc[i], clt.b_enc[i], entries)
+        active = Active(*entries, value_K, (x_BD.shape[0], clt.config.n_features))
         for slot, part_BD in enumerate(clt.decode_layer(active, i).unbind(1)):
             left[i + slot] = left[i + slot] + part_BD
     return losses.reconstruction(torch.stack(left, dim=1), residual_BLD)

@@ -16,17 +16,21 @@ def stdlib() -> TrainConfig:
     """The quickstart: the shipped host, the standard library, a few minutes on two cores."""
     return TrainConfig(
         model="stdlib-qwen3",
+        host_precision="bf16",
         text=("stdlib",),
-        tokens=800_000,
+        tokens=1_500_000,
+        reuse=2,
         n_features=1536,
         activation="batchtopk",
         l0_per_layer=8.0,
-        batch=1024,
-        ring=65_536,
-        lr=2e-3,
-        host_precision="bf16",
-        dead_after=100_000,
-        checkpoint_every=500,
+        l0_start=8.0,
+        l0_ramp=0.4,
+        dead_after=20_000,
+        auxiliary=0.1,
+        batch=512,
+        lr=4e-3,
+        clip=0.0,
+        checkpoint_every=1000,
     )
 
 
