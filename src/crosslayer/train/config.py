@@ -59,6 +59,7 @@ class TrainConfig:
     revive: float = setting(3e-3, "weight of the pre-activation loss that revives dead features (jumprelu)", "objective")  # fmt: skip
     auxiliary: float = setting(1 / 32, "weight of the reconstruction by dead features (topk, batchtopk)", "objective")
     auxiliary_k: int = setting(32, "dead features a token and layer that take part in it", "objective")
+    auxiliary_every: int = setting(1, "steps from one such reconstruction to the next", "objective")
 
     batch: int = setting(4096, "tokens a step and rank", "optimiser")
     accumulate: int = setting(1, "micro-batches a step; each has batch / accumulate tokens", "optimiser")
@@ -94,7 +95,15 @@ class TrainConfig:
             "accumulate",
         ):
             self._at_least(name, 1)
-        for name in ("checkpoint_every", "keep", "log_every", "eval_tokens", "dead_after", "auxiliary_k"):
+        for name in (
+            "checkpoint_every",
+            "keep",
+            "log_every",
+            "eval_tokens",
+            "dead_after",
+            "auxiliary_k",
+            "auxiliary_every",
+        ):
             self._at_least(name, 1)
         for name in ("n_skip", "eval_every", "clip", "revive", "auxiliary", "warmup", "decay", "l0_ramp", "seed"):
             self._at_least(name, 0)

@@ -222,6 +222,7 @@ class Trainer:
         for group, base in zip(self.optimiser.param_groups, self.base_lr, strict=False):
             group["lr"] = base * learning_rate((self.step + 1) / (self.steps + 1), config.warmup, config.decay)
         dead_LF = self.silent_LF >= config.dead_after
+        revive_LF = dead_LF & (not self.clt.config.ranks or self.step % config.auxiliary_every == 0)
         sparse = self.clt.config.ranks or self.density < SPARSE_BELOW[self.device]
         fired_LF = torch.zeros_like(self.silent_LF)
         names = ("loss", "reconstruction", "sparsity", "revival", "variance")
@@ -231,7 +232,7 @@ class Trainer:
             x_BLD, y_BLD = self._batch(micro)
             terms = compute(
                 self.clt, x_BLD, y_BLD, config,
-                coefficient=coefficient, running_l0=self.controller.running_l0, asked_l0=asked, dead_LF=dead_LF, sparse=sparse,
+                coefficient=coefficient, running_l0=self.controller.running_l0, asked_l0=asked, dead_LF=revive_LF, sparse=sparse,
             )  # fmt: skip
             (terms.total / config.accumulate).backward()
             fired_LF += terms.fired_LF
