@@ -152,6 +152,12 @@ def test_another_config_is_refused_on_resume(tiny_config, finished: Path):
         train(replace(tiny_config, lr=0.1), finished, resume=True)
 
 
+def test_another_number_of_ranks_is_refused_on_resume(tiny_config, finished: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crosslayer.dist.world_size", lambda: 2)
+    with pytest.raises(RunError, match="trained by 1 ranks, not 2; resume it with as many"):
+        train(tiny_config, finished, resume=True)
+
+
 def test_folders_in_use_finished_or_filled_are_refused(tiny_config, finished: Path, tmp_path: Path):
     with pytest.raises(RunError, match="holds a run already"):
         train(tiny_config, finished)

@@ -92,19 +92,17 @@ class ActivationStream:
     def _fill(self) -> None:
         """Fill the ring for the turn that is about to begin, remembering where its text began."""
         turn = self._served // self.size
-        self._turn_begins()
+        self._begun = self._mark()
         self._write(self._permutation(turn - 1))
         self._order = self._permutation(turn)
         # What refills this turn's slots begins the next turn.
         self._next = self._mark()
 
     def _mark(self) -> tuple[Cursor, int]:
+        """Where the next token to be written comes from: a cursor before its harvest, and its place therein."""
         if self._pending_used == self._pending.x_BLD.shape[0]:
             return self.rows.cursor, 0
         return self._pending_cursor, self._pending_used
-
-    def _turn_begins(self) -> None:
-        self._begun = self._mark()
 
     def _write(self, slots: Tensor) -> None:
         """Put the next tokens harvested into these slots."""

@@ -33,7 +33,7 @@ from crosslayer.clt.fold import fold
 from crosslayer.clt.formats import published
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
-from crosslayer.core.errors import ConfigError, CrosslayerError
+from crosslayer.core.errors import ConfigError, CrosslayerError, RunError
 from crosslayer.core.files import write_json, write_text
 from crosslayer.core.progress import Update, track
 from crosslayer.eval.evaluate import evaluate_rows
@@ -152,6 +152,9 @@ class Trainer:
     def prepare(self, resume: bool, step: int | None) -> None:
         """Bring normalisation, ring and weights to where the run begins or goes on."""
         state = checkpoint.load(self.run, step) if resume else None
+        if state and len(state["streams"]) != dist.world_size():
+            ranks = len(state["streams"])
+            raise RunError(f"{self.run} was trained by {ranks} ranks, not {dist.world_size()}; resume it with as many")
         if resume:
             self.manifest = read_manifest(self.run)
             self.manifest.state = "training"
