@@ -10,10 +10,9 @@ import torch
 
 import tiny
 from crosslayer.acts.rows import Cursor, Documents, RowStream, held_out_rows
-from crosslayer.acts.scale import Norms
 from crosslayer.acts.sources import open_sources
 from crosslayer.acts.stream import ActivationStream, StreamState, harvest
-from crosslayer.core.errors import HostError, SourceError
+from crosslayer.core.errors import SourceError
 from crosslayer.host.host import Host
 
 CONTEXT = 17
@@ -104,23 +103,3 @@ def test_reused_tokens_are_served_once_a_turn_in_another_order(host: Host, text_
     assert torch.equal(turns[2].sort().values, turns[3].sort().values)
     assert not torch.equal(turns[0], turns[1])
     assert not torch.equal(turns[0].sort().values, turns[2].sort().values)
-
-
-def test_norms_become_sqrt_d_without_massive_activations(host: Host):
-    torch.manual_seed(0)
-    x_BLD = torch.randn(500, host.n_layers, host.d_model) * 3
-    y_BLD = torch.randn(500, host.n_layers, host.d_model) * 0.1
-    usual = Norms(host)
-    usual.add(x_BLD, y_BLD)
-    scale = usual.scale()
-    torch.testing.assert_close(
-        (x_BLD * scale.x_L[:, None]).norm(dim=2).mean(0), torch.full((host.n_layers,), host.d_model**0.5)
-    )
-    x_BLD[7] *= 1e4
-    massive = Norms(host)
-    massive.add(x_BLD, y_BLD)
-    torch.testing.assert_close(massive.scale().x_L, scale.x_L, rtol=0.02, atol=0.0)
-    dead = Norms(host)
-    dead.add(x_BLD * 0, y_BLD)
-    with pytest.raises(HostError, match="layer 0 reads or writes zeros"):
-        dead.scale()

@@ -14,10 +14,12 @@ from crosslayer.clt.fold import fold
 def test_fold_is_exact_in_float64(cross_layer: bool):
     clt, x_BLD = make(skip=True, cross_layer=cross_layer), inputs()
     x_L, y_L = torch.tensor([0.3, 2.0, 7.0], dtype=torch.float64), torch.tensor([5.0, 0.1, 1.7], dtype=torch.float64)
-    folded = fold(clt, x_L, y_L)
-    own = clt(x_BLD * x_L[:, None]) / y_L[:, None]
+    axes_LDD = torch.linalg.qr(torch.randn(3, 8, 8, dtype=torch.float64)).Q
+    folded = fold(clt, x_L, y_L, axes_LDD)
+    trained_on = torch.einsum("bld,lde->ble", x_BLD * x_L[:, None], axes_LDD)
+    own = clt(trained_on) / y_L[:, None]
     torch.testing.assert_close(folded(x_BLD), own, rtol=1e-12, atol=1e-12)
-    for one, other in zip(folded.encode(x_BLD), clt.encode(x_BLD * x_L[:, None]), strict=True):
+    for one, other in zip(folded.encode(x_BLD), clt.encode(trained_on), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 

@@ -38,7 +38,7 @@ class TrainConfig:
     ring: int = setting(65_536, "tokens among which batches are shuffled", "data")
     reuse: int = setting(1, "times that each token's activations are trained on before they leave the ring", "data")
     rows_per_harvest: int = setting(32, "rows that go through the host at once", "data")
-    scale_tokens: int = setting(1_000_000, "tokens from which normalisation is estimated", "data")
+    scale_tokens: int = setting(1_000_000, "tokens from which norms and axes are estimated", "data")
     calibration_tokens: int = setting(65_536, "tokens on which thresholds are set to the target L0 at the end", "data")
 
     n_features: int = setting(4096, "features a layer", "transcoder")

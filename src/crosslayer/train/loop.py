@@ -24,9 +24,9 @@ from torch import Tensor
 
 from crosslayer import dist
 from crosslayer.acts.rows import Documents, RowStream, held_out_rows
-from crosslayer.acts.scale import Scale, estimate_scale
 from crosslayer.acts.sources import Weighted, open_sources
 from crosslayer.acts.stream import ActivationStream, StreamState, harvest
+from crosslayer.acts.units import Units, estimate_units
 from crosslayer.clt.config import Provenance
 from crosslayer.clt.convert import to_jumprelu
 from crosslayer.clt.fold import fold
@@ -164,8 +164,7 @@ class Trainer:
             if state:
                 checkpoint.drop_after(self.run, state["step"])
         self.sinks = open_sinks(self.config, self.run) if dist.is_first() else []
-        self.scale = Scale(*state["scale"]) if state else self._estimate_scale()
-        self._factors = (self.scale.x_L[:, None].to(self.device), self.scale.y_L[:, None].to(self.device))
+        self.units = (Units(*state["units"]) if state else self._estimate_units()).to(self.device)
         stream_state = StreamState(*state["streams"][dist.rank()]) if state else None
         config = self.config
         self.stream = ActivationStream(
@@ -177,18 +176,21 @@ class Trainer:
             initialise(self.clt, self.config.seed, self.config.threshold)
             if not self.clt.config.ranks:
                 share = self.start_l0 / (self.host.n_layers * self.config.n_features)
-                x_BLD = self.stream.peek(BIAS_TOKENS).x_BLD.to(self.device).float() * self._factors[0]
-                set_bias_for_density(self.clt, x_BLD, share)
+                set_bias_for_density(self.clt, self.units.inputs(self.stream.peek(BIAS_TOKENS).x_BLD), share)
                 dist.copy_from_first(self.clt.parameters())
 
-    def _estimate_scale(self) -> Scale:
+    def _estimate_units(self) -> Units:
         documents = Documents(self.sources, "train", self.config.seed)
         n_tokens = min(self.config.scale_tokens, _tokens_there_are(self.host, self.sources, self.config.scale_tokens))
         rows = RowStream(self.host, documents, self.config.context)
         with track(self.console, "normalise", n_tokens) as update:
-            return estimate_scale(
+            units = estimate_units(
                 self.host, rows.rows, n_tokens, self.config.rows_per_harvest, lambda done: update(min(done, n_tokens))
             )
+        # Eigenvectors have no sign of their own: ranks must not differ in it.
+        units = units.to(self.device)
+        dist.copy_from_first(units)
+        return units
 
     def run_steps(self, held_out: Tensor) -> None:
         """Train until the last step.
@@ -267,8 +269,7 @@ class Trainer:
 
     def _batch(self, n: int) -> tuple[Tensor, Tensor]:
         x_BLD, y_BLD = self.stream.batch(n)
-        scale_x, scale_y = self._factors
-        return x_BLD.to(self.device).float() * scale_x, y_BLD.to(self.device).float() * scale_y
+        return self.units.inputs(x_BLD), self.units.outputs(y_BLD)
 
     def _report(self, window: list[dict[str, float]], update: Update) -> None:
         names = list(window[-1])
@@ -308,16 +309,16 @@ class Trainer:
         dist.barrier()
 
     def in_host_units(self) -> CLT:
-        """The transcoder as it is now, as JumpReLU at the target L0 of training text, normalisation folded in."""
+        """The transcoder as it is now, as JumpReLU at the target L0 of training text, its units folded away."""
         clt, config = self.clt, self.config
         if clt.config.activation != "relu":
             # Another order than training's, so that the tokens come from everywhere.
             rows = RowStream(self.host, Documents(self.sources, "train", config.seed + 1), config.context)
             n_harvests = -(-config.calibration_tokens // (config.rows_per_harvest * (config.context - config.n_skip)))
             harvests = (harvest(self.host, rows.rows(config.rows_per_harvest)).x_BLD for _ in range(n_harvests))
-            batches = (x.float() * self._factors[0] for h in harvests for x in h.split(2048))
+            batches = (self.units.inputs(x) for h in harvests for x in h.split(2048))
             clt = to_jumprelu(clt, batches, self.target)
-        return fold(clt, self.scale.x_L, self.scale.y_L)
+        return fold(clt, *self.units)
 
     def finish(self, held_out: Tensor) -> Trained:
         """Convert, fold, save, measure."""
@@ -363,7 +364,7 @@ class Trainer:
                 "optimiser": self.optimiser.state_dict(),
                 "controller": asdict(self.controller),
                 "silent": self.silent_LF,
-                "scale": tuple(self.scale),
+                "units": tuple(self.units),
                 "streams": streams,
             }
             checkpoint.save(self.run, self.step, state, self.config.keep)
