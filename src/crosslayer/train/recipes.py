@@ -18,7 +18,7 @@ def stdlib() -> TrainConfig:
         model="stdlib-qwen3",
         host_precision="bf16",
         text=("stdlib",),
-        tokens=1_250_000,
+        tokens=1_100_000,
         scale_tokens=200_000,
         reuse=2,
         n_features=1536,
