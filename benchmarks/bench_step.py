@@ -2,7 +2,8 @@
 
     python benchmarks/bench_step.py [--quick] [--json FILE]
 
-Random activations; the two paths alternate in one run, medians are compared. `SPARSE_BELOW` in `train/objective.py` is read off here.
+Random activations; the two paths alternate in one run, medians are compared. Entries are what fires and what lies in the straight-through window;
+`SPARSE_BELOW` in `train/objective.py` is read off here.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ def measure(shape: str, activation: Activation, density: float, repeats: int) ->
     """Tokens per second of both paths, and their ratio."""
     n_layers, d_model, n_features, batch = SHAPES[shape]
     l0 = density * n_layers * n_features
-    config = TrainConfig(
-        text=("none",), n_features=n_features, activation=activation, l0=l0, batch=batch, tokens=batch, eps=0.02
-    )
+    config = TrainConfig(text=("none",), n_features=n_features, activation=activation, l0=l0, batch=batch, tokens=batch)
     clt = CLT(config.clt(n_layers, d_model))
     initialise(clt, seed=0)
     x_BLD, y_BLD = torch.randn(2, batch, n_layers, d_model)
@@ -41,17 +40,25 @@ def measure(shape: str, activation: Activation, density: float, repeats: int) ->
         set_bias_for_density(clt, x_BLD, density)
     dead_LF = torch.zeros(n_layers, n_features, dtype=torch.bool)
     seconds: dict[bool, list[float]] = {True: [], False: []}
+    entries = 0.0
     for _ in range(repeats + 1):
         for sparse in (True, False):
             clt.zero_grad()
             began = time.perf_counter()
-            compute(
+            terms = compute(
                 clt, x_BLD, y_BLD, config,
                 coefficient=0.01, running_l0=l0, asked_l0=l0, dead_LF=dead_LF, sparse=sparse,
-            ).total.backward()  # fmt: skip
+            )  # fmt: skip
+            terms.total.backward()
+            entries = terms.entries / (batch * n_layers * n_features)
             seconds[sparse].append(time.perf_counter() - began)
     sparse_s, dense_s = (median(seconds[path][1:]) for path in (True, False))
-    return {"sparse_tokens_per_s": batch / sparse_s, "dense_tokens_per_s": batch / dense_s, "ratio": dense_s / sparse_s}
+    return {
+        "entries": entries,
+        "sparse_tokens_per_s": batch / sparse_s,
+        "dense_tokens_per_s": batch / dense_s,
+        "ratio": dense_s / sparse_s,
+    }
 
 
 def main() -> None:
@@ -60,14 +67,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     rows = []
-    print(f"{'shape':8} {'activation':10} {'density':>8} {'sparse tok/s':>13} {'dense tok/s':>12} {'ratio':>6}")
+    print(
+        f"{'shape':8} {'activation':10} {'fires':>8} {'entries':>8} {'sparse tok/s':>13} {'dense tok/s':>12} {'ratio':>6}"
+    )
     for shape in ["stdlib"] if args.quick else list(SHAPES):
         for activation in ACTIVATIONS:
             for density in (0.0013, 0.005, 0.02, 0.05, 0.1, 0.2):
                 row = measure(shape, activation, density, 2 if args.quick else 5)
                 rows.append({"shape": shape, "activation": activation, "density": density, **row})
                 print(
-                    f"{shape:8} {activation:10} {density:8.4f} {row['sparse_tokens_per_s']:13,.0f} "
+                    f"{shape:8} {activation:10} {density:8.4f} {row['entries']:8.4f} {row['sparse_tokens_per_s']:13,.0f} "
                     f"{row['dense_tokens_per_s']:12,.0f} {row['ratio']:6.2f}",
                     flush=True,
                 )

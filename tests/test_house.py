@@ -18,7 +18,7 @@ SOURCES = sorted(Path(xl.__file__).parent.rglob("*.py"))
 
 def test_public_names():
     assert xl.__all__ == [
-        "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Host", "TrainConfig",
+        "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Host", "ReplacementModel", "TrainConfig",
         "__version__", "evaluate", "load_clt", "load_host", "train",
     ]  # fmt: skip
     for name in xl.__all__:

@@ -25,6 +25,7 @@ _HOMES = {
     "FirstPosition": "crosslayer.records.policy",
     "Host": "crosslayer.host.host",
     "RECIPES": "crosslayer.train.recipes",
+    "ReplacementModel": "crosslayer.eval.replacement_model",
     "TrainConfig": "crosslayer.train.config",
     "evaluate": "crosslayer.eval.api",
     "load_clt": "crosslayer.clt.open",
@@ -39,6 +40,7 @@ __all__ = [
     "Evaluation",
     "FirstPosition",
     "Host",
+    "ReplacementModel",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from crosslayer.clt.transcoder import CLT as CLT
     from crosslayer.core.errors import CrosslayerError as CrosslayerError
     from crosslayer.eval.api import evaluate as evaluate
+    from crosslayer.eval.replacement_model import ReplacementModel as ReplacementModel
     from crosslayer.host.host import Host as Host
     from crosslayer.host.host import load_host as load_host
     from crosslayer.records.evaluation import Evaluation as Evaluation

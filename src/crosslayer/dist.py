@@ -17,7 +17,10 @@ from torch import Tensor
 def start() -> None:
     """Join the process group that `torchrun` describes; without it, do nothing."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Counts and flags travel as CPU tensors, gradients as they are.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def stop() -> None:

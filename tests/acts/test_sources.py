@@ -60,6 +60,19 @@ def test_split_is_a_function_of_the_id_with_the_stated_share():
     assert split_of("stdlib:json/decoder.py") == split_of("stdlib:json/decoder.py")
 
 
+def test_a_file_of_a_folder_is_on_one_side_and_a_file_alone_on_both(tmp_path: Path):
+    for i in range(40):
+        text = "\n\n".join(f"paragraph {j} of {i} " + "x" * 900 for j in range(60))
+        (tmp_path / f"{i}.txt").write_text(text)
+    folder, alone = open_source(str(tmp_path)), open_source(str(tmp_path / "0.txt"))
+    files = {side: {d.text.split()[3] for d in folder.documents_of(side, 0, 0)} for side in ("train", "held_out")}
+    assert not files["train"] & files["held_out"]
+    assert len(files["train"] | files["held_out"]) == 40
+    assert sum(1 for _ in folder.documents_of("train", 0, 0)) > 40
+    assert len(list(alone.documents_of("train", 0, 0))) > 1
+    assert open_source(str(tmp_path)).digest() == folder.digest() != alone.digest()
+
+
 def test_no_document_is_on_both_sides():
     source = open_source("stdlib")
     sides = [{d.id for d in source.documents_of(side, 0, 0)} for side in ("train", "held_out")]
@@ -107,6 +120,7 @@ def test_ranks_share_the_documents_without_overlap(text_folder: Path):
         ("a.jsonl", b'{"text": "ok"}\n{"text": ', "line 2, is not JSON"),
         ("a.jsonl", json.dumps({"body": "x"}).encode(), "no string under 'text' or 'content'"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "not UTF-8"),
         ("a.parquet", b"nonsense", "cannot be read as Parquet"),
         ("a.txt", b"  \n", "holds no text"),
     ],

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
-from crosslayer.cli.main import main
+from crosslayer.cli.main import VERBS, main
 
 QUICK = [
     *("--tokens", "3000", "--batch", "200", "--ring", "512", "--context", "33", "--rows-per-harvest", "8"),
@@ -75,11 +77,12 @@ def test_plan_needs_no_weights(host_folder: Path, tmp_path: Path, here):
 
 
 def test_help_explains_every_flag(here):
-    for verb in ("train", "plan", "eval", "inspect", "quickstart"):
+    for verb in VERBS:
         done = here(verb, "--help")
         assert done.returncode == 0
-        flags = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("-")]
-        assert flags
+        options = [p for p in import_module(f"crosslayer.cli.{verb}").command.params if isinstance(p, click.Option)]
+        assert [o.name for o in options if not o.help] == []
+        assert all(o.opts[0] in done.stdout for o in options)
     text = " ".join(here("train", "--help").stdout.split())
     for words in ("target: active features a token", "Adam's", "steps between checkpoints", "--no-cross-layer"):
         assert words in text
@@ -124,6 +127,11 @@ BAD = {
     "out is a file": (["--out", "{empty}"], "is a file; give a folder"),
     "context": (["--context", "9999"], "context=9999 exceeds that of"),
     "device": (["--device", "tpu"], "device=tpu"),
+    "out below a file": (["--out", "{empty}/run"], "cannot be made"),
+    "not a number": (["--l0-per-layer", "nan"], "a target L0 of nan"),
+    "beta": (["--beta1", "1"], "beta1=1.0 must be at least 0 and below 1"),
+    "no thresholds": (["--activation", "relu", "--sparsity", "l0"], "sparsity=l0 works through thresholds"),
+    "one token": (["--batch", "200", "--accumulate", "200"], "leaves one token in each"),
 }
 
 
@@ -159,6 +167,9 @@ def test_other_verbs_name_what_is_wrong(tmp_path: Path, here):
         (["eval", tmp_path, "--text", "stdlib"], "no config.yaml"),
         (["eval", tmp_path / "no"], "no text was given"),
         (["inspect", tmp_path / "no"], "no folder"),
+        (["eval", tmp_path, "--text", "stdlib", "-o", tmp_path / "no" / "x.json"], "there is no folder"),
+        (["convert", tmp_path, tmp_path / "out"], "no config.yaml"),
+        (["push", tmp_path, "nobody"], "is no repository of the hub"),
         (["train", "--resume", tmp_path], "no run.json"),
         (["train", "--text", "stdlib", "--l0", "5"], "give --out"),
         (["plan", "--model", tmp_path, "--text", "x", "--l0", "5"], "cannot be read as a Hugging Face"),

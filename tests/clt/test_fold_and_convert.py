@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_fold_is_exact_in_float64(cross_layer: bool):
     clt, x_BLD = make(skip=True, cross_layer=cross_layer), inputs()
     x_L, y_L = torch.tensor([0.3, 2.0, 7.0], dtype=torch.float64), torch.tensor([5.0, 0.1, 1.7], dtype=torch.float64)
     axes_LDD = torch.linalg.qr(torch.randn(3, 8, 8, dtype=torch.float64)).Q
-    folded = fold(clt, x_L, y_L, axes_LDD)
+    folded = fold(copy.deepcopy(clt), x_L, y_L, axes_LDD)
     trained_on = torch.einsum("bld,lde->ble", x_BLD * x_L[:, None], axes_LDD)
     own = clt(trained_on) / y_L[:, None]
     torch.testing.assert_close(folded(x_BLD), own, rtol=1e-12, atol=1e-12)

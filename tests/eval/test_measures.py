@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from crosslayer.clt.sparse import Active, where
 from crosslayer.eval import measures
 from crosslayer.eval.measures import Firing, Reconstruction
 
@@ -32,13 +33,18 @@ def test_fvu_does_not_change_with_a_layers_unit():
     assert one.fvu() == pytest.approx(other.fvu(), rel=1e-6)
 
 
+def as_active(f_BF: torch.Tensor) -> Active:
+    token_K, feature_K = where(f_BF >= 0)  # zeros too, as the straight-through window has them
+    return Active(token_K, feature_K, f_BF[token_K, feature_K], tuple(f_BF.shape))
+
+
 def test_firing_counts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measures, "DEAD_TOKENS", 6)
     f = torch.zeros(10, 4)
     f[:, 0], f[8, 1], f[2, 2] = 1.0, 1.0, 0.5  # always, only late, once early; the last never
     firing = Firing(2, 4)
     for part in f.split(4):
-        firing.add([part, part * 0])
+        firing.add([as_active(part), as_active(part * 0)])
     assert firing.count_LF.tolist() == [[10, 1, 1, 0], [0, 0, 0, 0]]
     assert firing.l0_L().tolist() == [1.2, 0.0]
     assert firing.dead_tokens == 6

@@ -68,7 +68,7 @@ def test_sparse_path_gives_the_dense_paths_losses_and_gradients(sparsity: str):
 def test_every_threshold_in_the_window_gets_its_gradient_from_the_l0_penalty():
     clt, x = make(), inputs(40)
     t = terms(clt, x, clt(x).detach(), config(sparsity="l0"), sparse=True)
-    (0.7 * 0 + t.total).backward()
+    t.total.backward()
     for i, theta in enumerate(clt.threshold):
         z = clt.pre(x[:, i], i)
         inside = ((z - theta).abs() < 0.15).sum(0)

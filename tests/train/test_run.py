@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crosslayer.acts.rows import held_out_rows
+from crosslayer.acts.sources import open_sources
 from crosslayer.clt.open import load_clt
-from crosslayer.core.errors import FormatError, ResourceError, RunError
+from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
 from crosslayer.eval.api import evaluate
+from crosslayer.host.host import load_host
 from crosslayer.records.evaluation import Evaluation
+from crosslayer.records.policy import FirstPosition
 from crosslayer.records.run import RunManifest
 from crosslayer.train import checkpoint, plan
 from crosslayer.train.config import TrainConfig
 from crosslayer.train.loop import Stopped, Trainer, train
-from crosslayer.train.run_folder import locked
+from crosslayer.train.run_folder import locked, read_manifest
 
 RUN = "import sys, json; from crosslayer.train.config import TrainConfig; from crosslayer.train.loop import train; \
 train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=len(sys.argv) > 3)"
@@ -141,10 +146,52 @@ def test_other_kinds_train_save_and_open(tiny_config, tmp_path: Path, settings: 
 
 def test_gradient_accumulation_gives_the_whole_batchs_update(tiny_config, tmp_path: Path):
     settings = {"tokens": 600, "scale_tokens": 500}
+    settings["log_every"] = 1
     one = train(replace(tiny_config, **settings), tmp_path / "one").clt
     four = train(replace(tiny_config, accumulate=4, **settings), tmp_path / "four").clt
+    first = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0]) for run in ("one", "four")]
+    # Adam forgives a gradient of the wrong size; its norm does not.
+    assert first[0]["gradient_norm"] == pytest.approx(first[1]["gradient_norm"], rel=1e-4)
     for (name, a), (_, b) in zip(one.named_parameters(), four.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_run_that_diverges_says_so_and_is_not_finished(tiny_config, tmp_path: Path):
+    with pytest.raises(RunError, match="is not finite; lower --lr"):
+        train(replace(tiny_config, lr=1e30, clip=0.0), tmp_path / "run")
+    assert read_manifest(tmp_path / "run").state == "training"
+    assert not (tmp_path / "run" / "eval.json").exists()
+
+
+def test_other_text_is_refused_on_resume(tiny_config, text_folder: Path, tmp_path: Path):
+    shutil.copytree(text_folder, tmp_path / "text")
+    config = replace(tiny_config, text=(str(tmp_path / "text"),), tokens=2000)
+    train(config, tmp_path / "run")
+    (tmp_path / "text" / "001.txt").write_text("something else\n" * 50)
+    with pytest.raises(RunError, match="has other text than when the run began"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_loaded_host_must_be_the_one_asked_for(tiny_config, host_folder: Path, tmp_path: Path):
+    other = load_host(host_folder, input_hook="hook_resid_mid")
+    with pytest.raises(ConfigError, match=r"loaded with input_hook=hook_resid_mid, but mlp\.hook_in is asked for"):
+        train(tiny_config, tmp_path / "run", host=other)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_that_puts_nothing_in_front_is_obeyed(tiny_config, host_folder: Path):
+    policy = FirstPosition(prepend=False)
+    host = load_host(host_folder, policy=policy)
+    rows_BT = held_out_rows(host, open_sources(tiny_config.text), 33, 500)
+    assert rows_BT.shape[1] == 33
+    assert (rows_BT != host.first_token).all()
+
+
+def test_a_sink_that_cannot_be_opened_leaves_nothing(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        train(replace(tiny_config, wandb=True), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_another_config_is_refused_on_resume(tiny_config, finished: Path):

@@ -1,7 +1,7 @@
 """Documents to rows of tokens: a stream with a cursor that can be saved and taken up again.
 
 A row is the policy's special token and then `context - 1` tokens of text. Documents follow one another, each with the
-special token in front, so that their boundaries can be found again. Where several sources are mixed, the next document
+special token in front, so that their boundaries can be found again. A policy that puts nothing in front leaves both out. Where several sources are mixed, the next document
 comes from the one whose share of the tokens so far is furthest behind its weight: shares come out exactly, without
 chance.
 """
@@ -125,7 +125,7 @@ class RowStream:
 
     def rows(self, n: int) -> Int[Tensor, "B T"]:
         """The next `n` rows; the cursor moves past them."""
-        body = self.context - 1
+        body = _body(self.host, self.context)
         flat: list[int] = []
         while len(flat) < n * body:
             if self._used == len(self._tokens):
@@ -142,7 +142,7 @@ def held_out_rows(host: Host, sources: Sequence[Weighted], context: int, n_token
     Raises:
         SourceError: for held-out text that is shorter than one row.
     """
-    body = context - 1
+    body = _body(host, context)
     documents = Documents(sources, "held_out", seed=0)
     flat: list[int] = []
     while len(flat) < n_tokens + body:
@@ -162,8 +162,15 @@ def held_out_rows(host: Host, sources: Sequence[Weighted], context: int, n_token
 
 def document_tokens(host: Host, document: Document) -> list[int]:
     """A document's tokens behind the special token that marks its beginning."""
-    return [host.first_token, *host.tokenizer.encode(document.text, add_special_tokens=False)]
+    tokens = host.tokenizer.encode(document.text, add_special_tokens=False)
+    return [host.first_token, *tokens] if host.policy.prepend else tokens
+
+
+def _body(host: Host, context: int) -> int:
+    """Tokens of text in a row."""
+    return context - host.policy.prepend
 
 
 def _rows(host: Host, flat: list[int], body: int) -> Int[Tensor, "B T"]:
-    return torch.nn.functional.pad(torch.tensor(flat).view(-1, body), (1, 0), value=host.first_token)
+    rows_BT = torch.tensor(flat).view(-1, body)
+    return torch.nn.functional.pad(rows_BT, (1, 0), value=host.first_token) if host.policy.prepend else rows_BT

@@ -77,7 +77,6 @@ class ActivationStream:
         self._pending = Activations(self._x[:0], self._y[:0])
         self._pending_cursor = rows.cursor
         self._pending_used = 0
-        self.harvested = 0
         self._served = 0
         if state is None:
             self._fill()
@@ -111,9 +110,8 @@ class ActivationStream:
             if self._pending_used == self._pending.x_BLD.shape[0]:
                 self._pending_cursor = self.rows.cursor
                 fresh = harvest(self.host, self.rows.rows(self.rows_per_harvest))
-                self._pending = Activations(fresh.x_BLD.to(self.dtype), fresh.y_BLD.to(self.dtype))
+                self._pending = Activations(*(a.to(self._x.device, self.dtype) for a in fresh))
                 self._pending_used = 0
-                self.harvested += self._pending.x_BLD.shape[0]
             n = min(len(slots) - at, self._pending.x_BLD.shape[0] - self._pending_used)
             take = slice(self._pending_used, self._pending_used + n)
             self._x[slots[at : at + n]] = self._pending.x_BLD[take]

@@ -21,7 +21,7 @@ from crosslayer.core.errors import HostError
 from crosslayer.host.host import Host
 
 MASSIVE = 20.0
-"""Tokens whose norm exceeds this many times the median of their row are massive activations (Sun et al. 2024) and left out."""
+"""Tokens whose norm exceeds this many times the median of their harvest are massive activations (Sun et al. 2024) and left out."""
 
 
 class Units(NamedTuple):

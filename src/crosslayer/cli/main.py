@@ -14,7 +14,9 @@ VERBS = {
     "quickstart": "Train, measure and save a transcoder of the shipped host, in a few minutes.",
     "train": "Train a transcoder of any supported model on any text.",
     "eval": "Measure a saved transcoder on held-out text.",
-    "inspect": "Say what a transcoder's folder holds, and whether it is whole.",
+    "inspect": "Say what a transcoder is, and whether its files are whole.",
+    "convert": "Write a transcoder in another format or dtype.",
+    "push": "Upload a transcoder with its model card to the Hugging Face hub.",
     "plan": "Say what a training run will take, without allocating it.",
 }
 

@@ -10,6 +10,7 @@ from crosslayer.records.policy import FirstPosition
 
 Activation = Literal["jumprelu", "relu", "topk", "batchtopk"]
 Scope = Literal["layer", "all"]
+RankBy = Literal["norm", "value"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class CLTConfig:
         activation: `jumprelu`, `relu`, `topk` (k a token) or `batchtopk` (k a token on average over the batch).
         k: active features a token, per layer or in all as `scope` says; for `topk` and `batchtopk` only.
         scope: whether top-k ranks the features of each layer apart or those of all layers together.
+        rank_by: what top-k ranks: the activation times its decoder's norm, or the activation's value alone.
+        k_per_batch: k counts the whole batch in place of each token (batchtopk; as BluelightAI's loader has it).
         cross_layer: features write to their own and all later layers; if not, to their own only (a PLT).
         skip: an affine skip, y += x W_skip.
 
@@ -34,6 +37,8 @@ class CLTConfig:
     activation: Activation = "jumprelu"
     k: int | None = None
     scope: Scope = "all"
+    rank_by: RankBy = "norm"
+    k_per_batch: bool = False
     cross_layer: bool = True
     skip: bool = False
 
@@ -78,6 +83,7 @@ class Provenance:
         scan: repo id or name under which viewers know the features.
         input_hook, output_hook: TransformerLens' names of the sites.
         policy: what was done with first positions.
+        layers: the host's layers that the transcoder's are, where they are not all of them.
         extra: other keys under `crosslayer:`, kept as they are.
     """
 
@@ -86,4 +92,5 @@ class Provenance:
     input_hook: str = "mlp.hook_in"
     output_hook: str = "mlp.hook_out"
     policy: FirstPosition = field(default_factory=FirstPosition)
+    layers: tuple[int, ...] | None = None
     extra: dict[str, object] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crosslayer.clt.transcoder import CLT
+from crosslayer.clt.weights import Weights
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) 
     if c.activation == "jumprelu":
         unit = [theta.detach().float().clamp(min=1e-8) for theta in clt.threshold]
     else:
-        unit = [1.0 / clt.decoder_norm(i).clamp(min=1e-8) for i in range(c.n_layers)]
+        unit = [1.0 / clt.rank_norm(i).clamp(min=1e-8) for i in range(c.n_layers)]
     apart = c.ranks and c.scope == "layer"
     keep = 4.0 * l0 / (c.n_layers if apart else 1)
     kept: list[list[Tensor]] = [[] for _ in range(c.n_layers)]
@@ -48,11 +49,11 @@ def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) 
     assert n_tokens, "calibrating a threshold needs at least one batch"
     groups = [torch.cat(group) for group in (kept if apart else kept[:1])]
     cuts = [_cut(group, l0 * n_tokens / len(groups)) for group in groups]
-    out = CLT(replace(c, activation="jumprelu", k=None), dtype=clt.W_enc[0].dtype, device="meta")
+    out = CLT(replace(c, activation="jumprelu", k=None, k_per_batch=False), dtype=clt.dtype, device="meta")
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
         setattr(out, name, copy.deepcopy(getattr(clt, name)))
     thresholds = [u * cuts[i if apart else 0] for i, u in enumerate(unit)]
-    out.threshold = nn.ParameterList(nn.Parameter(t) for t in thresholds)
+    out.threshold = Weights(nn.Parameter(t) for t in thresholds)
     return out
 
 

@@ -1,115 +1,133 @@
-"""What a published folder holds, from file headers, and the norms of its weights where they are small enough to read."""
+"""What a transcoder is, from headers and small tensors; with `deep`, from every weight."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from crosslayer.clt.formats.published import read_config
+from crosslayer.clt.folder import open_folder
+from crosslayer.clt.formats.opened import Opened
+from crosslayer.clt.formats.tensors import NAMES
+from crosslayer.clt.formats.writing import Chunks
+from crosslayer.clt.open import open_format
+from crosslayer.clt.weights import Weights
 from crosslayer.core.errors import FormatError
 
-READ_BELOW_BYTES = 2 * 2**30
-"""Folders smaller than this have their weights read for norms."""
 
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """Means over the features of one layer, of every weight."""
 
-class LayerNorms(NamedTuple):
-    """Means over the features of one layer."""
-
-    encoder: float
-    decoder: float
+    encoder_norm: float
+    decoder_norm: float
     """Over all layers written together."""
-    own_share: float
-    """Share of the decoder's squared norm that goes to the feature's own layer."""
-    threshold: float | None
+    share_by_distance: list[float]
+    """Shares of the decoder's squared norm that go to the own layer, the next one, and so on."""
 
 
-class Description(NamedTuple):
-    """What a folder says of itself, and what is wrong with it."""
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a folder says of itself, and what its weights are like."""
 
-    config: dict[str, Any]
+    name: str
+    format: str
+    model_name: str
+    scan: str
+    input_hook: str
+    output_hook: str
+    prepend: bool
+    n_skip: int
     n_layers: int
     n_features: int
     d_model: int
-    dtype: str
+    host_layers: list[int] | None
+    cross_layer: bool
     activation: str
+    k: int | None
+    scope: str | None
     skip: bool
-    n_bytes: int
+    dtype: str
+    n_parameters: int
+    n_bytes: int | None
+    """Of the files, features and card included; None for what is not all here."""
+    thresholds: list[tuple[float, float, float]]
+    """Least, median and greatest of each layer."""
+    layers: list[LayerWeights]
+    """With `deep` only."""
     faults: list[str]
-    """Empty if every file is whole."""
-    norms: list[LayerNorms]
+    """What `deep` found; without it, a folder that can be described has whole headers and small tensors."""
 
 
-def describe(folder: Path) -> Description:
-    """Look at every file's header, and at the weights if they are few.
+def describe(
+    name: str | Path, *, deep: bool = False, on_progress: Callable[[float], None] = lambda share: None
+) -> Description:
+    """Describe a transcoder of any known format.
+
+    Args:
+        deep: read every weight: norms, shares by distance, NaN and infinity.
+        on_progress: told the share of layers read.
 
     Raises:
-        FormatError: for a folder that is no published transcoder at all.
+        FormatError: for a folder that is not whole, naming the file and what is wrong with it.
     """
-    config = read_config(folder)
-    n_layers = len(list(folder.glob("W_enc_*.safetensors")))
-    if not n_layers:
-        raise FormatError(f"{folder} holds no W_enc_*.safetensors; give the folder of a cross-layer transcoder")
+    folder = open_folder(name)
+    format_name, opened = open_format(name)
+    clt, p = opened
+    c = clt.config
+    layers: list[LayerWeights] = []
     faults: list[str] = []
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    for i in range(n_layers):
-        for kind in ("enc", "dec"):
-            shapes |= _header(folder / f"W_{kind}_{i}.safetensors", faults)
-    first = shapes.get("W_enc_0")
-    if first is None or len(first[0]) != 2:
-        raise FormatError(
-            f"{folder}/W_enc_0.safetensors has no readable W_enc_0 (features, width): {'; '.join(faults)}"
-        )
-    (n_features, d_model), dtype = first[0], first[1]
-    jump, skip = "threshold_0" in shapes, "W_skip_0" in shapes
-    for i in range(n_layers):
-        expected: dict[str, tuple[int, ...]] = {
-            f"W_enc_{i}": (n_features, d_model),
-            f"b_enc_{i}": (n_features,),
-            f"b_dec_{i}": (d_model,),
-            f"W_dec_{i}": (n_features, n_layers - i, d_model),
-        }
-        expected |= {f"threshold_{i}": (n_features,)} if jump else {}
-        expected |= {f"W_skip_{i}": (d_model, d_model)} if skip else {}
-        for name, shape in expected.items():
-            if name not in shapes:
-                faults.append(f"{name} is missing")
-            elif shapes[name][0] != shape:
-                faults.append(f"{name} has shape {shapes[name][0]}, expected {shape}")
-    n_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    small = n_bytes < READ_BELOW_BYTES and not faults
-    norms = [_norms(folder, i, jump, faults) for i in range(n_layers)] if small else []
-    activation = "jumprelu" if jump else "relu"
-    return Description(config, n_layers, n_features, d_model, dtype, activation, skip, n_bytes, faults, norms)
-
-
-def _header(path: Path, faults: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    if not path.is_file():
-        faults.append(f"{path.name} is missing")
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        faults.append(f"{path.name} cannot be read ({error})")
-        return {}
-
-
-def _norms(folder: Path, i: int, jump: bool, faults: list[str]) -> LayerNorms:
-    with safe_open(folder / f"W_enc_{i}.safetensors", "pt") as file:
-        encoder = file.get_tensor(f"W_enc_{i}").float().norm(dim=1)
-        threshold = file.get_tensor(f"threshold_{i}").float().mean().item() if jump else None
-    with safe_open(folder / f"W_dec_{i}.safetensors", "pt") as file:
-        square_FS = file.get_tensor(f"W_dec_{i}").float().square().sum(2)
-    if not (encoder.isfinite().all() and square_FS.isfinite().all()):
-        faults.append(f"layer {i} holds NaN or infinity")
-    total_F = square_FS.sum(1)
-    return LayerNorms(
-        encoder.mean().item(),
-        total_F.sqrt().mean().item(),
-        (square_FS[:, 0].sum() / total_F.sum().clamp(min=torch.finfo(torch.float32).tiny)).item(),
-        threshold,
+    for i in range(c.n_layers if deep else 0):
+        try:
+            layers.append(_read_layer(opened, i))
+        except FormatError as error:
+            faults.append(str(error))
+        on_progress((i + 1) / c.n_layers)
+    return Description(
+        name=folder.name,
+        format=format_name,
+        model_name=p.model_name,
+        scan=p.scan,
+        input_hook=p.input_hook,
+        output_hook=p.output_hook,
+        prepend=p.policy.prepend,
+        n_skip=p.policy.n_skip,
+        n_layers=c.n_layers,
+        n_features=c.n_features,
+        d_model=c.d_model,
+        host_layers=list(p.layers) if p.layers else None,
+        cross_layer=c.cross_layer,
+        activation=c.activation,
+        k=c.k,
+        scope=c.scope if c.ranks else None,
+        skip=c.skip,
+        dtype=NAMES[clt.dtype],
+        n_parameters=c.n_parameters,
+        n_bytes=sum(folder.path(f).stat().st_size for f in folder.names) if folder.local else None,
+        thresholds=[(t.min().item(), t.float().median().item(), t.max().item()) for t in clt.threshold],
+        layers=layers,
+        faults=faults,
     )
+
+
+def _read_layer(opened: Opened, i: int) -> LayerWeights:
+    clt = opened.clt
+    encoder = sum(part.float().norm(dim=1).sum().item() for part in _parts(clt.W_enc, i))
+    decoder, square_S = 0.0, torch.zeros(clt.config.n_slots(i), dtype=torch.float64)
+    for part_FSD in _parts(clt.W_dec, i):
+        square_FS = part_FSD.float().square().sum(2)
+        decoder += square_FS.sum(1).sqrt().sum().item()
+        square_S += square_FS.sum(0).double()
+    if clt.config.skip:
+        clt.W_skip.passing(i)
+    n, total = clt.config.n_features, max(square_S.sum().item(), torch.finfo(torch.float64).tiny)
+    return LayerWeights(
+        encoder_norm=encoder / n, decoder_norm=decoder / n, share_by_distance=(square_S / total).tolist()
+    )
+
+
+def _parts(weights: Weights, i: int) -> Iterator[Tensor]:
+    return Chunks.of_layer(weights, i, None).read()

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+ENTRIES_AT_ONCE = 1 << 18
+"""Entries whose rows are gathered together where there is no sampled product."""
+
 
 class Entries(NamedTuple):
     """Places in a (B, F) matrix, in order of token then feature."""
@@ -79,7 +82,8 @@ def sampled_products(
 ) -> Tensor:
     """<a[token], b[feature]> for each entry, in order of token."""
     if a_BD.is_cuda or a_BD.dtype not in (torch.float32, torch.float64):
-        return torch.linalg.vecdot(a_BD[token_K], b_FD[feature_K])
+        parts = zip(token_K.split(ENTRIES_AT_ONCE), feature_K.split(ENTRIES_AT_ONCE), strict=True)
+        return torch.cat([torch.linalg.vecdot(a_BD[token], b_FD[feature]) for token, feature in parts])
     rows = F.pad(torch.bincount(token_K, minlength=a_BD.shape[0]).cumsum(0), (1, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")

@@ -7,6 +7,8 @@
 `W_dec[L]` is (F, n_layers - L, D): all that a feature writes lies together, slot j going to layer L + j. A per-layer
 transcoder has one slot. Nothing here knows of ranks, of language models, or of normalisation, which is folded in.
 
+Arithmetic is done in the wider of the inputs' and the weights' dtypes, so a bfloat16 file serves float32 inputs in float32.
+
 An encoding is dense, a (B, F) matrix a layer, or sparse, an `Active` a layer. Both decode to the same numbers and give
 the same gradients; the second costs what its entries cost.
 """
@@ -24,9 +26,21 @@ from torch import Tensor, nn
 from crosslayer.clt.activations import batch_top, jumprelu, top_mask
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.sparse import Active, Entries, sparse_decode, sparse_pre, where
+from crosslayer.clt.weights import Weights
 
 DEFAULT_EPS = 0.5
 """Width of the straight-through window, in units of normalised pre-activations."""
+
+
+ROWS_AT_ONCE = 256
+"""Rows of a matrix that are brought to another dtype together: few enough to stay in the processor's cache."""
+
+
+def _linear(x_BD: Tensor, W_FD: Tensor) -> Tensor:
+    """x W^T in the dtype of x; a matrix of another dtype is never held in that one."""
+    if W_FD.dtype == x_BD.dtype or W_FD.is_cuda:
+        return F.linear(x_BD, W_FD.to(x_BD.dtype))
+    return torch.cat([F.linear(x_BD, part.to(x_BD.dtype)) for part in W_FD.split(ROWS_AT_ONCE)], dim=1)
 
 
 @cache
@@ -51,8 +65,8 @@ class CLT(nn.Module):
         c, layers = config, range(config.n_layers)
         small = torch.promote_types(dtype, torch.float32)
 
-        def parameters(shapes: Sequence[tuple[int, ...]], kind: torch.dtype = dtype) -> nn.ParameterList:
-            return nn.ParameterList(nn.Parameter(torch.zeros(s, dtype=kind, device=device)) for s in shapes)
+        def parameters(shapes: Sequence[tuple[int, ...]], kind: torch.dtype = dtype) -> Weights:
+            return Weights(nn.Parameter(torch.zeros(s, dtype=kind, device=device)) for s in shapes)
 
         self.W_enc = parameters([(c.n_features, c.d_model) for _ in layers])
         self.b_enc = parameters([(c.n_features,) for _ in layers], small)
@@ -61,11 +75,22 @@ class CLT(nn.Module):
         self.threshold = parameters([(c.n_features,) for _ in layers if c.activation == "jumprelu"], small)
         self.W_skip = parameters([(c.d_model, c.d_model) for _ in layers if c.skip])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        return self.W_enc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, or will be once read."""
+        return self.b_enc[0].device
+
     def pre(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
         """Pre-activations of one layer's features; float32 at least while training, as biases and thresholds are."""
         W_FD, b_F = self.W_enc[layer], self.b_enc[layer]
-        z_BF = F.linear(x_BD.to(W_FD.dtype), W_FD)
-        return z_BF.add_(b_F) if z_BF.dtype == b_F.dtype else z_BF + b_F
+        wide = torch.promote_types(x_BD.dtype, W_FD.dtype)
+        z_BF = _linear(x_BD.to(wide), W_FD)
+        return z_BF.add_(b_F) if z_BF.dtype == torch.promote_types(z_BF.dtype, b_F.dtype) else z_BF + b_F
 
     def encode(
         self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
@@ -77,10 +102,23 @@ class CLT(nn.Module):
             eps: width of the straight-through window; matters to gradients only.
             k: in place of the config's, for a schedule; top-k only.
         """
-        pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))]
+        return self.activate([self.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))], eps, k)
+
+    def activate(
+        self, pre: Sequence[Float[Tensor, "B F"]], eps: float = DEFAULT_EPS, k: float | None = None
+    ) -> list[Float[Tensor, "B F"]]:
+        """Activations from the pre-activations of every layer, dense."""
         if self.config.activation == "jumprelu":
             return [jumprelu(z, theta.to(z.dtype), eps) for z, theta in zip(pre, self.threshold, strict=True)]
         return [torch.zeros_like(z).index_put(e, z[e]) for e, z in zip(self.firing(pre, k), pre, strict=True)]
+
+    @torch.no_grad()
+    def count_entries(self, pre: Sequence[Float[Tensor, "B F"]], eps: float, k: float | None = None) -> int:
+        """How many entries the sparse path of training would have."""
+        if self.config.activation == "jumprelu":
+            pairs = zip(pre, self.threshold, strict=True)
+            return sum(int((z > theta.to(z.dtype) - eps / 2).sum()) for z, theta in pairs)
+        return sum(len(e.token_K) for e in self.firing(pre, k))
 
     def encode_layer(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
         """Activations of one layer's features, without gradients. Not for top-k over all layers, which needs them all."""
@@ -91,37 +129,57 @@ class CLT(nn.Module):
                 return torch.where(z > self.threshold[layer].to(z.dtype), z, 0.0)
             if self.config.activation == "relu":
                 return z.relu()
-            (entries,) = self._ranked([z], [self.decoder_norm(layer)], self.config.k)
+            entries = self._firing_layer(z, layer, 0.0)
             return torch.zeros_like(z).index_put(entries, z[entries])
 
     def encode_sparse(
         self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
     ) -> list[Active]:
-        """Activations of every layer's features as entries: those that fire, and those inside JumpReLU's window.
+        """Activations of every layer's features as entries: those that fire and, in training, those inside JumpReLU's window.
 
         The gradients are those of `encode`.
         """
-        x_LBD = [x_BD.to(self.W_enc[0].dtype) for x_BD in x_BLD.unbind(1)]
-        window = eps if torch.is_grad_enabled() else 0.0
+        wide = torch.promote_types(x_BLD.dtype, self.dtype)
+        x_LBD = [x_BD.to(wide) for x_BD in x_BLD.unbind(1)]
+        if not self.config.ranks:
+            return [self.encode_layer_sparse(x_BD, i, eps) for i, x_BD in enumerate(x_LBD)]
         pre: list[Tensor] | None = None
         with torch.no_grad():
-            if self._finds_coarsely(x_LBD[0].device):
+            if self._finds_coarsely(wide):
                 places = self._candidates_in_bfloat16(x_LBD, k)
             else:
                 pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_LBD)]
-                places = self.firing(pre, k, window)
-        active = []
-        for i, (x_BD, entries) in enumerate(zip(x_LBD, places, strict=True)):
-            value_K = sparse_pre(x_BD, self.W_enc[i], self.b_enc[i], entries, pre[i] if pre else None)
-            if self.config.activation == "jumprelu":
-                value_K = jumprelu(value_K, self.threshold[i][entries.feature_K].to(value_K.dtype), eps)
-            active.append(Active(*entries, value_K, (x_BD.shape[0], self.config.n_features)))
+                places = self.firing(pre, k)
+        return [self._at(x_BD, i, places[i], pre[i] if pre else None) for i, x_BD in enumerate(x_LBD)]
+
+    def encode_layer_sparse(self, x_BD: Float[Tensor, "B D"], layer: int, eps: float = DEFAULT_EPS) -> Active:
+        """Activations of one layer's features as entries; for activations that do not rank over all layers."""
+        trains = torch.is_grad_enabled() and self.b_enc[layer].requires_grad
+        window = eps if trains else 0.0
+        with torch.no_grad():
+            pre_BF = self.pre(x_BD, layer)
+            entries = self._firing_layer(pre_BF, layer, window)
+        active = self._at(x_BD, layer, entries, pre_BF)
+        if self.config.activation == "jumprelu":
+            theta_K = self.threshold[layer][entries.feature_K].to(active.value_K.dtype)
+            active = active._replace(value_K=jumprelu(active.value_K, theta_K, eps))
         return active
 
-    def _finds_coarsely(self, device: torch.device) -> bool:
+    def _at(self, x_BD: Tensor, layer: int, entries: Entries, pre_BF: Tensor | None) -> Active:
+        """The pre-activations of these entries, with their gradients."""
+        shape = (x_BD.shape[0], self.config.n_features)
+        differentiable = x_BD.requires_grad or self.b_enc[layer].requires_grad
+        if pre_BF is not None and not (torch.is_grad_enabled() and differentiable):
+            return Active(*entries, pre_BF[entries], shape)
+        wide = torch.promote_types(x_BD.dtype, self.dtype)
+        value_K = sparse_pre(x_BD.to(wide), self.W_enc[layer].to(wide), self.b_enc[layer], entries, pre_BF)
+        return Active(*entries, value_K, shape)
+
+    def _finds_coarsely(self, wide: torch.dtype) -> bool:
         c = self.config
-        ranks = c.activation == "batchtopk" and c.scope == "all"
-        return ranks and self.W_enc[0].dtype == torch.float32 and bfloat16_is_fast(device)
+        return (
+            c.activation == "batchtopk" and c.scope == "all" and wide == torch.float32 and bfloat16_is_fast(self.device)
+        )
 
     def _candidates_in_bfloat16(self, x_LBD: list[Tensor], k: float | None) -> list[Entries]:
         """BatchTopK whose candidates are found by a bfloat16 product, and ranked by exact values."""
@@ -129,30 +187,43 @@ class CLT(nn.Module):
         assert chosen is not None
         layers = zip(x_LBD, self.W_enc, self.b_enc, strict=True)
         pre = [F.linear(x.to(half), w.to(half)).add_(b.to(half)) for x, w, b in layers]
-        norms = [self.decoder_norm(i) for i in range(self.config.n_layers)]
-        exact = lambda i, e: sparse_pre(x_LBD[i], self.W_enc[i], self.b_enc[i], e)  # noqa: E731
-        return batch_top(pre, norms, chosen, exact)
+        norms = [self.rank_norm(i) for i in range(self.config.n_layers)]
+        exact = lambda i, e: sparse_pre(x_LBD[i], self.W_enc[i].to(x_LBD[i].dtype), self.b_enc[i], e)  # noqa: E731
+        return batch_top(pre, norms, self._per_token(chosen, pre[0]), exact)
 
     @torch.no_grad()
-    def firing(self, pre: Sequence[Float[Tensor, "B F"]], k: float | None = None, window: float = 0.0) -> list[Entries]:
-        """Where features fire, from the pre-activations of all layers; for JumpReLU also where its window of this width lies."""
+    def firing(self, pre: Sequence[Float[Tensor, "B F"]], k: float | None = None) -> list[Entries]:
+        """Where features fire, from the pre-activations of all layers."""
+        c = self.config
+        if c.ranks and c.scope == "all":
+            return self._ranked(pre, [self.rank_norm(i) for i in range(c.n_layers)], k or c.k)
+        return [self._firing_layer(z, i, 0.0, k) for i, z in enumerate(pre)]
+
+    def _firing_layer(self, z_BF: Tensor, layer: int, window: float, k: float | None = None) -> Entries:
+        """Where one layer's features fire; for JumpReLU also where its window of this width lies."""
         c = self.config
         if c.activation == "jumprelu":
-            return [where(z > theta.to(z.dtype) - window / 2) for z, theta in zip(pre, self.threshold, strict=True)]
+            return where(z_BF > self.threshold[layer].to(z_BF.dtype) - window / 2)
         if c.activation == "relu":
-            return [where(z > 0) for z in pre]
-        norms = [self.decoder_norm(i) for i in range(c.n_layers)]
-        if c.scope == "all":
-            return self._ranked(pre, norms, k or c.k)
-        return [e for z, norm in zip(pre, norms, strict=True) for e in self._ranked([z], [norm], k or c.k)]
+            return where(z_BF > 0)
+        return self._ranked([z_BF], [self.rank_norm(layer)], k or c.k)[0]
 
     def _ranked(self, pre: Sequence[Tensor], norms: Sequence[Tensor], k: float | None) -> list[Entries]:
-        """The top k by value times decoder norm, ranked over all these layers together."""
+        """The top k by value times norm, ranked over all these layers together."""
         assert k is not None
         if self.config.activation == "batchtopk":
-            return batch_top(pre, norms, k)
+            return batch_top(pre, norms, self._per_token(k, pre[0]))
         score = torch.cat([z * norm for z, norm in zip(pre, norms, strict=True)], dim=1)
         return [where(mask) for mask in top_mask(score, round(k)).split(self.config.n_features, dim=1)]
+
+    def _per_token(self, k: float, pre_BF: Tensor) -> float:
+        return k / pre_BF.shape[0] if self.config.k_per_batch else k
+
+    def rank_norm(self, layer: int) -> Float[Tensor, " F"]:
+        """What activations are multiplied by to be ranked."""
+        if self.config.rank_by == "value":
+            return torch.ones_like(self.b_enc[layer], dtype=torch.float32)
+        return self.decoder_norm(layer)
 
     def decoder_norm(self, layer: int) -> Float[Tensor, " F"]:
         """Norm of all that each feature writes, over all layers together; differentiable."""
@@ -174,15 +245,29 @@ class CLT(nn.Module):
                 y[i + slot] = y[i + slot] + part_BD
         if c.skip:
             assert x_BLD is not None, "a transcoder with an affine skip needs its inputs to decode"
-            y = [y_BD + x_BD.to(w.dtype) @ w for y_BD, x_BD, w in zip(y, x_BLD.unbind(1), self.W_skip, strict=True)]
+            y = [y_BD + self.skip(x_BD, i) for i, (y_BD, x_BD) in enumerate(zip(y, x_BLD.unbind(1), strict=True))]
         return torch.stack(y, dim=1)
 
+    def skip(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B D"]:
+        """What the affine skip of one layer writes."""
+        wide = torch.promote_types(x_BD.dtype, self.dtype)
+        return x_BD.to(wide) @ self.W_skip[layer].to(wide)
+
     def decode_layer(self, f_BF: Float[Tensor, "B F"] | Active, layer: int) -> Float[Tensor, "B S D"]:
-        """What one layer's features write, by slot."""
-        n_features, slots, width = self.W_dec[layer].shape
-        rows = self.W_dec[layer].view(n_features, slots * width)
-        out = sparse_decode(f_BF, rows) if isinstance(f_BF, Active) else f_BF.to(rows.dtype) @ rows
-        return out.view(-1, slots, width)
+        """What one layer's features write, by slot. Of a decoder that is not trained, only rows of active features are read."""
+        n_features, slots, width = self.W_dec.shape(layer)
+        if not isinstance(f_BF, Active):
+            rows_FX = self.W_dec[layer].view(n_features, slots * width)
+            wide = rows_FX.dtype if rows_FX.requires_grad else torch.promote_types(rows_FX.dtype, f_BF.dtype)
+            out_BX = f_BF.to(wide) @ rows_FX.to(wide)
+        elif torch.is_grad_enabled() and self.W_dec.here(layer) and self.W_dec[layer].requires_grad:
+            out_BX = sparse_decode(f_BF, self.W_dec[layer].view(n_features, slots * width))
+        else:
+            features, row_K = f_BF.feature_K.unique(return_inverse=True)
+            rows = self.decoder_rows(layer, features).flatten(1)
+            rows = rows.to(torch.promote_types(rows.dtype, f_BF.value_K.dtype))
+            out_BX = sparse_decode(f_BF._replace(feature_K=row_K), rows)
+        return out_BX.view(-1, slots, width)
 
     def forward(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Reconstruct MLP outputs from MLP inputs."""
@@ -190,4 +275,4 @@ class CLT(nn.Module):
 
     def decoder_rows(self, layer: int, features: Int[Tensor, " K"]) -> Float[Tensor, "K S D"]:
         """What the given features of a layer write: the one door to decoder weights for everything downstream."""
-        return self.W_dec[layer].detach()[features]
+        return self.W_dec.rows(layer, features)

@@ -12,8 +12,9 @@ from crosslayer.acts.rows import held_out_rows
 from crosslayer.acts.sources import open_sources
 from crosslayer.clt.open import load_clt
 from crosslayer.core.progress import track
-from crosslayer.eval.evaluate import check_shape, evaluate_rows
-from crosslayer.host.host import Host, load_host
+from crosslayer.eval.evaluate import evaluate_rows
+from crosslayer.eval.replacement_model import host_of
+from crosslayer.host.host import Host, choose_device
 from crosslayer.records.evaluation import Evaluation
 
 
@@ -24,28 +25,27 @@ def evaluate(
     model: str | Path | Host | None = None,
     tokens: int = 131_072,
     context: int = 256,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a saved transcoder on the held-out side of the sources.
 
     Args:
-        clt: a folder in the published format, or a run.
+        clt: a folder in any known format, a run, or a name on the hub.
         text: sources, as `crosslayer.acts.sources` names them.
         model: the host; the one that the transcoder names unless given.
+        dtype: of the host.
         tokens, context: how many held-out tokens, in rows of how many.
         console: where progress goes; quiet by default.
 
     Raises:
         CrosslayerError: for a folder, host or source that cannot be used.
     """
-    opened = load_clt(clt, dtype=torch.float32)
-    p = opened.provenance
-    host = load_host(
-        model or p.model_name, device=device, input_hook=p.input_hook, output_hook=p.output_hook, policy=p.policy
-    )
-    check_shape(host, opened.clt)
+    device = choose_device(device)
+    opened = load_clt(clt, device=device)
+    host = host_of(opened, model, dtype=dtype, device=device)
     sources = open_sources(text)
     rows_BT = held_out_rows(host, sources, min(context, host.max_positions), tokens)
     with track(console or Console(quiet=True), "measure", 1.0) as update:
-        return evaluate_rows(host, opened.clt.to(device), rows_BT, [s.source.name for s in sources], on_progress=update)
+        return evaluate_rows(host, opened.clt, rows_BT, [s.source.name for s in sources], on_progress=update)

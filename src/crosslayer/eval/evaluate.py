@@ -53,7 +53,7 @@ def evaluate_rows(
         x_BLD, y_BLD = harvest(host, batch)
         active = clt.encode_sparse(x_BLD)
         fit.add(clt.decode(active, x_BLD), y_BLD)
-        firing.add([a.dense() for a in active])
+        firing.add(active)
         on_progress(done / work)
     replacement = measure_replacement(
         host, clt, batches[:n_replaced], lambda done: on_progress((len(batches) + 3 * done) / work)

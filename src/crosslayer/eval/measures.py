@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslayer.clt.sparse import Active
+
 DEAD_TOKENS = 100_000
 DENSITY_EDGES = [-6.0 + 0.25 * i for i in range(25)]
 
@@ -52,14 +54,13 @@ class Firing:
         self.dead_tokens = 0
         self.alive_LF = torch.zeros(n_layers, n_features, dtype=torch.bool)
 
-    def add(self, f: Sequence[Float[Tensor, "B F"]]) -> None:
+    def add(self, f: Sequence[Active]) -> None:
         """Take the activations of these tokens in."""
         n = f[0].shape[0]
         early = max(0, min(n, DEAD_TOKENS - self.dead_tokens))
-        for i, f_BF in enumerate(f):
-            fires = f_BF > 0
-            self.count_LF[i] += fires.sum(0).cpu()
-            self.alive_LF[i] |= fires[:early].any(0).cpu()
+        for i, active in enumerate(f):
+            self.count_LF[i] += active.count().cpu()
+            self.alive_LF[i, active.feature_K[(active.value_K > 0) & (active.token_K < early)].cpu()] = True
         self.n_tokens += n
         self.dead_tokens += early
 

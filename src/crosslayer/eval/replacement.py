@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.clt.sparse import Active, where
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
 from crosslayer.host.host import Host
@@ -17,31 +18,41 @@ class Replace:
 
     The first `n_skip` positions keep the host's own output. Each pass needs a new one.
 
+    Args:
+        layers: whose MLPs are replaced; all unless given. Features of all layers are computed and write to those.
+        errors_BTLD: added to what is replaced; with what the transcoder misses on the host's own stream, logits are the host's.
+
     Raises:
         ConfigError: for a transcoder that ranks the features of all layers together, which cannot go layer by layer.
     """
 
-    def __init__(self, clt: CLT, n_skip: int) -> None:
+    def __init__(
+        self, clt: CLT, n_skip: int, layers: Collection[int] | None = None, errors_BTLD: Tensor | None = None
+    ) -> None:
         if clt.config.ranks and clt.config.scope == "all":
             raise ConfigError(
                 f"{clt.config.activation} over all layers has no replacement model; convert it to JumpReLU"
             )
         self.clt, self.n_skip = clt, n_skip
+        self.layers = range(clt.config.n_layers) if layers is None else layers
+        self.errors_BTLD = errors_BTLD
         self.pending: dict[int, Tensor] = {}
 
-    def __call__(self, layer: int, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+    def __call__(self, layer: int, x_BTD: Tensor, y_BTD: Tensor) -> Tensor | None:
         rows, _, width = x_BTD.shape
         x_BD = x_BTD[:, self.n_skip :].reshape(-1, width)
-        f_BF = self.clt.encode_layer(x_BD, layer)
-        token_K, feature_K = where(f_BF > 0)
-        active = Active(token_K, feature_K, f_BF[token_K, feature_K], (f_BF.shape[0], f_BF.shape[1]))
+        active = self.clt.encode_layer_sparse(x_BD, layer)
         for slot, part_BD in enumerate(self.clt.decode_layer(active, layer).unbind(1)):
             self.pending[layer + slot] = self.pending.get(layer + slot, 0) + part_BD
         out_BD = self.pending.pop(layer) + self.clt.b_dec[layer]
         if self.clt.config.skip:
-            W_DD = self.clt.W_skip[layer]
-            out_BD = out_BD + x_BD.to(W_DD.dtype) @ W_DD
-        replaced_BTD = out_BD.view(rows, -1, width).to(y_BTD.dtype)
+            out_BD = out_BD + self.clt.skip(x_BD, layer)
+        if layer not in self.layers:
+            return None
+        replaced_BTD = out_BD.view(rows, -1, width)
+        if self.errors_BTLD is not None:
+            replaced_BTD = replaced_BTD + self.errors_BTLD[:, self.n_skip :, layer]
+        replaced_BTD = replaced_BTD.to(y_BTD.dtype)
         return torch.cat([y_BTD[:, : self.n_skip], replaced_BTD], dim=1)
 
 

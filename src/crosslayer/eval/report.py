@@ -93,10 +93,9 @@ With every MLP replaced, features recomputed on the replaced stream ({r.n_tokens
 ```python
 import crosslayer as xl
 
-host = xl.load_host("{p.model_name}")
-clt = xl.load_clt("path/of/this/folder").clt
-tokens = host.encode("import os")
-features = clt.encode(host.tap(tokens).x_BTLD.flatten(0, 1))
+model = xl.ReplacementModel.from_pretrained("{p.model_name}", "path/of/this/folder")
+features = model.features("import os")  # sparse (layers, tokens, features)
+logits = model.logits("import os")  # with every MLP replaced
 ```
 
 It opens in circuit-tracer as well: give it the absolute path of this folder.

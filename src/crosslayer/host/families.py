@@ -1,11 +1,6 @@
 """Where each family of Hugging Face models keeps the sites that a transcoder reads and writes.
 
-A *site* is a module and a side of it. The names are TransformerLens', as the published CLTs use them:
-
-    mlp.hook_in      what the MLP module receives, after its norm
-    hook_resid_mid   the residual stream before that norm (none where attention and MLP run in parallel)
-    mlp.hook_out     what the MLP module returns
-    hook_mlp_out     what is added to the residual stream: after the norm that follows the MLP, where there is one
+A *site* is a module and a side of it; `crosslayer.records.hooks` has the names that sites go by.
 
 To support a family, add one entry to `FAMILIES` and a tiny instance of it to `tests/host/test_families.py`.
 """
@@ -15,9 +10,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from crosslayer.core.errors import ConfigError, HostError
-
-INPUT_HOOKS = ("mlp.hook_in", "hook_resid_mid")
-OUTPUT_HOOKS = ("mlp.hook_out", "hook_mlp_out")
+from crosslayer.records.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
 
 
 class Family(NamedTuple):
@@ -84,9 +77,3 @@ def output_site(family: Family, hook: str) -> Site:
         case "hook_mlp_out":
             return Site(family.after_mlp_norm or family.mlp, "output")
     raise ConfigError(f"unknown output hook {hook!r}; known: {', '.join(OUTPUT_HOOKS)}")
-
-
-def short_hook(hook: str) -> str:
-    """`blocks.3.mlp.hook_in` and `blocks.{i}.mlp.hook_in` are `mlp.hook_in`."""
-    parts = hook.split(".")
-    return ".".join(parts[2:]) if parts[0] == "blocks" and len(parts) > 2 else hook

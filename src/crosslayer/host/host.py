@@ -7,7 +7,7 @@ that returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from crosslayer.core.errors import ConfigError, HostError
 from crosslayer.host.families import Family, family_of, input_site, output_site
+from crosslayer.records.hooks import short_hook
 from crosslayer.records.policy import FirstPosition
 
 SHIPPED = "stdlib-qwen3"
@@ -43,7 +44,8 @@ class Host:
 
     Attributes:
         name: what it was asked for by; written into the CLTs trained on it.
-        n_layers, d_model, n_vocab, max_positions: its sizes.
+        layers, n_layers: those whose MLPs are tapped and patched, all unless some were named.
+        d_model, n_vocab, max_positions: its sizes.
         input_hook, output_hook: the sites tapped and patched, in TransformerLens' names.
     """
 
@@ -56,6 +58,7 @@ class Host:
         input_hook: str = "mlp.hook_in",
         output_hook: str = "mlp.hook_out",
         policy: FirstPosition | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
         config: Any = model.config
         text_config = config.get_text_config()
@@ -63,6 +66,10 @@ class Host:
         self.model_type: str = config.model_type
         self.family: Family = family_of(config.model_type, name)
         self.layers: list[nn.Module] = list(model.get_submodule(self.family.layers))  # type: ignore[arg-type]
+        if layers is not None:
+            if beyond := [i for i in layers if not 0 <= i < len(self.layers)]:
+                raise HostError(f"{name} has {len(self.layers)} layers and no layer {beyond[0]}; give the model that the transcoder was trained on")  # fmt: skip
+            self.layers = [self.layers[i] for i in layers]
         self.n_layers = len(self.layers)
         self.d_model: int = text_config.hidden_size
         self.n_vocab: int = text_config.vocab_size
@@ -164,13 +171,16 @@ def load_host(
     input_hook: str = "mlp.hook_in",
     output_hook: str = "mlp.hook_out",
     policy: FirstPosition | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Host:
     """A host by hub name, local folder, the name `stdlib-qwen3`, or as it is if it is one already.
 
     Raises:
+        ConfigError: for a host that was loaded with other sites or another policy than are asked for.
         HostError: for a model that is not there, cannot be read, or is of no known family.
     """
     if isinstance(name, Host):
+        _check_sites(name, input_hook, output_hook, policy or FirstPosition())
         return name
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -181,7 +191,15 @@ def load_host(
         model = reading(shown, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True))
     tokenizer = reading(shown, lambda: AutoTokenizer.from_pretrained(where))
     model.to(choose_device(device)).eval().requires_grad_(False)
-    return Host(model, tokenizer, shown, input_hook=input_hook, output_hook=output_hook, policy=policy)
+    return Host(model, tokenizer, shown, input_hook=input_hook, output_hook=output_hook, policy=policy, layers=layers)
+
+
+def _check_sites(host: Host, input_hook: str, output_hook: str, policy: FirstPosition) -> None:
+    found = (short_hook(host.input_hook), short_hook(host.output_hook), host.policy)
+    asked = (short_hook(input_hook), short_hook(output_hook), policy)
+    for name, has, wanted in zip(("input_hook", "output_hook", "policy"), found, asked, strict=True):
+        if has != wanted:
+            raise ConfigError(f"{host.name} was loaded with {name}={has}, but {wanted} is asked for; load it again with that, or give its name")  # fmt: skip
 
 
 def choose_device(name: str) -> str:

@@ -30,6 +30,12 @@ def save(run: Path, step: int, state: dict[str, Any], keep: int) -> None:
         shutil.rmtree(folder / f"step-{old:08d}")
 
 
+def clear_unfinished(run: Path) -> None:
+    """Remove what a killed process had begun to write; for whoever holds the run."""
+    for begun in (run / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(begun)
+
+
 def steps(run: Path) -> list[int]:
     """Steps of which there is a checkpoint, in order."""
     return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))

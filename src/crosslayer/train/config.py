@@ -90,6 +90,7 @@ class TrainConfig:
             "reuse",
             "rows_per_harvest",
             "scale_tokens",
+            "calibration_tokens",
             "n_features",
             "batch",
             "accumulate",
@@ -108,21 +109,28 @@ class TrainConfig:
         for name in ("n_skip", "eval_every", "clip", "revive", "auxiliary", "warmup", "decay", "l0_ramp", "seed"):
             self._at_least(name, 0)
         for name in ("lr", "threshold_lr", "eps", "threshold", "sparsity_c"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.sparsity == "l0" and self.activation == "relu":
+            raise ConfigError("sparsity=l0 works through thresholds, which relu has none of; use tanh, or jumprelu")
         self._at_least("l0_start", 1)
         if self.context <= self.n_skip + 1:
             raise ConfigError(f"context={self.context} leaves no tokens after n_skip={self.n_skip}; raise --context")
-        if self.warmup + self.decay > 1 or self.l0_ramp > 1:
+        if not (self.warmup + self.decay <= 1 and self.l0_ramp <= 1):
             raise ConfigError(f"warmup={self.warmup}, decay={self.decay} and l0_ramp={self.l0_ramp} are shares of the run; lower them")  # fmt: skip
         if (self.l0 is None) == (self.l0_per_layer is None):
             raise ConfigError("give the target L0 once: --l0 (summed over layers) or --l0-per-layer")
-        if (self.l0 or self.l0_per_layer or 0) <= 0:
+        if not (self.l0 or self.l0_per_layer or 0) > 0:
             raise ConfigError(
                 f"a target L0 of {self.l0 or self.l0_per_layer or 0} activates nothing; give a positive one"
             )
         if self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} is no multiple of accumulate={self.accumulate}; change one of them")
+        if self.batch // self.accumulate < 2:
+            raise ConfigError(f"batch={self.batch} in {self.accumulate} micro-batches leaves one token in each; raise --batch or lower --accumulate")  # fmt: skip
         if self.batch > self.tokens:
             raise ConfigError(f"batch={self.batch} exceeds tokens={self.tokens}; lower --batch or raise --tokens")
         if self.ring < self.batch // self.accumulate:

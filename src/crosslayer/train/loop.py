@@ -8,8 +8,11 @@ Killed at any step and resumed, a run ends bit-equal to one that was not.
 
 from __future__ import annotations
 
+import copy
 import datetime
+import math
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -23,8 +26,8 @@ from rich.console import Console
 from torch import Tensor
 
 from crosslayer import dist
-from crosslayer.acts.rows import Documents, RowStream, held_out_rows
-from crosslayer.acts.sources import Weighted, open_sources
+from crosslayer.acts.rows import Documents, RowStream, document_tokens, held_out_rows
+from crosslayer.acts.sources import ListedSource, Source, Weighted, open_sources
 from crosslayer.acts.stream import ActivationStream, StreamState, harvest
 from crosslayer.acts.units import Units, estimate_units
 from crosslayer.clt.config import Provenance
@@ -100,8 +103,8 @@ def train(
     elif dist.is_first():
         refuse_unless_new(run)
     device = choose_device(config.device)
-    host = host or load_host(
-        config.model,
+    host = load_host(
+        host or config.model,
         dtype=DTYPES[config.host_precision],
         device=device,
         input_hook=config.input_hook,
@@ -141,6 +144,8 @@ class Trainer:
         self.base_lr = [config.lr, config.threshold_lr]
         self.optimiser = make_optimiser(groups, (config.beta1, config.beta2), config.seed)
         self.steps = config.tokens // (config.batch * dist.world_size())
+        if not self.steps:
+            raise ConfigError(f"tokens={config.tokens} make no step of {config.batch} tokens on each of {dist.world_size()} ranks; raise --tokens")  # fmt: skip
         self.target = config.target_l0(host.n_layers)
         self.start_l0 = min(self.target * config.l0_start, 0.5 * host.n_layers * config.n_features)
         self.controller = Controller(integral=-7.0)
@@ -158,12 +163,14 @@ class Trainer:
         if resume:
             self.manifest = read_manifest(self.run)
             self.manifest.state = "training"
+            _check_same_text(self.manifest, self.sources)
+        self.sinks = open_sinks(self.config, self.run) if dist.is_first() else []
         if dist.is_first():
             write_manifest(self.run, self.manifest)
+            checkpoint.clear_unfinished(self.run)
             self.log.cut_back(state["step"] if state else 0)
             if state:
                 checkpoint.drop_after(self.run, state["step"])
-        self.sinks = open_sinks(self.config, self.run) if dist.is_first() else []
         self.units = (Units(*state["units"]) if state else self._estimate_units()).to(self.device)
         stream_state = StreamState(*state["streams"][dist.rank()]) if state else None
         config = self.config
@@ -228,11 +235,11 @@ class Trainer:
             group["lr"] = base * learning_rate((self.step + 1) / (self.steps + 1), config.warmup, config.decay)
         dead_LF = self.silent_LF >= config.dead_after
         revive_LF = dead_LF & (not self.clt.config.ranks or self.step % config.auxiliary_every == 0)
-        sparse = self.clt.config.ranks or self.density < SPARSE_BELOW[self.device]
+        sparse = self.clt.config.ranks or self.density < SPARSE_BELOW[torch.device(self.device).type]
         fired_LF = torch.zeros_like(self.silent_LF)
         names = ("loss", "reconstruction", "sparsity", "revival", "variance")
         figures: dict[str, float] = dict.fromkeys(names, 0.0)
-        micro = config.batch // config.accumulate
+        micro, entries = config.batch // config.accumulate, torch.zeros((), dtype=torch.float64)
         for _ in range(config.accumulate):
             x_BLD, y_BLD = self._batch(micro)
             terms = compute(
@@ -245,7 +252,9 @@ class Trainer:
             values = (terms.total.detach(), terms.reconstruction, terms.sparsity, terms.revival, variance)
             for name, value in zip(names, values, strict=True):
                 figures[name] += float(value) / config.accumulate
-            self.density = terms.density
+            entries += terms.entries
+        if not math.isfinite(figures["loss"]):
+            raise RunError(f"the loss of step {self.step + 1} is not finite; lower --lr in a new run, or go on from an earlier step with --resume {self.run} --step")  # fmt: skip
         parameters = list(self.clt.parameters())
         dist.mean_gradients(parameters)
         if config.clip:
@@ -258,6 +267,7 @@ class Trainer:
         dist.sum_(fired_LF)
         n_tokens = config.batch * dist.world_size()
         self.silent_LF = torch.where(fired_LF > 0, 0, self.silent_LF + n_tokens)
+        self.density = float(dist.sum_(entries)) / (n_tokens * fired_LF.numel())
         l0 = float(fired_LF.sum()) / n_tokens
         self.controller.observe(l0, asked)
         return figures | {
@@ -290,14 +300,18 @@ class Trainer:
             "tokens_per_s": tokens / self.train_s,
         }
         if dist.is_first():
-            self.log.write(record)
-            for sink in self.sinks:
-                sink(record)
+            self._record(record)
         update(
             self.step,
             f"loss {record['loss']:.1f}  FVU {record['fvu']:.3f}  L0 {record['l0']:.1f} ({record['l0_per_layer']:.1f} a layer)  "
             f"dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s",
         )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """One line for the log and the sinks."""
+        self.log.write(record)
+        for sink in self.sinks:
+            sink(record)
 
     def _evaluate_on_the_way(self, held_out: Tensor) -> None:
         if dist.is_first():
@@ -305,7 +319,7 @@ class Trainer:
             e = evaluate_rows(
                 self.host, clt, held_out[:64], [s.source.name for s in self.sources], replacement_tokens=4096
             )
-            self.log.write({"step": self.step, "eval": e.model_dump(exclude={"density_log10_edges", "sources"})})
+            self._record({"step": self.step, "eval": e.model_dump(exclude={"density_log10_edges", "sources"})})
         dist.barrier()
 
     def in_host_units(self) -> CLT:
@@ -318,12 +332,13 @@ class Trainer:
             harvests = (harvest(self.host, rows.rows(config.rows_per_harvest)).x_BLD for _ in range(n_harvests))
             batches = (self.units.inputs(x) for h in harvests for x in h.split(2048))
             clt = to_jumprelu(clt, batches, self.target)
-        return fold(clt, *self.units)
+        # A copy made above is folded where it is.
+        return fold(clt if clt is not self.clt else copy.deepcopy(clt), *self.units)
 
     def finish(self, held_out: Tensor) -> Trained:
         """Convert, fold, save, measure."""
-        clt = self.in_host_units()
         self.save()
+        clt = self.in_host_units()
         names = [s.source.name for s in self.sources]
         provenance = Provenance(
             model_name=self.host.name,
@@ -344,8 +359,9 @@ class Trainer:
                 "trained as": f"{self.clt.config.activation}, {self.config.precision}",
                 "training time": f"{self.train_s:.0f} s on {self.device}",
             }
-            if not (self.run / "clt").exists():
-                published.save(clt, provenance, self.run / "clt")
+            if (self.run / "clt").exists():
+                shutil.rmtree(self.run / "clt")
+            published.save(clt, provenance, self.run / "clt")
             write_text(self.run / "clt" / "README.md", model_card(clt.config, provenance, evaluation, trained))
             write_json(self.run / "eval.json", evaluation.model_dump())
             self._write_state("finished")
@@ -405,7 +421,7 @@ def _new_manifest(config: TrainConfig, host: Host, clt: CLT, sources: Sequence[W
         },
         clt={**asdict(clt.config), "n_parameters": clt.config.n_parameters},
         policy=host.policy,
-        sources=[{"name": s.name, "share": weight / total} for s, weight in sources],
+        sources=[{"name": s.name, "share": weight / total, "digest": _digest(s)} for s, weight in sources],
         versions={
             "crosslayer": crosslayer.__version__,
             "python": platform.python_version(),
@@ -413,6 +429,17 @@ def _new_manifest(config: TrainConfig, host: Host, clt: CLT, sources: Sequence[W
             "transformers": transformers.__version__,
         },
     )
+
+
+def _digest(source: Source) -> str | None:
+    return source.digest() if isinstance(source, ListedSource) else None
+
+
+def _check_same_text(manifest: RunManifest, sources: Sequence[Weighted]) -> None:
+    """A resume trains on the text that the run began with; streamed sources cannot be compared."""
+    for said, (source, _) in zip(manifest.sources, sources, strict=True):
+        if said.get("digest") != _digest(source):
+            raise RunError(f"{source.name} has other text than when the run began; put it back, or start a new run")
 
 
 def _shape(host: Host) -> HostShape:
@@ -428,9 +455,6 @@ def _shape(host: Host) -> HostShape:
 
 def _tokens_there_are(host: Host, sources: Sequence[Weighted], most: int) -> int:
     """Tokens in one pass over the sources, counted no further than `most`."""
-    from crosslayer.acts.rows import document_tokens
-    from crosslayer.acts.sources import ListedSource
-
     count = 0
     for source, _ in sources:
         if not isinstance(source, ListedSource):

@@ -6,6 +6,7 @@ give the same numbers, so the choice is one of speed alone, made by the density 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ class Terms(NamedTuple):
     revival: Float[Tensor, ""]
     fired_LF: Int[Tensor, "L F"]
     """Tokens on which each feature fired."""
-    density: float
-    """Share of features that fire on a token."""
+    entries: int
+    """Entries that the sparse path has, or would have: those that fire, and those inside the straight-through window."""
 
 
 def compute(
@@ -56,10 +57,15 @@ def compute(
         dead_LF: which features count as dead.
         sparse: take the sparse path.
     """
-    n_tokens = x_BLD.shape[0]
+    x_BLD = x_BLD.to(clt.dtype)
     k = asked_l0 / (1 if config.scope == "all" else clt.config.n_layers) if clt.config.ranks else None
-    encode = clt.encode_sparse if sparse else clt.encode
-    f: list[Tensor | Active] = [*encode(x_BLD, config.eps, k)]
+    f: Sequence[Tensor | Active]
+    if sparse:
+        active = clt.encode_sparse(x_BLD, config.eps, k)
+        entries, f = sum(len(a.value_K) for a in active), active
+    else:
+        pre = [clt.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))]
+        entries, f = clt.count_entries(pre, config.eps, k), clt.activate(pre, config.eps, k)
     yhat_BLD = clt.decode(f, x_BLD)
     fit = losses.reconstruction(yhat_BLD, y_BLD)
     sparsity = revival = fit.new_zeros(())
@@ -74,14 +80,13 @@ def compute(
             )
     with torch.no_grad():
         fired_LF = torch.stack([a.count() if isinstance(a, Active) else (a > 0).sum(0) for a in f])
-    density = float(fired_LF.sum()) / (n_tokens * fired_LF.numel())
     return Terms(
-        fit + coefficient * sparsity + revival, fit.detach(), sparsity.detach(), revival.detach(), fired_LF, density
+        fit + coefficient * sparsity + revival, fit.detach(), sparsity.detach(), revival.detach(), fired_LF, entries
     )
 
 
 def _sparsity(
-    clt: CLT, f: list[Tensor | Active], x_BLD: Tensor, config: TrainConfig, running_l0: float, asked: float
+    clt: CLT, f: Sequence[Tensor | Active], x_BLD: Tensor, config: TrainConfig, running_l0: float, asked: float
 ) -> Tensor:
     n_tokens = x_BLD.shape[0]
     total = x_BLD.new_zeros((), dtype=torch.float32)
@@ -106,7 +111,7 @@ def _preactivation(clt: CLT, x_BLD: Tensor, dead_LF: Tensor) -> Tensor:
         which = dead_F.nonzero()[:, 0]
         if len(which):
             W_FD = clt.W_enc[i][which]
-            pre_BF = F.linear(x_BLD[:, i].to(W_FD.dtype), W_FD).float() + clt.b_enc[i][which]
+            pre_BF = F.linear(x_BLD[:, i], W_FD).float() + clt.b_enc[i][which]
             norm_F = clt.W_dec[i].detach()[which].flatten(1).float().norm(dim=1)
             total = total + losses.preactivation(pre_BF, clt.threshold[i].detach()[which], norm_F)
     return total
@@ -119,7 +124,7 @@ def _auxiliary(clt: CLT, x_BLD: Tensor, residual_BLD: Tensor, dead_LF: Tensor, k
         which = dead_F.nonzero()[:, 0]
         if not len(which):
             continue
-        x_BD = x_BLD[:, i].to(clt.W_enc[i].dtype)
+        x_BD = x_BLD[:, i]
         with torch.no_grad():
             pre_BF = F.linear(x_BD, clt.W_enc[i][which]) + clt.b_enc[i][which]
             token_K, row_K = where(top_mask(pre_BF, k))

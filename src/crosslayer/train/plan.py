@@ -15,6 +15,7 @@ from crosslayer.core.errors import ResourceError
 from crosslayer.train.config import TrainConfig
 
 GIB = 2**30
+RING = "ring of activations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,20 @@ class Plan:
     sparse_flops: float
     """FLOPs a token of a training step whose decoder and gradients touch active features alone."""
     tokens: int
+    reuse: int
 
     @property
     def total_bytes(self) -> int:
         return sum(self.memory_bytes.values())
 
+    @property
+    def device_bytes(self) -> int:
+        """Without the ring, which is in main memory whatever the device."""
+        return self.total_bytes - self.memory_bytes[RING]
+
     def seconds(self, flops_per_s: float, *, sparse: bool) -> float:
         """Time of the whole run at a rate of matrix products."""
-        flops = self.host_flops + (self.sparse_flops if sparse else self.dense_flops)
+        flops = self.host_flops / self.reuse + (self.sparse_flops if sparse else self.dense_flops)
         return flops * self.tokens / flops_per_s
 
 
@@ -96,7 +103,9 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
         "transcoder weights": n * weight,
         "gradients": n * weight,
         "Adam moments": 2 * n * 4,
-        "ring of activations": config.ring * c.n_layers * width * 2 * 2,
+        # One copy that becomes the JumpReLU transcoder in the host's units.
+        "transcoder as saved": n * weight,
+        RING: config.ring * c.n_layers * width * 2 * 2,
         "harvest": rows * (2 * c.n_layers + 24) * width * host_weight,
         # Pre-activations of every layer, float32, and the masks and scores made of them.
         "features of a micro-batch": micro * c.n_features * c.n_layers * (9 if c.ranks else 5),
@@ -114,6 +123,7 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
         dense_flops=2 * encoder + 3 * decoder,
         sparse_flops=encoder + l0 * (2.0 * width + 3 * per_feature),
         tokens=config.tokens,
+        reuse=config.reuse,
     )
 
 
@@ -123,21 +133,21 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
     Raises:
         ResourceError: for too little memory or disk.
     """
-    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
-        free, where = torch.cuda.mem_get_info()[0], "on the GPU"
+    if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
+        needed, free, where = plan.device_bytes, torch.cuda.mem_get_info()[0], "on the GPU"
     else:
-        free, where = psutil.virtual_memory().available, "of memory"
-    if plan.total_bytes > free:
+        needed, free, where = plan.total_bytes, psutil.virtual_memory().available, "of memory"
+    if needed > free:
         part = max(plan.memory_bytes, key=lambda name: plan.memory_bytes[name])
         remedy = {
-            "ring of activations": "lower --ring",
+            RING: "lower --ring",
             "harvest": "lower --rows-per-harvest or --context",
             "features of a micro-batch": "lower --batch or raise --accumulate",
             "reconstructions": "lower --batch or raise --accumulate",
             "host weights": "use --host-precision bf16",
         }.get(part, "lower --n-features" + ("" if config.precision == "bf16" else " or use --precision bf16"))
         raise ResourceError(
-            f"the run needs {plan.total_bytes / GIB:.1f} GiB {where} but {free / GIB:.1f} GiB are free; "
+            f"the run needs {needed / GIB:.1f} GiB {where} but {free / GIB:.1f} GiB are free; "
             f"most of it, {plan.memory_bytes[part] / GIB:.1f} GiB, is for {part}: {remedy}"
         )
     existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())

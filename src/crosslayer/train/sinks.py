@@ -55,6 +55,8 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in record.items():
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{name}/"))
+        elif isinstance(value, list):
+            flat.update(_flat({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/"))
         elif isinstance(value, int | float) and name != "step":
             flat[prefix + name] = value
     return flat

@@ -32,8 +32,14 @@ class ListedSource:
         chosen = [d for d in self.documents if split_of(d.id) == side]
         if not chosen:
             count = len(self.documents)
-            raise SourceError(f"{self.name} has no {side} text: {count} document{'s' * (count > 1)}; give more text")
+            raise SourceError(
+                f"{self.name} has no {side} text: {count} document{'s' * (count > 1)}; give more text, in more files"
+            )
         return (chosen[i] for i in np.random.default_rng((seed, epoch)).permutation(len(chosen)))
+
+    def digest(self) -> str:
+        """Of all documents in their order: what a resume compares."""
+        return text_hash("".join(d.id + text_hash(d.text) for d in self.documents))
 
     def drop(self, hashes: set[str]) -> None:
         """Leave out the texts with these hashes."""

@@ -38,7 +38,8 @@ SKIPPED_FOLDERS = frozenset({".git", "node_modules", "__pycache__", ".venv"})
 def local_documents(path: Path) -> Iterator[Document]:
     """Documents of one file, or of every file of a known kind below a folder, in path order.
 
-    A `.jsonl` line or a Parquet row is a document (its `text` or `content`); other files are plain text.
+    A `.jsonl` line or a Parquet row is a document (its `text` or `content`). A plain text file of a folder is one too: its
+    pieces share an id, so that they stay on one side of the split. Of a single file each piece is a document.
 
     Raises:
         SourceError: for a path that is not there, or a file that is not what its suffix says.
@@ -46,30 +47,28 @@ def local_documents(path: Path) -> Iterator[Document]:
     if not path.exists():
         raise SourceError(f"no text at {path}: no such file or folder")
     if path.is_file():
-        yield from _file(path)
+        yield from _file(path, alone=True)
         return
     for file in sorted(path.rglob("*")):
         wanted = file.suffix.lower() in TEXT_SUFFIXES | {".jsonl", ".parquet"}
         if wanted and file.is_file() and not SKIPPED_FOLDERS.intersection(file.relative_to(path).parts):
-            yield from _file(file)
+            yield from _file(file, alone=False)
 
 
-def _file(path: Path) -> Iterator[Document]:
-    reader = {".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix.lower(), _plain)
+def _file(path: Path, *, alone: bool) -> Iterator[Document]:
+    records = {".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix.lower())
     try:
-        for text in reader(path):
-            if text.strip():
-                yield Document(text_hash(text), text)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _plain(path: Path) -> Iterator[str]:
-    try:
+        if records is not None:
+            yield from (Document(text_hash(text), text) for text in records(path) if text.strip())
+            return
         text = path.read_text(encoding="utf-8")
+        for piece in pieces(text):
+            if piece.strip():
+                yield Document(text_hash(piece if alone else text), piece)
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
-    yield from pieces(text)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _text_of(record: object, where: str) -> str:

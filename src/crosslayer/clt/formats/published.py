@@ -10,175 +10,188 @@ A per-layer transcoder is written as a cross-layer one whose later slots are zer
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import pad
 
 from crosslayer.clt.config import CLTConfig, Provenance
+from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
+from crosslayer.clt.formats.tensors import TensorFile
+from crosslayer.clt.formats.writing import Chunks, FilePlan, whole, write_folder
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, FormatError
-from crosslayer.core.files import replacing
 from crosslayer.records.policy import FirstPosition
 
 KIND = "cross_layer_transcoder"
+CONFIG = "config.yaml"
 
 
-class Opened(NamedTuple):
-    """A transcoder and what its folder says of it."""
+def recognises(folder: Folder) -> bool:
+    """Whether `config.yaml` says that this is one."""
+    return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
 
-    clt: CLT
-    provenance: Provenance
+
+def read_yaml(folder: Folder) -> dict[str, Any]:
+    """`config.yaml`, which is a mapping.
+
+    Raises:
+        FormatError: if it is not.
+    """
+    path = folder.path(CONFIG)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} holds {type(config).__name__}, expected a mapping with model_kind")
+    return config
+
+
+def open_(folder: Folder) -> Opened:
+    """A transcoder of this format. Encoders are fetched now, decoders when first needed."""
+    config = read_yaml(folder)
+    where = f"{folder.name}/{CONFIG}"
+    input_hook, output_hook = checked_hooks(where, config.get("feature_input_hook"), config.get("feature_output_hook"))
+    ours = config.get("crosslayer") or {}
+    if not isinstance(ours, dict):
+        raise FormatError(f"{where}: crosslayer is {ours!r}, expected a mapping")
+    n_layers = all_there(folder.name, folder.numbered("W_enc_{}.safetensors"), "W_enc_{}.safetensors")
+    if not n_layers:
+        raise FormatError(f"{folder.name} holds no W_enc_*.safetensors; give the folder of a cross-layer transcoder")
+    if beyond := [i for i in folder.numbered("W_dec_{}.safetensors") if i >= n_layers]:
+        raise FormatError(f"{folder.name}: W_enc_{beyond[0]}.safetensors is missing; the folder is not whole, fetch or write it again")  # fmt: skip
+    encoders = [TensorFile(folder.path(f"W_enc_{i}.safetensors")) for i in range(n_layers)]
+    shape = encoders[0].entry("W_enc_0").shape
+    if len(shape) != 2:
+        raise FormatError(f"{encoders[0].path}: W_enc_0 has shape {shape}, expected (features, width)")
+    n_features, d_model = shape
+    # If any layer has it, all must: a layer that lost its thresholds is not ReLU.
+    jump = any(f"threshold_{i}" in file for i, file in enumerate(encoders))
+    skip = any(f"W_skip_{i}" in file for i, file in enumerate(encoders))
+    clt_config = CLTConfig(
+        n_layers=n_layers,
+        d_model=d_model,
+        n_features=n_features,
+        activation="jumprelu" if jump else "relu",
+        cross_layer=ours.get("cross_layer", True) is not False,
+        skip=skip,
+    )
+
+    @cache
+    def decoder(i: int) -> TensorFile:
+        file = TensorFile(folder.path(f"W_dec_{i}.safetensors"))
+        file.entry(f"W_dec_{i}", (n_features, n_layers - i, d_model))
+        return file
+
+    for i in range(n_layers):
+        encoders[i].entry(f"W_enc_{i}", (n_features, d_model))
+        if skip:
+            encoders[i].entry(f"W_skip_{i}", (d_model, d_model))
+        if folder.local:
+            decoder(i)
+        elif f"W_dec_{i}.safetensors" not in folder.names:
+            folder.path(f"W_dec_{i}.safetensors")
+
+    def W_dec(i: int, rows: Tensor | None = None) -> Tensor:
+        name = f"W_dec_{i}"
+        read = decoder(i).tensor(name) if rows is None else decoder(i).rows(name, rows)
+        return read[:, : clt_config.n_slots(i)]
+
+    clt = assemble(
+        clt_config,
+        encoders[0].dtype("W_enc_0"),
+        [_vectors(file, i, n_features, d_model, jump) for i, file in enumerate(encoders)],
+        lambda i, rows=None: encoders[i].tensor(f"W_enc_{i}") if rows is None else encoders[i].rows(f"W_enc_{i}", rows),
+        W_dec,
+        (lambda i, rows=None: encoders[i].tensor(f"W_skip_{i}")[rows if rows is not None else slice(None)])
+        if skip
+        else None,
+    )
+    return Opened(clt, _provenance(config, ours, folder, input_hook, output_hook))
+
+
+def _vectors(file: TensorFile, i: int, n_features: int, d_model: int, jump: bool) -> Vectors:
+    threshold = file.tensor(f"threshold_{i}", (n_features,)) if jump else None
+    if threshold is not None and (threshold < 0).any():
+        raise FormatError(f"{file.path}: threshold_{i} has {threshold.min():g}, expected none below 0")
+    return Vectors(file.tensor(f"b_enc_{i}", (n_features,)), file.tensor(f"b_dec_{i}", (d_model,)), threshold)
+
+
+def _provenance(
+    config: dict[str, Any], ours: dict[str, Any], folder: Folder, input_hook: str, output_hook: str
+) -> Provenance:
+    try:
+        policy = FirstPosition(**ours.get("policy", {}))
+    except (ValidationError, TypeError) as error:
+        raise FormatError(f"{folder.name}/{CONFIG}: crosslayer.policy is {ours['policy']!r}, expected prepend and n_skip") from error  # fmt: skip
+    return Provenance(
+        model_name=str(config.get("model_name") or ""),
+        scan=str(config.get("scan") or Path(folder.name).name),
+        input_hook=input_hook,
+        output_hook=output_hook,
+        policy=policy,
+        extra={k: v for k, v in ours.items() if k not in ("policy", "cross_layer")},
+    )
 
 
 def save(clt: CLT, provenance: Provenance, folder: Path) -> None:
-    """Write the folder whole or not at all. Weights must be folded (`crosslayer.clt.fold`) and rank-free.
+    """Write the folder whole or not at all, each tensor in its own dtype. Units must be folded away (`crosslayer.clt.fold`).
 
     Raises:
-        ConfigError: for a top-k transcoder, which the format does not know: convert it to JumpReLU first.
+        ConfigError: for what the format does not know: a top-k transcoder, or one of some of the host's layers.
+        FormatError: for a folder that is there already.
     """
+    write_folder(folder, plan(Opened(clt, provenance)))
+
+
+def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
+    """The files of this format, in the order they are written."""
+    clt, provenance = opened
     c = clt.config
     if c.ranks:
-        raise ConfigError(
-            f"the published format knows no {c.activation}; convert to JumpReLU first (crosslayer.clt.convert)"
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise FormatError(f"{folder} is not empty; give another output folder")
-    with replacing(folder) as temporary:
-        temporary.mkdir(parents=True)
-        if folder.exists():
-            folder.rmdir()
-        (temporary / "config.yaml").write_text(yaml.safe_dump(_config(clt, provenance), sort_keys=False))
-        for i in range(c.n_layers):
-            encoder = {f"W_enc_{i}": clt.W_enc[i], f"b_enc_{i}": clt.b_enc[i], f"b_dec_{i}": clt.b_dec[i]}
-            if c.activation == "jumprelu":
-                encoder[f"threshold_{i}"] = clt.threshold[i]
-            if c.skip:
-                encoder[f"W_skip_{i}"] = clt.W_skip[i]
-            decoder = pad(clt.W_dec[i].detach(), (0, 0, 0, c.n_layers - i - c.n_slots(i)))
-            _write({k: v.detach() for k, v in encoder.items()}, temporary / f"W_enc_{i}.safetensors")
-            _write({f"W_dec_{i}": decoder}, temporary / f"W_dec_{i}.safetensors")
+        raise ConfigError(f"the published format knows no {c.activation}; convert to JumpReLU first (crosslayer.clt.convert.to_jumprelu)")  # fmt: skip
+    if provenance.layers is not None:
+        raise ConfigError(f"the published format knows no transcoder of some layers only, and this one has layers {', '.join(map(str, provenance.layers))} of its host; open it as it is")  # fmt: skip
+    files = [FilePlan(CONFIG, text=yaml.safe_dump(_config(opened), sort_keys=False))]
+    for i in range(c.n_layers):
+        vectors = {f"b_dec_{i}": clt.b_dec[i], f"b_enc_{i}": clt.b_enc[i]}
+        if c.activation == "jumprelu":
+            vectors[f"threshold_{i}"] = clt.threshold[i]
+        tensors = {name: whole(tensor, dtype) for name, tensor in vectors.items()}
+        tensors[f"W_enc_{i}"] = Chunks.of_layer(clt.W_enc, i, dtype)
+        if c.skip:
+            tensors[f"W_skip_{i}"] = Chunks.of_layer(clt.W_skip, i, dtype)
+        files.append(FilePlan(f"W_enc_{i}.safetensors", tensors))
+        files.append(FilePlan(f"W_dec_{i}.safetensors", {f"W_dec_{i}": _decoder(clt, i, dtype)}))
+    return files
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+def _decoder(clt: CLT, i: int, dtype: torch.dtype | None) -> Chunks:
+    c, missing = clt.config, clt.config.n_layers - i - clt.config.n_slots(i)
+    rows = Chunks.of_layer(clt.W_dec, i, dtype)
+
+    def padded() -> Iterator[Tensor]:
+        for part in rows.read():
+            yield pad(part, (0, 0, 0, missing))
+
+    return Chunks((c.n_features, c.n_layers - i, c.d_model), rows.dtype, padded)
 
 
-def _config(clt: CLT, p: Provenance) -> dict[str, Any]:
+def _config(opened: Opened) -> dict[str, Any]:
+    p = opened.provenance
     return {
         "model_kind": KIND,
         "model_name": p.model_name,
         "feature_input_hook": p.input_hook,
         "feature_output_hook": p.output_hook,
         "scan": p.scan,
-        "crosslayer": {"policy": p.policy.model_dump(), "cross_layer": clt.config.cross_layer, **p.extra},
+        "crosslayer": {"policy": p.policy.model_dump(), "cross_layer": opened.clt.config.cross_layer, **p.extra},
     }
-
-
-def load(folder: Path, *, dtype: torch.dtype | None = None) -> Opened:
-    """Open a folder, in the dtype of its files unless another is asked for.
-
-    Raises:
-        FormatError: naming the file, the tensor, what was found and what was expected.
-    """
-    config = read_config(folder)
-    n_layers = len(list(folder.glob("W_enc_*.safetensors")))
-    if n_layers == 0:
-        raise FormatError(f"{folder} holds no W_enc_*.safetensors; give the folder of a cross-layer transcoder")
-    first = _read(folder / "W_enc_0.safetensors")
-    n_features, d_model = _tensor(first, "W_enc_0", folder / "W_enc_0.safetensors").shape
-    ours = config.get("crosslayer", {})
-    c = CLTConfig(
-        n_layers=n_layers,
-        d_model=d_model,
-        n_features=n_features,
-        activation="jumprelu" if "threshold_0" in first else "relu",
-        cross_layer=ours.get("cross_layer", True),
-        skip="W_skip_0" in first,
-    )
-    clt = CLT(c, dtype=dtype or first["W_enc_0"].dtype, device="meta")
-    for i in range(n_layers):
-        file = folder / f"W_enc_{i}.safetensors"
-        tensors = _read(file) if i else first
-        _assign(clt.W_enc, i, tensors, f"W_enc_{i}", (n_features, d_model), file, dtype)
-        _assign(clt.b_enc, i, tensors, f"b_enc_{i}", (n_features,), file, dtype)
-        _assign(clt.b_dec, i, tensors, f"b_dec_{i}", (d_model,), file, dtype)
-        if c.activation == "jumprelu":
-            _assign(clt.threshold, i, tensors, f"threshold_{i}", (n_features,), file, None)
-        if c.skip:
-            _assign(clt.W_skip, i, tensors, f"W_skip_{i}", (d_model, d_model), file, dtype)
-        file = folder / f"W_dec_{i}.safetensors"
-        decoder = _read(file)
-        name = f"W_dec_{i}"
-        _assign(clt.W_dec, i, decoder, name, (n_features, n_layers - i, d_model), file, dtype)
-        if not c.cross_layer:
-            clt.W_dec[i] = torch.nn.Parameter(clt.W_dec[i].detach()[:, :1].contiguous())
-    provenance = Provenance(
-        model_name=config.get("model_name", ""),
-        scan=config.get("scan", folder.name),
-        input_hook=config["feature_input_hook"],
-        output_hook=config["feature_output_hook"],
-        policy=FirstPosition(**ours.get("policy", {})),
-        extra={k: v for k, v in ours.items() if k not in ("policy", "cross_layer")},
-    )
-    return Opened(clt, provenance)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.yaml` of a published folder, with the keys that are needed checked."""
-    if not folder.is_dir():
-        raise FormatError(f"no folder {folder}; give the folder that holds config.yaml and W_enc_0.safetensors")
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise FormatError(f"{folder} has no config.yaml, so it is no published transcoder")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, dict) or config.get("model_kind") != KIND:
-        found = config.get("model_kind") if isinstance(config, dict) else config
-        raise FormatError(f"{path} says model_kind {found!r}; expected {KIND!r}")
-    for key in ("feature_input_hook", "feature_output_hook"):
-        if not isinstance(config.get(key), str):
-            raise FormatError(f"{path} has no {key}; name the hook, such as mlp.hook_in or mlp.hook_out")
-    return config
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FormatError(f"{path} is missing; the folder is not whole")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read as safetensors ({error}); fetch or write it again") from error
-
-
-def _tensor(tensors: dict[str, Tensor], name: str, path: Path) -> Tensor:
-    if name not in tensors:
-        raise FormatError(f"{path} has no tensor {name}; found {', '.join(sorted(tensors)) or 'none'}")
-    return tensors[name]
-
-
-def _assign(
-    into: torch.nn.ParameterList,
-    i: int,
-    tensors: dict[str, Tensor],
-    name: str,
-    shape: tuple[int, ...],
-    path: Path,
-    dtype: torch.dtype | None,
-) -> None:
-    tensor = _tensor(tensors, name, path)
-    if tuple(tensor.shape) != shape:
-        raise FormatError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if not tensor.is_floating_point():
-        raise FormatError(f"{path}: {name} has dtype {tensor.dtype}, expected a floating-point one")
-    if not tensor.isfinite().all():
-        raise FormatError(f"{path}: {name} holds NaN or infinity, expected finite numbers")
-    into[i] = torch.nn.Parameter(tensor if dtype is None else tensor.to(dtype))

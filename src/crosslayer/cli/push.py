@@ -1,0 +1,54 @@
+"""`crosslayer push`: a transcoder's folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("folder")
+@click.argument("repo")
+@click.option("--revision", help="branch to push to; main unless given")
+@click.option("--private", is_flag=True, help="make a new repository a private one")
+@click.option("--dry-run", is_flag=True, help="list what would be uploaded, and stop")
+def command(folder: str, repo: str, revision: str | None, private: bool, dry_run: bool) -> None:
+    """Upload the transcoder in FOLDER (or of the run FOLDER), its model card included, to REPO (owner/name) on the hub.
+
+    The token is the one that `hf auth login` stored, or that HF_TOKEN holds.
+    """
+    import re
+    from pathlib import Path
+
+    from crosslayer.clt.folder import clt_folder
+    from crosslayer.clt.open import open_format
+    from crosslayer.core.errors import ConfigError, FormatError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(f"{repo!r} is no repository of the hub; give it as owner/name")
+    if not Path(folder).is_dir():
+        raise FormatError(f"no folder {folder}; give the folder of a transcoder, or a run")
+    path = clt_folder(Path(folder))
+    open_format(path)
+    if not (path / "README.md").is_file():
+        raise FormatError(f"{path} has no README.md, the model card; write one first")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    for file in files:
+        click.echo(f"{file.stat().st_size / 2**20:10,.1f} MiB  {file.relative_to(path).as_posix()}")
+    click.echo(f"{sum(f.stat().st_size for f in files) / 2**20:10,.1f} MiB  in {len(files)} files, to {repo}")
+    if dry_run:
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=path, revision=revision, ignore_patterns=[".*"], commit_message=f"{path.name}, by crosslayer"
+        )  # fmt: skip
+    except (HfHubHTTPError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FormatError(f"the hub did not take {repo} ({first_line}); check the name, the network and hf auth whoami") from error  # fmt: skip
+    click.echo(f"pushed: {done.commit_url}")

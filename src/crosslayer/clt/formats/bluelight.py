@@ -1,0 +1,220 @@
+"""BluelightAI's own training format: `model_config.json` beside one file of tensors, or a manifest and several.
+
+    pre = (x / norm_factor_in) W_enc + b_enc        out = (decoded + b_dec) * norm_factor_out
+
+Both factors are folded here. Decoders lie by the layer read (`input_layer`: (L - i, F, D), slot j to layer i + j) or by the
+layer written (`output_layer`: (m + 1, F, D), one slot a source).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crosslayer.clt.config import Activation, CLTConfig, Provenance
+from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats.opened import Opened, Vectors, assemble
+from crosslayer.clt.formats.tensors import TensorFile
+from crosslayer.core.errors import FormatError
+from crosslayer.records.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
+
+CONFIG, SINGLE, MANIFEST = "model_config.json", "clt.safetensors", "manifest.json"
+ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "jumprelu": "jumprelu", "topk": "topk", "topk_all": "topk"}
+SINGLE_NAMES = {
+    "W_enc": "encoder.W",
+    "b_enc": "encoder.b",
+    "b_dec": "decoder.b",
+    "log_threshold": "activation.log_threshold",
+    "norm_factor_in": "norm_factor_in",
+    "norm_factor_out": "norm_factor_out",
+}
+INPUT_MODULES = {"mlp": "mlp.hook_in", "post_attention_layernorm": "mlp.hook_in", "pre_feedforward_layernorm": "mlp.hook_in", "ln_2": "mlp.hook_in"}  # fmt: skip
+OUTPUT_MODULES = {"mlp": "mlp.hook_out", "post_feedforward_layernorm": "hook_mlp_out"}
+
+
+class Said(NamedTuple):
+    """What `model_config.json` says, version 1 or 2."""
+
+    n_layers: int
+    d_in: int
+    d_latent: int
+    activation: str
+    k: int | None
+    layout: str
+    model_name: str
+    input_hook: str
+    output_hook: str
+    layers: tuple[int, ...] | None
+
+
+def recognises(folder: Folder) -> bool:
+    """Whether there is a file of this name."""
+    return CONFIG in folder.names
+
+
+def open_(folder: Folder, *, as_loader: bool = False) -> Opened:
+    """A transcoder of this format.
+
+    Args:
+        as_loader: take `topk_all` as BluelightAI's loader does: the k largest values over batch and features of each layer.
+    """
+    said = _read_config(folder)
+    layers = said.layers
+    shared, decoder_name = _files(folder, said)
+    names = SINGLE_NAMES if "encoder.W" in shared else {name: name for name in SINGLE_NAMES}
+    n, d_model, n_features = said.n_layers, said.d_in, said.d_latent
+    shared.entry(names["W_enc"], (n, d_model, n_features))
+    into, out_of = (_factors(shared, names[f"norm_factor_{side}"], n) for side in ("in", "out"))
+    exact = torch.promote_types(shared.dtype(names["W_enc"]), torch.float32)
+
+    def shape(i: int) -> tuple[int, ...]:
+        return (n - i if said.layout == "input_layer" else i + 1, n_features, d_model)
+
+    @cache
+    def decoder(i: int) -> tuple[TensorFile, str]:
+        file, name = decoder_name(i)
+        file.entry(name, shape(i))
+        return file, name
+
+    if folder.local:
+        for i in range(n):
+            decoder(i)
+
+    def W_enc(i: int, rows: Tensor | None = None) -> Tensor:
+        W_FD = shared.mapped(names["W_enc"])[i].T
+        W_FD = W_FD if rows is None else W_FD[rows]
+        return shared.finite(names["W_enc"], (W_FD.to(exact) / into[i]).contiguous())
+
+    def W_dec(i: int, rows: Tensor | None = None) -> Tensor:
+        places = [(i, j) if said.layout == "input_layer" else (i + j, i) for j in range(n - i)]
+        slots: list[Tensor] = []
+        for j, (which, at) in enumerate(places):
+            file, name = decoder(which)
+            W_FD = file.mapped(name)[at]
+            W_FD = file.finite(name, W_FD if rows is None else W_FD[rows])
+            slots.append(W_FD.to(exact) * out_of[i + j])
+        return torch.stack(slots, dim=1)
+
+    b_enc_LF, b_dec_LD = shared.tensor(names["b_enc"], (n, n_features)), shared.tensor(names["b_dec"], (n, d_model))
+    theta_LF = None
+    if said.activation == "jumprelu":
+        theta_LF = shared.tensor(names["log_threshold"], (n, n_features)).to(exact).exp()
+    vectors = [
+        Vectors(b_enc_LF[i], b_dec_LD[i].to(exact) * out_of[i], None if theta_LF is None else theta_LF[i])
+        for i in range(n)
+    ]
+    everywhere = said.activation == "topk_all"
+    config = CLTConfig(
+        n_layers=n,
+        d_model=d_model,
+        n_features=n_features,
+        activation="batchtopk" if everywhere and as_loader else ACTIVATIONS[said.activation],
+        k=said.k if said.activation.startswith("topk") else None,
+        scope="all" if everywhere and not as_loader else "layer",
+        rank_by="value",
+        k_per_batch=everywhere and as_loader,
+    )
+    provenance = Provenance(
+        model_name=said.model_name,
+        scan=Path(folder.name).name,
+        input_hook=said.input_hook,
+        output_hook=said.output_hook,
+        layers=layers,
+    )
+    return Opened(assemble(config, exact, vectors, W_enc, W_dec), provenance)
+
+
+def _files(folder: Folder, said: Said) -> tuple[TensorFile, Any]:
+    """The file of shared tensors, and what gives the file and name of the i-th decoder."""
+    if SINGLE in folder.names:
+        single = TensorFile(folder.path(SINGLE))
+        return single, lambda i: (single, f"decoder.decoders.{i}.W")
+    manifest = _json(folder, MANIFEST)
+    listed = manifest.get("files")
+    if manifest.get("format") != "layer_weights" or not isinstance(listed, list) or not listed:
+        raise FormatError(f"{folder.name}/{MANIFEST} lists no files of format layer_weights; fetch it again")
+    files = [TensorFile(folder.path(str(f["filename"] if isinstance(f, dict) and "filename" in f else f))) for f in listed]  # fmt: skip
+    shared = next((f for f in files if "W_enc" in f), None)
+    if shared is None:
+        raise FormatError(f"{folder.name}: none of the files of {MANIFEST} has W_enc; fetch them again")
+    host_layers = said.layers or tuple(range(said.n_layers))
+
+    def decoder(i: int) -> tuple[TensorFile, str]:
+        name = f"W_dec_{host_layers[i]}"
+        file = next((f for f in files if name in f), None)
+        if file is None:
+            raise FormatError(f"{folder.name}: none of the files of {MANIFEST} has {name}; fetch them again")
+        return file, name
+
+    return shared, decoder
+
+
+def _factors(file: TensorFile, name: str, n_layers: int) -> Tensor:
+    entry = file.entry(name)
+    if entry.shape not in ((n_layers,), (n_layers, 1, 1)):
+        raise FormatError(f"{file.path}: {name} has shape {entry.shape}, expected ({n_layers},)")
+    factors = file.tensor(name).flatten()
+    if (factors <= 0).any():
+        raise FormatError(f"{file.path}: {name} has {factors.min():g}, expected factors above 0")
+    return factors.to(torch.promote_types(factors.dtype, torch.float32))
+
+
+def _read_config(folder: Folder) -> Said:
+    said = _json(folder, CONFIG)
+    where = f"{folder.name}/{CONFIG}"
+    try:
+        if "architecture" in said:
+            base, architecture = said["base_model"], said["architecture"]
+            points, activation = base["hook_points"], architecture["activation"]
+            found = Said(
+                base["n_layers"], points["input"]["dim"], architecture["d_latent"], activation["type"], activation.get("k"),
+                architecture["decoder"]["layout"], base["name"], points["input"]["attr"], points["output"]["attr"],
+                points.get("layer_indices"),
+            )  # fmt: skip
+        else:
+            found = Said(
+                said["n_layers"], said["d_in"], said["d_latent"], said["activation"], said.get("k"), said["decoder_layout"],
+                said["base_model_name"], said["input_attr"], said["output_attr"], said.get("layer_indices"),
+            )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{where} has no {error.args[0] if isinstance(error, KeyError) else 'mapping where one is due'}; it is neither version 1 nor 2 of the format") from error  # fmt: skip
+    if found.activation not in ACTIVATIONS:
+        raise FormatError(f"{where}: activation {found.activation!r} is not known; known: {', '.join(ACTIVATIONS)}")
+    if found.layout not in ("input_layer", "output_layer"):
+        raise FormatError(f"{where}: decoder layout {found.layout!r} is not known; known: input_layer, output_layer")
+    if not all(isinstance(v, int) and v > 0 for v in (found.n_layers, found.d_in, found.d_latent)):
+        raise FormatError(f"{where}: layers, width and latents are {found.n_layers}, {found.d_in}, {found.d_latent}; expected whole numbers above 0")  # fmt: skip
+    layers = tuple(found.layers) if found.layers else None
+    if layers == tuple(range(found.n_layers)):
+        layers = None
+    return found._replace(
+        n_layers=len(layers) if layers else found.n_layers,
+        layers=layers,
+        input_hook=_hook(where, "input", found.input_hook, INPUT_HOOKS, INPUT_MODULES),
+        output_hook=_hook(where, "output", found.output_hook, OUTPUT_HOOKS, OUTPUT_MODULES),
+    )
+
+
+def _hook(where: str, side: str, said: object, known: tuple[str, ...], modules: dict[str, str]) -> str:
+    """A hook's name from one of ours or from the name of a module."""
+    short = short_hook(str(said))
+    hook = short if short in known else modules.get(short.rpartition(".")[2])
+    if hook is None:
+        raise FormatError(f"{where}: {side} {said!r} is not known; known: {', '.join((*known, *modules))}")
+    return hook
+
+
+def _json(folder: Folder, name: str) -> dict[str, Any]:
+    path = folder.path(name)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds {type(value).__name__}, expected an object")
+    return value

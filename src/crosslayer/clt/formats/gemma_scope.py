@@ -1,0 +1,87 @@
+"""Gemma Scope 2's cross-layer transcoders, one file a layer.
+
+params_layer_{i}.safetensors    w_enc (D, F) · w_dec (F, n_layers, D), slot m writes to layer m, those below i unused · b_enc (F) ·
+                                b_dec (D) · threshold (F) · affine_skip_connection (D, D), optional, used as x @ affine_skip_connection
+config.json                     optional: model_name, hf_hook_point_in, hf_hook_point_out
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from crosslayer.clt.config import CLTConfig, Provenance
+from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble
+from crosslayer.clt.formats.tensors import TensorFile
+from crosslayer.core.errors import FormatError
+from crosslayer.records.policy import FirstPosition
+
+PATTERN = "params_layer_{}.safetensors"
+
+
+def recognises(folder: Folder) -> bool:
+    """Whether there are files of this name."""
+    return bool(folder.numbered(PATTERN))
+
+
+def open_(folder: Folder) -> Opened:
+    """A transcoder of this format; a layer's encoder is turned when it is first used, its decoder read by row."""
+    n_layers = all_there(folder.name, folder.numbered(PATTERN), PATTERN)
+    files = [TensorFile(folder.path(PATTERN.format(i))) for i in range(n_layers)]
+    shape = files[0].entry("w_enc").shape
+    if len(shape) != 2:
+        raise FormatError(f"{files[0].path}: w_enc has shape {shape}, expected (width, features)")
+    d_model, n_features = shape
+    skip = "affine_skip_connection" in files[0]
+    for file in files:
+        file.entry("w_enc", (d_model, n_features))
+        file.entry("w_dec", (n_features, n_layers, d_model))
+        if skip:
+            file.entry("affine_skip_connection", (d_model, d_model))
+
+    def vectors(file: TensorFile) -> Vectors:
+        threshold = file.tensor("threshold", (n_features,))
+        if (threshold < 0).any():
+            raise FormatError(f"{file.path}: threshold has {threshold.min():g}, expected none below 0")
+        return Vectors(file.tensor("b_enc", (n_features,)), file.tensor("b_dec", (d_model,)), threshold)
+
+    def W_enc(i: int, rows: Tensor | None = None) -> Tensor:
+        W_FD = files[i].tensor("w_enc").T
+        return W_FD.contiguous() if rows is None else W_FD[rows]
+
+    def W_dec(i: int, rows: Tensor | None = None) -> Tensor:
+        return (files[i].tensor("w_dec") if rows is None else files[i].rows("w_dec", rows))[:, i:]
+
+    def W_skip(i: int, rows: Tensor | None = None) -> Tensor:
+        W_DD = files[i].tensor("affine_skip_connection")
+        return W_DD if rows is None else W_DD[rows]
+
+    config = CLTConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, skip=skip)
+    clt = assemble(config, files[0].dtype("w_enc"), [vectors(f) for f in files], W_enc, W_dec, W_skip if skip else None)
+    said = _config(folder)
+    model_name = str(said.get("model_name") or "")
+    return Opened(
+        clt,
+        Provenance(
+            model_name=model_name,
+            scan=Path(folder.name).name,
+            input_hook="hook_resid_mid" if "resid" in str(said.get("hf_hook_point_in")) else "mlp.hook_in",
+            output_hook="hook_mlp_out",
+            policy=FirstPosition(n_skip=4 if model_name.endswith("-it") else 1),
+        ),
+    )
+
+
+def _config(folder: Folder) -> dict[str, Any]:
+    if "config.json" not in folder.names:
+        return {}
+    path = folder.path("config.json")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    return said if isinstance(said, dict) else {}

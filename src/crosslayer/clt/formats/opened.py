@@ -1,0 +1,87 @@
+"""What every format opens to: the same transcoder, its big matrices promised, its small vectors read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crosslayer.clt.config import CLTConfig, Provenance
+from crosslayer.clt.transcoder import CLT
+from crosslayer.clt.weights import Reader, Weights
+from crosslayer.core.errors import FormatError
+from crosslayer.records.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
+
+
+class Opened(NamedTuple):
+    """A transcoder and what its folder says of it."""
+
+    clt: CLT
+    provenance: Provenance
+
+
+class Vectors(NamedTuple):
+    """The small tensors of one layer."""
+
+    b_enc: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+
+
+def assemble(
+    config: CLTConfig,
+    dtype: torch.dtype,
+    vectors: Sequence[Vectors],
+    W_enc: Reader,
+    W_dec: Reader,
+    W_skip: Reader | None = None,
+) -> CLT:
+    """A transcoder from what a format gives.
+
+    Args:
+        dtype: of the matrices that the readers give.
+        W_enc, W_dec, W_skip: give (F, D), (F, slots, D) and (D, D) of a layer; used as x @ W_skip.
+    """
+    layers = range(config.n_layers)
+    clt = CLT(config, dtype=dtype, device="meta")
+    clt.W_enc = Weights.promised([(config.n_features, config.d_model) for _ in layers], dtype, W_enc)
+    clt.W_dec = Weights.promised([(config.n_features, config.n_slots(i), config.d_model) for i in layers], dtype, W_dec)
+    if W_skip is not None:
+        clt.W_skip = Weights.promised([(config.d_model, config.d_model) for _ in layers], dtype, W_skip)
+    kept = lambda tensors: Weights(nn.Parameter(t, requires_grad=False) for t in tensors)  # noqa: E731
+    clt.b_enc, clt.b_dec = kept(v.b_enc for v in vectors), kept(v.b_dec for v in vectors)
+    clt.threshold = kept(v.threshold for v in vectors if v.threshold is not None)
+    return clt
+
+
+def in_dtype(reader: Reader, dtype: torch.dtype, device: str) -> Reader:
+    """A reader that gives what another gives, in this dtype and place."""
+
+    def read(layer: int, rows: Tensor | None = None) -> Tensor:
+        return reader(layer, rows).to(device, dtype)
+
+    return read
+
+
+def checked_hooks(where: str, input_hook: object, output_hook: object) -> tuple[str, str]:
+    """The two hooks a folder names, in their short form.
+
+    Raises:
+        FormatError: for hooks that are not named or not known, with those that are.
+    """
+    for key, hook, known in (("feature_input_hook", input_hook, INPUT_HOOKS), ("feature_output_hook", output_hook, OUTPUT_HOOKS)):  # fmt: skip
+        if not isinstance(hook, str):
+            raise FormatError(f"{where} has no {key}; name one of {', '.join(known)}")
+        if short_hook(hook) not in known:
+            raise FormatError(f"{where}: {key} {hook!r} is not known; known: {', '.join(known)}")
+    return short_hook(str(input_hook)), short_hook(str(output_hook))
+
+
+def all_there(where: str, found: list[int], pattern: str) -> int:
+    """The number of layers, if they are numbered from 0 without a gap."""
+    for expected, number in enumerate(found):
+        if expected != number:
+            raise FormatError(f"{where}: {pattern.format(expected)} is missing; the folder is not whole, fetch or write it again")  # fmt: skip
+    return len(found)

@@ -1,0 +1,122 @@
+"""One safetensors file: its header checked, its tensors mapped, its rows read alone. Nothing is ever unpickled.
+
+A whole tensor is mapped to memory, and its pages are read as they are used. Rows are read from the file instead of its map:
+where the kernel keeps files in huge pages, touching one row of a map makes two megabytes of it resident.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from crosslayer.core.errors import FormatError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_AT_ONCE = 1 << 30
+
+
+class Entry(NamedTuple):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte in the file."""
+
+
+class TensorFile:
+    """A safetensors file of floating-point tensors.
+
+    Raises:
+        FormatError: for a file that is not whole, naming it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise FormatError(f"{path} is missing; the folder is not whole, fetch or write it again")
+        try:
+            self._mapped = safe_open(path, "pt")
+            with path.open("rb") as file:
+                n_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(n_bytes))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(f"{path} cannot be read as safetensors ({error}); fetch or write it again") from error
+        header.pop("__metadata__", None)
+        self.entries = {
+            name: Entry(e["dtype"], tuple(e["shape"]), 8 + n_bytes + e["data_offsets"][0]) for name, e in header.items()
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def entry(self, name: str, shape: tuple[int, ...] | None = None) -> Entry:
+        """What the header says of a tensor, checked against the shape expected.
+
+        Raises:
+            FormatError: naming file, tensor, what was found and what was expected.
+        """
+        if name not in self.entries:
+            found = ", ".join(sorted(self.entries)) or "none"
+            raise FormatError(f"{self.path} has no tensor {name}; found {found}")
+        entry = self.entries[name]
+        if shape is not None and entry.shape != shape:
+            raise FormatError(f"{self.path}: {name} has shape {entry.shape}, expected {shape}")
+        if entry.dtype not in DTYPES:
+            raise FormatError(f"{self.path}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
+        return entry
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.entry(name).dtype]
+
+    def mapped(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor whose pages are read as they are used; whether it is finite is not looked at."""
+        self.entry(name, shape)
+        return self._mapped.get_tensor(name)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor that was read and found finite."""
+        return self.finite(name, self.mapped(name, shape))
+
+    def rows(self, name: str, rows: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Some rows of a tensor, these alone read, and found finite."""
+        entry = self.entry(name, shape)
+        out = torch.empty(len(rows), *entry.shape[1:], dtype=DTYPES[entry.dtype])
+        row_bytes = prod(entry.shape[1:]) * out.element_size()
+        buffer = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            for at, first, n in _runs(rows.tolist(), max(1, _MOST_AT_ONCE // max(1, row_bytes))):
+                part = buffer[at * row_bytes : (at + n) * row_bytes]
+                if os.preadv(file, [part], entry.begin + first * row_bytes) != len(part):
+                    raise FormatError(f"{self.path} ended while {name} was read; fetch or write it again")
+        finally:
+            os.close(file)
+        return self.finite(name, out)
+
+    def finite(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, once it was found to hold neither NaN nor infinity."""
+        # A sum is many times faster to take than to look at each number, and not finite if one of them is not.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise FormatError(f"{self.path}: {name} holds NaN or infinity, expected finite numbers")
+        return tensor
+
+
+def _runs(rows: list[int], most: int) -> list[tuple[int, int, int]]:
+    """(place in `rows`, first row, how many) of stretches of rows that follow one another, none longer than `most`."""
+    runs: list[tuple[int, int, int]] = []
+    for at, row in enumerate(rows):
+        if runs and runs[-1][1] + runs[-1][2] == row and runs[-1][2] < most:
+            start, first, n = runs[-1]
+            runs[-1] = (start, first, n + 1)
+        else:
+            runs.append((at, row, 1))
+    return runs

@@ -1,0 +1,104 @@
+"""Names of folders and of repositories, against a stand-in of the hub: a cache in its layout, without network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clt.test_published import PROVENANCE
+from clt.test_transcoder import make
+from crosslayer.clt.formats import published
+from crosslayer.clt.open import load_clt
+from crosslayer.core.errors import FormatError
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`owner/name` at main and at v1, the second with a subfolder and without one decoder."""
+    root = tmp_path_factory.mktemp("hub")
+    repo = root / "models--owner--name"
+    published.save(make(dtype=torch.float32), PROVENANCE, repo / "snapshots" / COMMITS["main"])
+    under = repo / "snapshots" / COMMITS["v1"] / "small"
+    under.parent.mkdir()
+    shutil.copytree(repo / "snapshots" / COMMITS["main"], under)
+    (under / "W_dec_2.safetensors").unlink()
+    (repo / "refs").mkdir()
+    for revision, commit in COMMITS.items():
+        (repo / "refs" / revision).write_text(commit)
+    return root
+
+
+def crosslayer(hub: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    return subprocess.run(
+        [sys.executable, "-m", "crosslayer", *args], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_a_repository_in_the_cache_is_opened_without_network(hub: Path):
+    for name in ("owner/name", "owner/name@main", f"owner/name@{COMMITS['main']}"):
+        done = crosslayer(hub, "inspect", name)
+        assert done.returncode == 0, done.stderr
+        assert "3 × 24 × 8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/name@v1//small", "owner/name@v1//small: W_dec_2.safetensors is missing"),
+        ("owner/name@v1//large", "owner/name has no files under large; its folders are small"),
+        ("owner/name@v2", "owner/name at revision 'v2' is not in its cache"),
+        ("owner/other", "the hub cannot be reached"),
+        ("no/such/folder", "no folder no/such/folder; give a local folder, or a repository"),
+        ("./nowhere", "no folder ./nowhere; give a local folder"),
+        ("nowhere", "no folder nowhere; give a local folder, or a repository of the hub as owner/name"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_sentence(hub: Path, name: str, words: str):
+    done = crosslayer(hub, "inspect", name)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_relative_path_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    published.save(make(dtype=torch.float32), PROVENANCE, tmp_path / "some" / "clt")
+    monkeypatch.chdir(tmp_path)
+    assert load_clt("some/clt").provenance == PROVENANCE
+    with pytest.raises(FormatError, match="is a file"):
+        load_clt("some/clt/config.yaml")
+
+
+def test_files_of_the_hub_are_fetched_when_they_are_needed(hub: Path, monkeypatch: pytest.MonkeyPatch):
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    snapshot = hub / "models--owner--name" / "snapshots" / COMMITS["main"]
+    siblings = [SimpleNamespace(rfilename=p.name) for p in snapshot.iterdir()]
+    fetched: list[str] = []
+
+    class Api:
+        def model_info(self, repo: str, revision: str | None) -> SimpleNamespace:
+            assert (repo, revision) == ("owner/name", "v9")
+            return SimpleNamespace(siblings=siblings, sha="c" * 40)
+
+    def download(repo: str, file: str, revision: str) -> str:
+        assert (repo, revision) == ("owner/name", "c" * 40)
+        fetched.append(file)
+        return str(snapshot / file)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    clt = load_clt("owner/name@v9").clt
+    assert not [f for f in fetched if f.startswith("W_dec")]
+    clt.decoder_rows(1, torch.tensor([3]))
+    assert [f for f in fetched if f.startswith("W_dec")] == ["W_dec_1.safetensors"]
