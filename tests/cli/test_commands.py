@@ -129,6 +129,10 @@ BAD = {
     "device": (["--device", "tpu"], "device=tpu"),
     "out below a file": (["--out", "{empty}/run"], "cannot be made"),
     "not a number": (["--l0-per-layer", "nan"], "a target L0 of nan"),
+    "infinite": (["--lr", "inf"], "lr=inf must be above 0 and finite"),
+    "seed": (["--seed", "99999999999999999999999"], "must be below 2**63"),
+    "no name": (["--model", ""], "model is empty"),
+    "no tokenizer": (["--model", "{bare}"], "has no tokenizer that can be read"),
     "beta": (["--beta1", "1"], "beta1=1.0 must be at least 0 and below 1"),
     "no thresholds": (["--activation", "relu", "--sparsity", "l0"], "sparsity=l0 works through thresholds"),
     "one token": (["--batch", "200", "--accumulate", "200"], "leaves one token in each"),
@@ -147,8 +151,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     (tmp_path / "bloom" / "config.json").write_text('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}')
     places = {
         "filled": tmp_path / "filled", "empty": tmp_path / "empty.txt", "broken": tmp_path / "broken.jsonl",
-        "bloom": tmp_path / "bloom",
+        "bloom": tmp_path / "bloom", "bare": tmp_path / "bare",
     }  # fmt: skip
+    tiny.make_model("llama").save_pretrained(tmp_path / "bare")
     before = sorted(tmp_path.rglob("*"))
     changed, words = BAD[name]
     given = {"--model": str(host_folder), "--text": str(text_folder), "--out": str(tmp_path / "run")}
@@ -165,7 +170,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_other_verbs_name_what_is_wrong(tmp_path: Path, here):
     for args, words in (
         (["eval", tmp_path, "--text", "stdlib"], "no config.yaml"),
-        (["eval", tmp_path / "no"], "no text was given"),
+        (["eval", tmp_path / "no"], "no folder"),
+        (["eval", tmp_path], "no text was given"),
+        (["eval", tmp_path, "--text", "stdlib", "-o", tmp_path], "it is a folder"),
+        (["plan", "--text", "x", "--l0", "5", "--flops", "-1"], "is not in the range"),
         (["inspect", tmp_path / "no"], "no folder"),
         (["eval", tmp_path, "--text", "stdlib", "-o", tmp_path / "no" / "x.json"], "there is no folder"),
         (["convert", tmp_path, tmp_path / "out"], "no config.yaml"),

@@ -31,6 +31,7 @@ def command(
 
     The split is a function of each document, so what is held out here was held out in training too.
     """
+    from crosslayer.clt.folder import open_folder
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import write_json
     from crosslayer.eval.api import evaluate
@@ -38,8 +39,10 @@ def command(
     from crosslayer.train.loop import DTYPES
     from crosslayer.train.run_folder import read_manifest
 
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out={out}: there is no folder {out.absolute().parent}; make it first")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        what = "it is a folder" if out.is_dir() else f"there is no folder {out.absolute().parent}"
+        raise ConfigError(f"--out={out} cannot be written: {what}; give the name of a JSON file")
+    open_folder(clt)
     run = read_manifest(Path(clt)).config if (Path(clt) / "run.json").is_file() else {}
     text = text or tuple(run.get("text", ()))
     if not text:
@@ -49,7 +52,7 @@ def command(
         text=text,
         model=model,
         tokens=tokens or run.get("eval_tokens", 131_072),
-        context=context or run.get("context", 256),
+        context=context or run.get("context"),
         dtype=DTYPES[run.get("host_precision", "fp32")],
         device=device,
         console=Console(stderr=True),

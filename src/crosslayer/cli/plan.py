@@ -13,7 +13,7 @@ from crosslayer.cli.settings import GroupedHelp, config_flags, config_from
 
 
 @click.command(cls=GroupedHelp)
-@click.option("--flops", type=float, help="matrix products a second to reckon with; measured here unless given (H200, bf16: 6e14)")  # fmt: skip
+@click.option("--flops", type=click.FloatRange(min=0, min_open=True), help="matrix products a second to reckon with; measured here unless given (H200, bf16: 6e14)")  # fmt: skip
 @config_flags
 def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     """Print parameters, memory by part, FLOPs a token and estimated time of a run, without allocating it.

@@ -11,6 +11,7 @@ from rich.console import Console
 from crosslayer.acts.rows import held_out_rows
 from crosslayer.acts.sources import open_sources
 from crosslayer.clt.open import load_clt
+from crosslayer.core.errors import ConfigError
 from crosslayer.core.progress import track
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.replacement_model import host_of
@@ -24,7 +25,7 @@ def evaluate(
     text: Sequence[str],
     model: str | Path | Host | None = None,
     tokens: int = 131_072,
-    context: int = 256,
+    context: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     console: Console | None = None,
@@ -36,7 +37,7 @@ def evaluate(
         text: sources, as `crosslayer.acts.sources` names them.
         model: the host; the one that the transcoder names unless given.
         dtype: of the host.
-        tokens, context: how many held-out tokens, in rows of how many.
+        tokens, context: how many held-out tokens, in rows of how many; of 256, or the host's context if that is less, unless given.
         console: where progress goes; quiet by default.
 
     Raises:
@@ -46,6 +47,9 @@ def evaluate(
     opened = load_clt(clt, device=device)
     host = host_of(opened, model, dtype=dtype, device=device)
     sources = open_sources(text)
-    rows_BT = held_out_rows(host, sources, min(context, host.max_positions), tokens)
+    context = context or min(256, host.max_positions)
+    if context > host.max_positions:
+        raise ConfigError(f"context={context} exceeds that of {host.name}, {host.max_positions}; lower --context")
+    rows_BT = held_out_rows(host, sources, context, tokens)
     with track(console or Console(quiet=True), "measure", 1.0) as update:
         return evaluate_rows(host, opened.clt, rows_BT, [s.source.name for s in sources], on_progress=update)

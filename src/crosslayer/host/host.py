@@ -189,7 +189,7 @@ def load_host(
     family_of(config.model_type, shown)
     with _no_loading_bar():
         model = reading(shown, lambda: AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True))
-    tokenizer = reading(shown, lambda: AutoTokenizer.from_pretrained(where))
+    tokenizer = reading(shown, lambda: AutoTokenizer.from_pretrained(where), what="tokenizer")
     model.to(choose_device(device)).eval().requires_grad_(False)
     return Host(model, tokenizer, shown, input_hook=input_hook, output_hook=output_hook, policy=policy, layers=layers)
 
@@ -232,7 +232,7 @@ def folder_of(name: str | Path) -> str:
     return str(SHIPPED_FOLDER) if str(name) == SHIPPED else str(name)
 
 
-def reading(name: str, read: Callable[[], Any]) -> Any:
+def reading(name: str, read: Callable[[], Any], what: str = "Hugging Face causal language model") -> Any:
     """Turn the many errors of a loader into one sentence."""
     from safetensors import SafetensorError
 
@@ -243,5 +243,7 @@ def reading(name: str, read: Callable[[], Any]) -> Any:
             raise HostError(
                 f"no model {name!r}: it is no local folder, and the Hugging Face hub did not give it; check the name, or the network"
             ) from error
+        if what == "tokenizer":
+            raise HostError(f"{name} has no tokenizer that can be read; put tokenizer.json and tokenizer_config.json beside the model") from error  # fmt: skip
         first_line = str(error).strip().splitlines()[0]
-        raise HostError(f"{name} cannot be read as a Hugging Face causal language model: {first_line}") from error
+        raise HostError(f"{name} cannot be read as a {what}: {first_line}") from error

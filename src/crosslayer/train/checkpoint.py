@@ -54,16 +54,18 @@ def load(run: Path, step: int | None = None) -> dict[str, Any] | None:
         raise RunError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, there)) or 'none'}")
     chosen = there[-1] if step is None else step
     folder = run / "checkpoints" / f"step-{chosen:08d}"
-    try:
-        expected = json.loads((folder / "digest.json").read_text(encoding="utf-8"))["blake2b"]
-        if _digest(folder / "state.pt") == expected:
+    damage = _damage(folder)
+    if damage is None:
+        try:
             return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        damage = str(error).splitlines()[0]
-    else:
-        damage = "its digest does not fit"
-    before = [s for s in there if s < chosen]
-    remedy = f"go on from the one before with --step {before[-1]}" if before else "there is none before it; start again"
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            damage = str(error).splitlines()[0]
+    before = [s for s in there if s < chosen and _damage(run / "checkpoints" / f"step-{s:08d}") is None]
+    remedy = (
+        f"go on from the one before with --step {before[-1]}"
+        if before
+        else "there is no whole one before it; start again"
+    )
     raise RunError(f"checkpoint {folder} is damaged ({damage}); {remedy}")
 
 
@@ -72,6 +74,17 @@ def drop_after(run: Path, step: int) -> None:
     for later in steps(run):
         if later > step:
             shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if its digest does not fit."""
+    try:
+        expected = json.loads((folder / "digest.json").read_text(encoding="utf-8"))["blake2b"]
+        return None if _digest(folder / "state.pt") == expected else "its digest does not fit"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its digest cannot be read"
 
 
 def _digest(path: Path) -> str:

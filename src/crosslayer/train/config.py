@@ -109,8 +109,8 @@ class TrainConfig:
         for name in ("n_skip", "eval_every", "clip", "revive", "auxiliary", "warmup", "decay", "l0_ramp", "seed"):
             self._at_least(name, 0)
         for name in ("lr", "threshold_lr", "eps", "threshold", "sparsity_c"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and finite")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -123,6 +123,10 @@ class TrainConfig:
             raise ConfigError(f"warmup={self.warmup}, decay={self.decay} and l0_ramp={self.l0_ramp} are shares of the run; lower them")  # fmt: skip
         if (self.l0 is None) == (self.l0_per_layer is None):
             raise ConfigError("give the target L0 once: --l0 (summed over layers) or --l0-per-layer")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed={self.seed} must be below 2**63")
+        if not self.model:
+            raise ConfigError("model is empty; give a hub name, a local folder, or stdlib-qwen3 with --model")
         if not (self.l0 or self.l0_per_layer or 0) > 0:
             raise ConfigError(
                 f"a target L0 of {self.l0 or self.l0_per_layer or 0} activates nothing; give a positive one"
