@@ -1,4 +1,4 @@
-"""Cross-layer transcoders: train, measure, save and open them.
+r"""Cross-layer transcoders: train, measure, save and open them; trace prompts and intervene.
 
     import crosslayer as xl
 
@@ -6,6 +6,7 @@
     clt = xl.load_clt("runs/quickstart").clt
     trained = xl.train(xl.RECIPES["stdlib"](), "runs/mine")
     evaluation = xl.evaluate("runs/mine", text=["stdlib"])
+    graph = xl.attribute(host, "runs/mine", "def area(self):\n    return self.")
 
 Names are loaded when first used (PEP 562), so that `import crosslayer` is quick and imports no torch.
 """
@@ -25,9 +26,13 @@ _HOMES = {
     "FirstPosition": "crosslayer.records.policy",
     "Host": "crosslayer.host.host",
     "RECIPES": "crosslayer.train.recipes",
+    "Graph": "crosslayer.graph.graph",
     "ReplacementModel": "crosslayer.eval.replacement_model",
+    "Target": "crosslayer.graph.targets",
     "TrainConfig": "crosslayer.train.config",
+    "attribute": "crosslayer.graph.attribute",
     "evaluate": "crosslayer.eval.api",
+    "intervene": "crosslayer.graph.intervene",
     "load_clt": "crosslayer.clt.open",
     "load_host": "crosslayer.host.host",
 }
@@ -39,11 +44,15 @@ __all__ = [
     "CrosslayerError",
     "Evaluation",
     "FirstPosition",
+    "Graph",
     "Host",
     "ReplacementModel",
+    "Target",
     "TrainConfig",
     "__version__",
+    "attribute",
     "evaluate",
+    "intervene",
     "load_clt",
     "load_host",
     "train",
@@ -56,6 +65,10 @@ if TYPE_CHECKING:
     from crosslayer.core.errors import CrosslayerError as CrosslayerError
     from crosslayer.eval.api import evaluate as evaluate
     from crosslayer.eval.replacement_model import ReplacementModel as ReplacementModel
+    from crosslayer.graph.attribute import attribute as attribute
+    from crosslayer.graph.graph import Graph as Graph
+    from crosslayer.graph.intervene import intervene as intervene
+    from crosslayer.graph.targets import Target as Target
     from crosslayer.host.host import Host as Host
     from crosslayer.host.host import load_host as load_host
     from crosslayer.records.evaluation import Evaluation as Evaluation

@@ -17,6 +17,9 @@ VERBS = {
     "inspect": "Say what a transcoder is, and whether its files are whole.",
     "convert": "Write a transcoder in another format or dtype.",
     "push": "Upload a transcoder with its model card to the Hugging Face hub.",
+    "graph": "Trace a prompt into an attribution graph.",
+    "graph-diff": "Compare two graphs by feature.",
+    "intervene": "Change features of a prompt and see what the model does.",
     "plan": "Say what a training run will take, without allocating it.",
 }
 
@@ -28,7 +31,7 @@ class Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return import_module(f"crosslayer.cli.{cmd_name}").command if cmd_name in VERBS else None
+        return import_module(f"crosslayer.cli.{cmd_name.replace('-', '_')}").command if cmd_name in VERBS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -38,7 +41,7 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="crosslayer")
 def app() -> None:
-    """Cross-layer transcoders: train, measure, save and open them."""
+    """Cross-layer transcoders: train, measure, save and open them; trace prompts and intervene."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures."""
+"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures and a traced prompt."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from rich.console import Console
 
 from crosslayer.core.errors import RunError
 
+PROMPT = "class Shape:\n    def __init__(self, width):\n        self.width ="
+
 
 @click.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True, help="run folder to make")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="of initial weights and of the order of text")
 def command(out: Path, seed: int) -> None:
-    """Train a transcoder of the shipped host on Python's standard library, measure and save it.
+    """Train a transcoder of the shipped host on Python's standard library, measure and save it, and trace a prompt.
 
     Needs no network and no GPU. A run that was stopped goes on where it stood.
     """
     from dataclasses import replace
 
     from crosslayer.eval.report import print_table
+    from crosslayer.graph.attribute import attribute
+    from crosslayer.graph.report import print_graph
     from crosslayer.records.evaluation import Evaluation
     from crosslayer.train.loop import train
     from crosslayer.train.recipes import stdlib
@@ -36,4 +40,9 @@ def command(out: Path, seed: int) -> None:
     else:
         evaluation = train(config, out, resume=there is not None, console=Console(stderr=True)).evaluation
     print_table(Console(), evaluation)
-    click.echo(f"saved in {out}/clt, with a model card; look closer with: crosslayer inspect {out}")
+    click.echo(f"saved in {out}/clt, with a model card; look closer with: crosslayer inspect {out}\n")
+    (out / "graphs").mkdir(exist_ok=True)
+    graph = attribute(None, out, PROMPT, device="cpu", console=Console(stderr=True))
+    print_graph(Console(), graph, top=5)
+    saved = graph.save(out / "graphs" / "width")
+    click.echo(f"saved as {saved}; trace your own with: crosslayer graph --clt {out} --prompt TEXT")

@@ -248,7 +248,7 @@ class CLT(nn.Module):
             y = [y_BD + self.skip(x_BD, i) for i, (y_BD, x_BD) in enumerate(zip(y, x_BLD.unbind(1), strict=True))]
         return torch.stack(y, dim=1)
 
-    def skip(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B D"]:
+    def skip(self, x_BD: Float[Tensor, "... D"], layer: int) -> Float[Tensor, "... D"]:
         """What the affine skip of one layer writes."""
         wide = torch.promote_types(x_BD.dtype, self.dtype)
         return x_BD.to(wide) @ self.W_skip[layer].to(wide)

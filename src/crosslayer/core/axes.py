@@ -13,6 +13,9 @@ AXES = {
     "V": "vocabulary",
     "N": "nodes of a graph",
     "H": "attention heads",
+    "G": "heads of attention's values, each shared by H / G heads",
+    "E": "width of an attention head; edges of a graph",
+    "R": "rows of a graph: the nodes whose incoming edges are known",
     "S": "slots of a decoder: the layers that one layer's features write to",
     "K": "active features, as listed by a sparse encoding",
 }

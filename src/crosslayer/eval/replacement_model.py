@@ -46,6 +46,22 @@ def host_of(
     return host
 
 
+def tokens_of(host: Host, prompt: Prompt) -> Int[Tensor, "1 T"]:
+    """Token ids of a prompt, the policy's special token in front of a text; ids are taken as they are.
+
+    Raises:
+        ConfigError: for no token, or one that the host does not know.
+    """
+    if isinstance(prompt, str):
+        return host.encode(prompt)
+    tokens_BT = torch.as_tensor(prompt, dtype=torch.long).reshape(1, -1)
+    if not tokens_BT.numel():
+        raise ConfigError("the prompt has no tokens; give at least one")
+    if beyond := [t for t in tokens_BT[0].tolist() if not 0 <= t < host.n_vocab]:
+        raise ConfigError(f"token {beyond[0]} is not among the {host.n_vocab} of {host.name}; give ids below that")
+    return tokens_BT
+
+
 class ReplacementModel:
     """A host whose MLPs a transcoder can replace, or stand beside with what it misses added.
 
@@ -77,19 +93,8 @@ class ReplacementModel:
         return cls(host_of(opened, model_name, dtype=dtype, device=where), opened)
 
     def tokens(self, prompt: Prompt) -> Int[Tensor, "1 T"]:
-        """Token ids of a prompt, the policy's special token in front of a text; ids are taken as they are.
-
-        Raises:
-            ConfigError: for no token, or one that the host does not know.
-        """
-        if isinstance(prompt, str):
-            return self.host.encode(prompt)
-        tokens_BT = torch.as_tensor(prompt, dtype=torch.long).reshape(1, -1)
-        if not tokens_BT.numel():
-            raise ConfigError("the prompt has no tokens; give at least one")
-        if beyond := [t for t in tokens_BT[0].tolist() if not 0 <= t < self.host.n_vocab]:
-            raise ConfigError(f"token {beyond[0]} is not among the {self.host.n_vocab} of {self.host.name}; give ids below that")  # fmt: skip
-        return tokens_BT
+        """Token ids of a prompt; see `tokens_of`."""
+        return tokens_of(self.host, prompt)
 
     @torch.no_grad()
     def features(self, prompt: Prompt) -> Float[Tensor, "L T F"]:

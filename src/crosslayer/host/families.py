@@ -14,28 +14,42 @@ from crosslayer.records.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
 
 
 class Family(NamedTuple):
-    """Module paths of one family: `layers` from the model, the others from one of its layers."""
+    """Module paths of one family: `layers` and `final_norm` from the model, the others from one of its layers."""
 
     layers: str
-    mlp: str
+    final_norm: str
+    attention_norm: str
+    attention: str
     mlp_norm: str
+    mlp: str = "mlp"
+    after_attention_norm: str | None = None
     after_mlp_norm: str | None = None
+    gain_plus_one: bool = False
+    """The norms multiply by one plus their weight."""
     parallel_when: str | None = None
     """Attribute of the config that, if true, says that attention and MLP run in parallel."""
 
 
-LLAMA_LIKE = Family("model.layers", "mlp", "post_attention_layernorm")
-GEMMA_LIKE = Family("model.layers", "mlp", "pre_feedforward_layernorm", after_mlp_norm="post_feedforward_layernorm")
+LLAMA_LIKE = Family("model.layers", "model.norm", "input_layernorm", "self_attn", "post_attention_layernorm")
+GEMMA_LIKE = LLAMA_LIKE._replace(
+    mlp_norm="pre_feedforward_layernorm",
+    after_attention_norm="post_attention_layernorm",
+    after_mlp_norm="post_feedforward_layernorm",
+    gain_plus_one=True,
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA_LIKE,
     "llama": LLAMA_LIKE,
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
-    "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers"),
-    "gpt2": Family("transformer.h", "mlp", "ln_2"),
-    "gpt_neox": Family("gpt_neox.layers", "mlp", "post_attention_layernorm", parallel_when="use_parallel_residual"),
-}
+    "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers", final_norm="model.language_model.norm"),
+    "gpt2": Family("transformer.h", "transformer.ln_f", "ln_1", "attn", "ln_2"),
+    "gpt_neox": Family(
+        "gpt_neox.layers", "gpt_neox.final_layer_norm", "input_layernorm", "attention", "post_attention_layernorm",
+        parallel_when="use_parallel_residual",
+    ),
+}  # fmt: skip
 
 
 def family_of(model_type: str, name: str) -> Family:

@@ -89,7 +89,7 @@ class Host:
         return next(self.model.parameters()).dtype
 
     def run(
-        self, tokens_BT: Int[Tensor, "B T"], visit: Visitor | None = None, *, logits: bool = True
+        self, tokens_BT: Int[Tensor, "B T"], visit: Visitor | None = None, *, logits: bool = True, cache: Any = None
     ) -> Float[Tensor, "B T V"] | None:
         """One forward pass over rows of equal length, calling `visit` at each MLP.
 
@@ -97,6 +97,7 @@ class Host:
             tokens_BT: token ids, used as they are.
             visit: watches, and by returning a tensor replaces, each MLP's output.
             logits: compute and return the logits; without, the unembedding is not run.
+            cache: from `cache()`; the tokens follow those that it has seen.
 
         Raises:
             HostError: for rows longer than the model's context.
@@ -110,8 +111,15 @@ class Host:
                 for layer, block in enumerate(self.layers):
                     self._hook(hooks, layer, block, visit)
             runner: Any = self.model if logits else self.model.base_model
-            output = runner(tokens_BT.to(self.device), use_cache=False)
+            output = runner(tokens_BT.to(self.device), use_cache=cache is not None, past_key_values=cache)
         return output.logits if logits else None
+
+    def cache(self) -> Any:
+        """An empty cache of keys and values, for a generation."""
+        from transformers import DynamicCache
+
+        config: Any = self.model.config
+        return DynamicCache(config=config.get_text_config())
 
     def _hook(self, hooks: ExitStack, layer: int, block: nn.Module, visit: Visitor) -> None:
         seen: list[Tensor] = []
@@ -146,6 +154,10 @@ class Host:
         if self.policy.prepend and not (ids and ids[0] in self.tokenizer.all_special_ids):
             ids = [self.first_token, *ids]
         return torch.tensor([ids], dtype=torch.long)
+
+    def decode_token(self, token: int) -> str:
+        """The text of one token."""
+        return self.tokenizer.decode([token]) if self.tokenizer is not None else f"#{token}"
 
     @property
     def first_token(self) -> int:

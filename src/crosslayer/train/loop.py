@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -405,8 +406,6 @@ class Trainer:
 def _new_manifest(config: TrainConfig, host: Host, clt: CLT, sources: Sequence[Weighted]) -> RunManifest:
     import transformers
 
-    import crosslayer
-
     total = sum(s.weight for s in sources)
     return RunManifest(
         state="training",
@@ -423,7 +422,7 @@ def _new_manifest(config: TrainConfig, host: Host, clt: CLT, sources: Sequence[W
         policy=host.policy,
         sources=[{"name": s.name, "share": weight / total, "digest": _digest(s)} for s, weight in sources],
         versions={
-            "crosslayer": crosslayer.__version__,
+            "crosslayer": version("crosslayer"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -1,0 +1,22 @@
+"""`crosslayer graph-diff`: two graphs by feature."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+
+@click.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--top", type=click.IntRange(min=0), default=15, show_default=True, help="features to print")
+def command(first: str, second: str, top: int) -> None:
+    """Compare the saved graphs FIRST and SECOND, of one transcoder: which features both use, and which only one."""
+    from pathlib import Path
+
+    from crosslayer.graph.compare import merge
+    from crosslayer.graph.interchange import open_graph
+    from crosslayer.graph.report import print_difference
+
+    merged = merge([open_graph(first), open_graph(second)])
+    print_difference(Console(), merged, [Path(first).stem, Path(second).stem], top=top)

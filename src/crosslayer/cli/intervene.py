@@ -1,0 +1,106 @@
+"""`crosslayer intervene`: change features of a prompt and see what the model does."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+from rich.console import Console
+
+
+@click.command()
+@click.option(
+    "--model", help="host: hub name, local folder, or stdlib-qwen3; the one the transcoder names unless given"
+)
+@click.option("--clt", required=True, help="transcoder: folder, run, or owner/name on the hub")
+@click.option("--prompt", required=True, help="text; - reads it from standard input")
+@click.option("--set", "sets", multiple=True, metavar="L3/1204@5=2.5", help="give a feature a value; without @POSITION everywhere, @5: from there on; repeatable")  # fmt: skip
+@click.option(
+    "--scale", "scales", multiple=True, metavar="L3/1204@5=2", help="multiply a feature's own value; repeatable"
+)
+@click.option("--ablate", "ablations", multiple=True, metavar="L3/1204@5", help="set a feature to zero; repeatable")
+@click.option("--freeze", type=click.Choice(["none", "attention", "norms", "both"]), default="none", show_default=True, help="what keeps the prompt's values")  # fmt: skip
+@click.option("--mlps", type=click.Choice(["host", "replaced"]), default="host", show_default=True, help="who reacts to the change: the host's MLPs, or the transcoder's features with the prompt's errors")  # fmt: skip
+@click.option("--hold", metavar="FIRST-LAST", help="layers whose MLP outputs keep their values, as 0-5 or all")
+@click.option("--generate", type=click.IntRange(min=0), default=0, show_default=True, help="tokens to add, the most probable each time")  # fmt: skip
+@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="next tokens to print")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
+def command(
+    model: str | None, clt: str, prompt: str, sets: tuple[str, ...], scales: tuple[str, ...], ablations: tuple[str, ...],
+    freeze: str, mlps: str, hold: str | None, generate: int, top: int, device: str,
+) -> None:  # fmt: skip
+    """Run PROMPT with features changed, and print the next tokens before and after."""
+    import sys
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from crosslayer.core.errors import ConfigError
+    from crosslayer.graph.attribute import open_both
+    from crosslayer.graph.intervene import Intervention, intervene
+
+    wanted = [("set", s) for s in sets] + [("scale", s) for s in scales] + [("scale", f"{s}=0") for s in ablations]
+    interventions = [Intervention(**_parse(text, kind)) for kind, text in wanted]
+    if not interventions:
+        raise ConfigError("no intervention was given; name one with --set, --scale or --ablate")
+    host, opened = open_both(model, clt, device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ConfigError("the prompt is empty; give some text")
+    layers = _layers(hold, opened.clt.config.n_layers)
+    r = intervene(host, opened, text, interventions, freeze=freeze, mlps=mlps, hold=layers, generate=generate)
+    before_V, after_V = r.before_TV[-1].float().softmax(0), r.after_BTV[0, -1].float().softmax(0)
+    chosen = list(dict.fromkeys(before_V.topk(top).indices.tolist() + after_V.topk(top).indices.tolist()))
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("next token", "before", "after"):
+        table.add_column(name, justify="left" if name == "next token" else "right")
+    for token in sorted(chosen, key=lambda t: -float(before_V[t])):
+        table.add_row(
+            escape(repr(host.decode_token(token))), f"{float(before_V[token]):.2%}", f"{float(after_V[token]):.2%}"
+        )
+    console = Console()
+    console.print(table, highlight=False)
+    divergence = float((before_V * (before_V.clamp(min=1e-30).log() - after_V.clamp(min=1e-30).log())).sum())
+    console.print(f"KL(before || after) {divergence:.4f} nats", highlight=False)
+    if generate:
+        console.print(f"before: {host.tokenizer.decode(r.generated_before)!r}", highlight=False, markup=False)
+        console.print(f"after:  {host.tokenizer.decode(r.generated[0])!r}", highlight=False, markup=False)
+
+
+_FEATURE = re.compile(r"L?(\d+)/(\d+)(?:@(-?\d+)?(:)?(-?\d+)?)?=(.+)")
+
+
+def _parse(text: str, kind: str) -> dict[str, Any]:
+    """`L3/1204@5=2.5` as the arguments of an `Intervention`."""
+    from crosslayer.core.errors import ConfigError
+
+    found = _FEATURE.fullmatch(text)
+    try:
+        value = float(found[6]) if found else 0.0
+    except ValueError:
+        found = None
+    if not found:
+        raise ConfigError(f"--{kind} {text!r} is not understood; write LAYER/INDEX=VALUE, as L3/1204=2, with @5 or @5: after the index for one position or from there on")  # fmt: skip
+    start, colon, stop = found[3], found[4], found[5]
+    whole = lambda s: None if s is None else int(s)  # noqa: E731
+    positions = slice(whole(start), whole(stop)) if colon else whole(start)
+    return {"layer": int(found[1]), "index": int(found[2]), "positions": positions, kind: value}
+
+
+def _layers(text: str | None, n_layers: int) -> range:
+    from crosslayer.core.errors import ConfigError
+
+    if text is None:
+        return range(0)
+    if text == "all":
+        return range(n_layers)
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not found:
+        raise ConfigError(f"--hold {text!r} is not understood; give layers as 0-5, or all")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if last >= n_layers or first > last:
+        raise ConfigError(
+            f"--hold {text!r} is outside the {n_layers} layers; give FIRST-LAST within 0 to {n_layers - 1}"
+        )
+    return range(first, last + 1)

@@ -1,0 +1,241 @@
+"""Influence, pruning and scores of a graph: pure functions over a sparse matrix, NumPy and SciPy only.
+
+W is the matrix of absolute edges, each target's incoming row normalised to sum 1; p holds the targets' weights. Influence
+is p W + p W^2 + ...; the graph is acyclic, so the sum ends. The numbers are those of circuit-tracer on the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
+
+
+class Interval(NamedTuple):
+    """A score, and the least and most that it could be had every node been expanded."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Scores(NamedTuple):
+    """How much of a computation a graph explains.
+
+    Attributes:
+        replacement: share of the influence that ends in tokens rather than in errors.
+        completeness: share of inputs that come from features or tokens rather than errors, nodes weighted by influence.
+            As circuit-tracer has it: tokens and errors, which have no inputs, count as complete.
+        completeness_strict: the same over features and targets alone.
+    """
+
+    replacement: Interval
+    completeness: Interval
+    completeness_strict: Interval
+
+
+class Pruned(NamedTuple):
+    """What a threshold keeps.
+
+    Attributes:
+        node_N: nodes kept.
+        target_E, source_E, weight_E, score_E: edges kept among them.
+        cumulative_N: for each node the share of all influence that it and the nodes above it hold.
+        influence_N: the influence that nodes were ranked by.
+    """
+
+    node_N: Bool[np.ndarray, " N"]
+    target_E: Int[np.ndarray, " E"]
+    source_E: Int[np.ndarray, " E"]
+    weight_E: Float[np.ndarray, " E"]
+    score_E: Float[np.ndarray, " E"]
+    cumulative_N: Float[np.ndarray, " N"]
+    influence_N: Float[np.ndarray, " N"]
+
+
+def normalised(weight_NN: csr_array) -> csr_array:
+    """Absolute values, each row divided by its sum."""
+    absolute = csr_array(
+        (np.abs(weight_NN.data).astype(np.float64), weight_NN.indices, weight_NN.indptr), _shape(weight_NN)
+    )
+    total_N = row_sums(absolute)
+    absolute.data /= np.repeat(np.where(total_N > 0, total_N, 1.0), np.diff(absolute.indptr))
+    return absolute
+
+
+def _shape(matrix: csr_array) -> tuple[int, int]:
+    assert matrix.shape is not None
+    return matrix.shape[0], matrix.shape[1]
+
+
+def row_sums(matrix: csr_array) -> Float[np.ndarray, " N"]:
+    """Sum of each row."""
+    return np.asarray(matrix @ np.ones(_shape(matrix)[1]))
+
+
+def influence(W_NN: csr_array, weight_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Sum over all paths to the targets, p W + p W^2 + ...
+
+    Args:
+        W_NN: normalised; rows are targets, columns sources.
+        weight_N: p, zero but at the targets.
+
+    Raises:
+        ValueError: for a graph with a cycle.
+    """
+    W_T = W_NN.T.tocsr()
+    total_N, flow_N = np.zeros(len(weight_N)), weight_N
+    for _ in range(len(weight_N) + 1):
+        flow_N = W_T @ flow_N
+        if not flow_N.any():
+            return total_N
+        total_N += flow_N
+    raise ValueError("the graph has a cycle")
+
+
+def cutoff(score_X: Float[np.ndarray, " X"], share: float) -> float:
+    """The smallest score among the fewest largest that together hold this share."""
+    sorted_X = np.sort(score_X)[::-1]
+    cumulative_X = np.cumsum(sorted_X)
+    if not len(sorted_X) or cumulative_X[-1] <= 0:
+        return 0.0
+    at = int(np.searchsorted(cumulative_X / cumulative_X[-1], share))
+    return float(sorted_X[min(at, len(sorted_X) - 1)])
+
+
+def cumulative(score_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """For each node the share that it and all with a larger score hold."""
+    order = np.argsort(-score_N, kind="stable")
+    shares = np.empty(len(score_N))
+    sums = np.cumsum(score_N[order])
+    shares[order] = sums / sums[-1] if len(sums) and sums[-1] > 0 else 1.0
+    return shares
+
+
+def prune(
+    weight_NN: csr_array,
+    weight_N: Float[np.ndarray, " N"],
+    *,
+    n_features: int,
+    first_token: int,
+    influence_N: Float[np.ndarray, " N"],
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+) -> Pruned:
+    """Keep the fewest nodes that hold `node_threshold` of the influence, tokens and targets always; then edges likewise.
+
+    Args:
+        weight_NN: signed edges. Nodes are features, errors, tokens, targets.
+        weight_N: p, zero but at the targets.
+        influence_N: by which nodes are ranked.
+    """
+    keep_N = influence_N >= cutoff(influence_N, node_threshold)
+    keep_N[first_token:] = True
+    coo = weight_NN.tocoo()
+    among = keep_N[coo.row] & keep_N[coo.col] & (coo.data != 0)
+    target_E, source_E, weight_E = coo.row[among], coo.col[among], coo.data[among]
+    kept = csr_array((weight_E, (target_E, source_E)), shape=_shape(weight_NN))
+    W = normalised(kept)
+    reach_N = influence(W, weight_N) + weight_N
+    coo = W.tocoo()
+    score_E = coo.data * reach_N[coo.row]
+    weight_E = kept.tocoo().data
+    target_E, source_E = coo.row, coo.col
+    strong = score_E >= cutoff(score_E, edge_threshold)
+    while True:
+        has_output, has_input = np.zeros_like(keep_N), np.zeros_like(keep_N)
+        has_output[source_E[strong]] = True
+        has_input[target_E[strong]] = True
+        still_N = keep_N.copy()
+        still_N[:first_token] &= has_output[:first_token]
+        still_N[:n_features] &= has_input[:n_features]
+        if (still_N == keep_N).all():
+            break
+        keep_N = still_N
+        strong &= keep_N[target_E] & keep_N[source_E]
+    chosen = np.flatnonzero(strong)
+    return Pruned(
+        keep_N, target_E[chosen], source_E[chosen], weight_E[chosen], score_E[chosen], cumulative(influence_N), influence_N
+    )  # fmt: skip
+
+
+def scores(
+    influence_N: Float[np.ndarray, " N"],
+    weight_N: Float[np.ndarray, " N"],
+    layer_N: Int[np.ndarray, " F"],
+    row_R: Int[np.ndarray, " R"],
+    error_share_R: Float[np.ndarray, " R"],
+    *,
+    first_token: int,
+    n_layers: int,
+) -> Scores:
+    """Scores with the intervals that nodes without a row leave open.
+
+    Args:
+        influence_N: of whole rows.
+        layer_N: of the features, the first of the nodes.
+        row_R, error_share_R: nodes that have a row, and the share of errors in it.
+    """
+    n_features = len(layer_N)
+    total = weight_N.sum()
+    reach_N = (influence_N + weight_N) / total
+    error, token = reach_N[n_features:first_token].sum(), reach_N[first_token:].sum() - 1.0
+    open_N = np.ones(n_features, dtype=bool)
+    open_N[row_R[row_R < n_features]] = False
+    left_L = np.bincount(layer_N[open_N], weights=reach_N[:n_features][open_N], minlength=n_layers)
+    unexpanded = left_L.sum()
+    ends = token + error
+    value = token / ends if ends > 0 else 0.0
+    replacement = _interval(value, token, token + unexpanded)
+    known, complete = reach_N[row_R].sum(), (reach_N[row_R] * (1 - error_share_R)).sum()
+    # What was left could add at most this to the influence of features of lower layers.
+    below = (np.cumsum(left_L[::-1])[:-1]).sum() if n_layers > 1 else 0.0
+    strict = _interval(complete / known, complete / (known + unexpanded + below), (complete + unexpanded + below) / (known + unexpanded + below))  # fmt: skip
+    all_, whole = known + ends, complete + ends
+    wide = unexpanded + below
+    full = known + ends + unexpanded + wide
+    loose = _interval(whole / all_, (whole + unexpanded) / full, (whole + unexpanded + wide) / full)
+    return Scores(replacement, loose, strict)
+
+
+def _interval(value: float, low: float, high: float) -> Interval:
+    low, high = min(low, 1.0), min(high, 1.0)
+    return Interval(float(np.clip(value, low, high)), float(low), float(high))
+
+
+def subgraph_scores(
+    weight_NN: csr_array,
+    weight_N: Float[np.ndarray, " N"],
+    keep: Sequence[int],
+    *,
+    n_features: int,
+    first_token: int,
+) -> Scores:
+    """Scores of some features: what is left out counts as error.
+
+    Args:
+        weight_NN: signed edges; each row whole but for what `keep` says.
+        keep: features of the subgraph.
+    """
+    kept_N = np.zeros(len(weight_N), dtype=bool)
+    kept_N[list(keep)] = True
+    kept_N[n_features:] = True
+    W = normalised(weight_NN)
+    flow = W.copy()
+    flow.data = flow.data * np.repeat(kept_N, np.diff(flow.indptr))
+    reach_N = influence(flow, weight_N) + weight_N
+    lost_N = (~kept_N).astype(float)
+    lost_N[n_features:first_token] = 1.0
+    error_share_N = W @ lost_N
+    total = weight_N.sum()
+    token = (reach_N[first_token:].sum() - total) / total
+    error = float(reach_N @ lost_N) / total
+    has_row = (np.diff(W.indptr) > 0) & kept_N
+    known, complete = reach_N[has_row].sum() / total, (reach_N * (1 - error_share_N))[has_row].sum() / total
+    # Completeness counts tokens and errors, the left-out features among them, as complete nodes.
+    ends = token + error
+    same = lambda v: Interval(float(v), float(v), float(v))  # noqa: E731
+    return Scores(same(token / ends if ends else 0.0), same((complete + ends) / (known + ends)), same(complete / known))

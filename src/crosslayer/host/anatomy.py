@@ -1,0 +1,155 @@
+"""What is linear in a language model once attention patterns and the scales of its norms are held.
+
+A norm multiplies by a gain and by a scale of the position; attention is a value projection, a mixing over positions by the
+pattern, and an output projection. `Anatomy` finds these in the modules of any family in `crosslayer.host.families`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crosslayer.host.host import Host
+
+
+class Norm(NamedTuple):
+    """An RMS or layer norm: `gain * scale(x) * (x - mean(x) if centred else x) + bias`."""
+
+    module: nn.Module
+    gain_D: Float[Tensor, " D"]
+    bias_D: Float[Tensor, " D"] | None
+    centred: bool
+    eps: float
+
+    def scale(self, x_TD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
+        """What each position is multiplied by."""
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        if self.centred:
+            x_TD = x_TD - x_TD.mean(-1, keepdim=True)
+        return (x_TD.square().mean(-1) + self.eps).rsqrt()
+
+    def apply(self, x_TD: Float[Tensor, "... T D"], scale_T: Float[Tensor, " T"]) -> Float[Tensor, "... T D"]:
+        """The norm with its scales held."""
+        x = x_TD - x_TD.mean(-1, keepdim=True) if self.centred else x_TD
+        y = x * scale_T[..., None] * self.gain_D
+        return (y if self.bias_D is None else y + self.bias_D).to(x_TD.dtype)
+
+    def pull(self, g_ND: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """Gradients at the input from those at the output, for a scale of one."""
+        g_ND = g_ND * self.gain_D.to(g_ND.dtype)
+        return g_ND - g_ND.mean(-1, keepdim=True) if self.centred else g_ND
+
+
+class Attention(NamedTuple):
+    """Value and output projections of one layer's attention; G key-value heads of width E, H heads."""
+
+    module: nn.Module
+    value_XD: Float[Tensor, "X D"]
+    value_bias_X: Float[Tensor, " X"] | None
+    output_DY: Float[Tensor, "D Y"]
+    output_bias_D: Float[Tensor, " D"] | None
+    n_heads: int
+    n_value_heads: int
+
+    def to(self, dtype: torch.dtype) -> Attention:
+        """The same with its weights in another dtype."""
+        wide = lambda t: None if t is None else t.to(dtype)  # noqa: E731
+        return self._replace(
+            value_XD=self.value_XD.to(dtype), value_bias_X=wide(self.value_bias_X),
+            output_DY=self.output_DY.to(dtype), output_bias_D=wide(self.output_bias_D),
+        )  # fmt: skip
+
+    def apply(self, x_BTD: Float[Tensor, "B T D"], pattern_BHTT: Float[Tensor, "... H T T"]) -> Float[Tensor, "B T D"]:
+        """Attention with its patterns held; they are of one row, or of each."""
+        v_BTX = nn.functional.linear(x_BTD, self.value_XD, self.value_bias_X)
+        v_BGTE = v_BTX.unflatten(-1, (self.n_value_heads, -1)).transpose(1, 2)
+        v_BHTE = v_BGTE.repeat_interleave(self.n_heads // self.n_value_heads, dim=1)
+        mixed_BHTE = pattern_BHTT.to(v_BHTE.dtype) @ v_BHTE
+        return nn.functional.linear(mixed_BHTE.transpose(1, 2).flatten(2), self.output_DY, self.output_bias_D)
+
+
+class Block(NamedTuple):
+    """One layer: what it is made of, and in which order attention and MLP go."""
+
+    attention_norm: Norm
+    attention: Attention
+    after_attention_norm: Norm | None
+    mlp_norm: Norm
+    mlp: nn.Module
+    after_mlp_norm: Norm | None
+
+
+class Anatomy:
+    """The linear parts of a host.
+
+    Attributes:
+        blocks: by layer.
+        final_norm: read by the unembedding.
+        parallel: the MLP reads the stream before attention has written to it.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.parallel, self._family = host, host.parallel, host.family
+        model: Any = host.model
+        layers: list[nn.Module] = list(model.get_submodule(self._family.layers))
+        self.blocks = [self._block(layer) for layer in layers]
+        self.final_norm = self._norm(model.get_submodule(self._family.final_norm))
+
+    @property
+    def embedding(self) -> nn.Module:
+        model: Any = self.host.model
+        return model.get_input_embeddings()
+
+    @cached_property
+    def unembedding_VD(self) -> Float[Tensor, "V D"]:
+        model: Any = self.host.model
+        return model.get_output_embeddings().weight.detach()
+
+    @property
+    def unembedding_bias_V(self) -> Float[Tensor, " V"] | None:
+        model: Any = self.host.model
+        return getattr(model.get_output_embeddings(), "bias", None)
+
+    @property
+    def softcap(self) -> float | None:
+        """Logits are this times the hyperbolic tangent of themselves over this."""
+        model: Any = self.host.model
+        return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def _block(self, layer: nn.Module) -> Block:
+        f = self._family
+        norm = lambda path: self._norm(layer.get_submodule(path)) if path else None  # noqa: E731
+        attention_norm, mlp_norm = norm(f.attention_norm), norm(f.mlp_norm)
+        assert attention_norm is not None
+        assert mlp_norm is not None
+        attention = _attention(layer.get_submodule(f.attention), self.host)
+        mlp = layer.get_submodule(f.mlp)
+        return Block(attention_norm, attention, norm(f.after_attention_norm), mlp_norm, mlp, norm(f.after_mlp_norm))
+
+    def _norm(self, module: Any) -> Norm:
+        gain_D = module.weight.detach()
+        if isinstance(module, nn.LayerNorm):
+            return Norm(module, gain_D, module.bias.detach(), True, module.eps)
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        return Norm(module, gain_D + 1 if self._family.gain_plus_one else gain_D, None, False, eps)
+
+
+def _attention(module: Any, host: Host) -> Attention:
+    """Where the families keep values among queries and keys: apart, as the last third, or interleaved by head."""
+    config = host.model.config.get_text_config()  # type: ignore[operator]
+    heads = config.num_attention_heads
+    if hasattr(module, "v_proj"):
+        value, out = module.v_proj, module.o_proj
+        n_value_heads = value.weight.shape[0] // module.head_dim
+        return Attention(module, value.weight, value.bias, out.weight, out.bias, heads, n_value_heads)
+    if hasattr(module, "c_attn"):
+        weight, bias = module.c_attn.weight.T.chunk(3)[2], module.c_attn.bias.chunk(3)[2]
+        return Attention(module, weight, bias, module.c_proj.weight.T, module.c_proj.bias, heads, heads)
+    fused, out = module.query_key_value, module.dense
+    weight = fused.weight.unflatten(0, (heads, 3, -1))[:, 2].flatten(0, 1)
+    bias = None if fused.bias is None else fused.bias.unflatten(0, (heads, 3, -1))[:, 2].flatten()
+    return Attention(module, weight, bias, out.weight, out.bias, heads, heads)

@@ -1,0 +1,110 @@
+"""`graph`, `intervene` and `graph-diff` as a stranger types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import crosslayer as xl
+import tiny
+from crosslayer.cli.main import app
+from crosslayer.clt.config import CLTConfig, Provenance
+from crosslayer.clt.formats import published
+from crosslayer.clt.init import initialise
+from crosslayer.clt.transcoder import CLT
+from crosslayer.core.errors import CrosslayerError
+
+PROMPT = "def class return"
+
+
+@pytest.fixture(scope="module")
+def clt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("traced")
+    host = tiny.write_host(root / "host")
+    clt = CLT(CLTConfig(n_layers=tiny.N_LAYERS, d_model=tiny.D_MODEL, n_features=64))
+    initialise(clt, seed=0, threshold=0.2)
+    published.save(clt, Provenance(model_name=str(host), scan="tiny"), root / "clt")
+    return root / "clt"
+
+
+def run(*args: object) -> tuple[int, str, str]:
+    """Exit code, standard output, and what `main` would print of an error."""
+    result = CliRunner().invoke(app, [str(a) for a in args], standalone_mode=False, env={"COLUMNS": "160"})
+    if isinstance(result.exception, CrosslayerError):
+        return 2, result.output, str(result.exception)
+    if result.exception is not None:
+        return 2, result.output, getattr(result.exception, "message", "") or repr(result.exception)
+    return 0, result.output, ""
+
+
+def test_a_prompt_is_traced_saved_exported_and_compared(clt_folder: Path, tmp_path: Path):
+    out, export = tmp_path / "g", tmp_path / "g view.json"
+    code, said, wrong = run("graph", "--clt", clt_folder, "--prompt", PROMPT, "-o", out, "--export", export)
+    assert code == 0, wrong
+    for words in ("most influential features", "replacement score", "completeness score", "influence accounted for", "sum to pre-activations"):  # fmt: skip
+        assert words in said
+    graph = xl.Graph.load(out)
+    assert graph.header.prompt == PROMPT
+    assert graph.unexpanded <= 0.02
+    assert json.loads(export.read_text())["metadata"]["slug"] == "g-view"
+    run("graph", "--clt", clt_folder, "--prompt", PROMPT + " value", "-o", tmp_path / "h", "--tolerance", "0.1")
+    code, said, wrong = run("graph-diff", out, tmp_path / "h")
+    assert code == 0, wrong
+    assert "features carry influence in both" in said
+
+
+def test_targets_and_precision(clt_folder: Path):
+    code, said, wrong = run(
+        "graph", "--clt", clt_folder, "--prompt", PROMPT, "--target", "#5-minus-#9", "--target", "#7@2", "--precision", "bf16",
+        "--max-nodes", "20",
+    )  # fmt: skip
+    assert code == 0, wrong
+    assert "bf16" in said
+    assert " - " in said
+
+
+def test_an_intervention_prints_before_and_after(clt_folder: Path):
+    code, said, wrong = run(
+        "intervene", "--clt", clt_folder, "--prompt", PROMPT, "--set", "L0/3@1:=4", "--ablate", "1/5", "--scale", "L2/6@-1=2",
+        "--generate", "3", "--freeze", "attention", "--hold", "0-1",
+    )  # fmt: skip
+    assert code == 0, wrong
+    for words in ("before", "after", "KL(before || after)"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("graph", "--prompt", ""), "the prompt is empty"),
+        (("graph", "--prompt", PROMPT, "--target", "def class"), "tokens of"),
+        (("graph", "--prompt", PROMPT, "--target", "#5@99"), "position 99 is not among"),
+        (("graph", "--prompt", PROMPT, "--tolerance", "2"), "tolerance=2.0 must be between 0 and 1"),
+        (("graph", "--prompt", PROMPT, "--max-nodes", "0"), "max_nodes=0 must be at least 1"),
+        (("graph", "--prompt", PROMPT * 40), "exceed the context"),
+        (("graph", "--prompt", PROMPT, "-o", "no/such/place"), "there is no folder"),
+        (("graph", "--prompt", PROMPT, "--export", "."), "it is a folder"),
+        (("graph", "--prompt", PROMPT, "--node-threshold", "7"), "--node-threshold=7.0 must be between 0 and 1"),
+        (("graph", "--prompt", PROMPT, "--model", "stdlib-qwen3"), "layers"),
+        (("intervene", "--prompt", PROMPT), "no intervention was given"),
+        (("intervene", "--prompt", PROMPT, "--set", "3"), "is not understood; write LAYER/INDEX=VALUE"),
+        (("intervene", "--prompt", PROMPT, "--set", "L0/3=x"), "is not understood"),
+        (("intervene", "--prompt", PROMPT, "--ablate", "L7/3"), "there is no feature 3 in layer 7"),
+        (("intervene", "--prompt", PROMPT, "--ablate", "L0/3@0"), "which have no features"),
+        (("intervene", "--prompt", PROMPT, "--ablate", "L0/3", "--hold", "1-9"), "is outside the 3 layers"),
+    ],
+)
+def test_bad_input_is_one_sentence(clt_folder: Path, args: tuple[str, ...], words: str):
+    code, _, wrong = run(args[0], "--clt", clt_folder, *args[1:])
+    assert code == 2
+    assert words in wrong
+    assert "\n" not in wrong
+
+
+def test_graphs_that_are_not_there(tmp_path: Path):
+    code, _, wrong = run("graph-diff", tmp_path / "a", tmp_path / "b")
+    assert code == 2
+    assert "there is no graph" in wrong
