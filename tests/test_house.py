@@ -18,8 +18,8 @@ SOURCES = sorted(Path(xl.__file__).parent.rglob("*.py"))
 
 def test_public_names():
     assert xl.__all__ == [
-        "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Host", "ReplacementModel", "TrainConfig",
-        "__version__", "evaluate", "load_clt", "load_host", "train",
+        "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Graph", "Host", "ReplacementModel", "Target",
+        "TrainConfig", "__version__", "attribute", "evaluate", "intervene", "load_clt", "load_host", "train",
     ]  # fmt: skip
     for name in xl.__all__:
         assert getattr(xl, name) is not None
@@ -47,12 +47,24 @@ def test_shapes_use_one_alphabet():
     shapes = [(p.name, s) for p in SOURCES for s in shapes_in(p.read_text())]
     assert len(shapes) > 50
     for name, shape in shapes:
-        for axis in shape.split():
+        for axis in (a.lstrip("*") for a in shape.split()):
             assert axis in AXES or axis == "..." or re.fullmatch(r"\d+", axis), f"{name}: {shape!r}"
 
 
 @pytest.mark.parametrize(
-    "module", ["crosslayer", "crosslayer.records.run", "crosslayer.core.files", "crosslayer.cli.main"]
+    "module",
+    [
+        "crosslayer",
+        "crosslayer.records.run",
+        "crosslayer.core.files",
+        "crosslayer.cli.main",
+        "crosslayer.graph",
+        "crosslayer.graph.graph",
+        "crosslayer.graph.influence",
+        "crosslayer.graph.interchange",
+        "crosslayer.graph.compare",
+        "crosslayer.graph.report",
+    ],
 )
 def test_imports_without_torch(module: str):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

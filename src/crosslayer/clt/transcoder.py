@@ -36,11 +36,11 @@ ROWS_AT_ONCE = 256
 """Rows of a matrix that are brought to another dtype together: few enough to stay in the processor's cache."""
 
 
-def _linear(x_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """x W^T in the dtype of x; a matrix of another dtype is never held in that one."""
-    if W_FD.dtype == x_BD.dtype or W_FD.is_cuda:
-        return F.linear(x_BD, W_FD.to(x_BD.dtype))
-    return torch.cat([F.linear(x_BD, part.to(x_BD.dtype)) for part in W_FD.split(ROWS_AT_ONCE)], dim=1)
+def _linear(x_BD: Tensor, weights: Weights, layer: int) -> Tensor:
+    """x W^T in the dtype of x; a matrix of another dtype, or still on disk, is never held whole in that one."""
+    if weights.here(layer) and (weights.dtype == x_BD.dtype or x_BD.is_cuda):
+        return F.linear(x_BD, weights[layer].to(x_BD.dtype))
+    return torch.cat([F.linear(x_BD, part.to(x_BD.dtype)) for part in weights.parts(layer, ROWS_AT_ONCE)], dim=1)
 
 
 @cache
@@ -87,9 +87,8 @@ class CLT(nn.Module):
 
     def pre(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
         """Pre-activations of one layer's features; float32 at least while training, as biases and thresholds are."""
-        W_FD, b_F = self.W_enc[layer], self.b_enc[layer]
-        wide = torch.promote_types(x_BD.dtype, W_FD.dtype)
-        z_BF = _linear(x_BD.to(wide), W_FD)
+        b_F, wide = self.b_enc[layer], torch.promote_types(x_BD.dtype, self.dtype)
+        z_BF = _linear(x_BD.to(wide), self.W_enc, layer)
         return z_BF.add_(b_F) if z_BF.dtype == torch.promote_types(z_BF.dtype, b_F.dtype) else z_BF + b_F
 
     def encode(

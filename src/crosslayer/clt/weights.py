@@ -6,7 +6,7 @@ matrix, and how to get it. A published CLT of 18 GB is opened in a second, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,12 +24,16 @@ class Weights(nn.ParameterList):
     """One parameter a layer; with a reader, one that is read at its first use and kept."""
 
     reader: Reader | None = None
+    by_row = False
+    """Whether the reader gives some rows for their own cost, so that a product need not keep the matrix."""
 
     @classmethod
-    def promised(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, reader: Reader) -> Weights:
+    def promised(
+        cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, reader: Reader, *, by_row: bool = False
+    ) -> Weights:
         """Weights of these shapes that the reader will give."""
         weights = cls(nn.Parameter(torch.empty(s, dtype=dtype, device="meta"), requires_grad=False) for s in shapes)
-        weights.reader = reader
+        weights.reader, weights.by_row = reader, by_row
         return weights
 
     def __getitem__(self, layer: int) -> nn.Parameter:  # type: ignore[override]
@@ -59,6 +63,14 @@ class Weights(nn.ParameterList):
     def rows(self, layer: int, rows: Tensor) -> Tensor:
         """Some rows of a layer's matrix; if it was not read yet, only these are."""
         return self.reader(layer, rows) if self.reader and not self.here(layer) else self[layer].detach()[rows]
+
+    def parts(self, layer: int, rows_at_once: int) -> Iterator[Tensor]:
+        """A layer's matrix some rows at a time; what was not read yet is let go again, where that costs no more."""
+        if self.by_row and not self.here(layer):
+            for rows in torch.arange(self.shape(layer)[0]).split(rows_at_once):
+                yield self.rows(layer, rows)
+        else:
+            yield from self[layer].split(rows_at_once)
 
     def read_all(self) -> None:
         """Read what was not read yet."""

@@ -17,5 +17,10 @@ AXES = {
     "E": "width of an attention head; edges of a graph",
     "R": "rows of a graph: the nodes whose incoming edges are known",
     "S": "slots of a decoder: the layers that one layer's features write to",
+    "C": "sources of a group of targets",
+    "J": "tokens at the first positions of the policy, and the constant",
+    "X": "a width that the signature alone fixes",
+    "Y": "another such",
+    "R1": "rows of a graph and one more",
     "K": "active features, as listed by a sparse encoding",
 }

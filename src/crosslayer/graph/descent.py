@@ -23,6 +23,9 @@ from torch import Tensor
 from crosslayer.graph.local import LocalModel
 from crosslayer.graph.writes import Writes
 
+SMALL = 1 << 16
+"""Rows times sources of a position, on average, below which a narrow product costs more to set up than it saves."""
+
 MAX_BLOCKS = 32
 """Blocks that the positions of targets are cut into; more waste less and cost more calls."""
 
@@ -45,12 +48,27 @@ class Reads(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """Incoming edges of a group of targets; C sources are features of lower layers, by position, then layer."""
+    """Incoming edges of a group of targets: C features of lower layers by position, then layer; errors; tokens."""
 
-    feature_NC: Float[Tensor, "N C"]
-    error_NLT: Float[Tensor, "N L T"]
-    token_NT: Float[Tensor, "N T"]
+    all_NX: Float[Tensor, "N X"]
+    n_columns: int
+    """C"""
+    n_layers: int
     constant_N: Float[Tensor, " N"]
+
+    @property
+    def feature_NC(self) -> Float[Tensor, "N C"]:
+        return self.all_NX[:, : self.n_columns]
+
+    @property
+    def error_NLT(self) -> Float[Tensor, "N L T"]:
+        n_positions = (self.all_NX.shape[1] - self.n_columns) // (self.n_layers + 1)
+        return self.all_NX[:, self.n_columns :].unflatten(1, (self.n_layers + 1, n_positions))[:, :-1]
+
+    @property
+    def token_NT(self) -> Float[Tensor, "N T"]:
+        n_positions = (self.all_NX.shape[1] - self.n_columns) // (self.n_layers + 1)
+        return self.all_NX[:, -n_positions:]
 
 
 class Folded(NamedTuple):
@@ -98,22 +116,20 @@ class Descent:
         local, n, first = self.local, len(reads.position_N), self.local.n_skip
         starts, total = self.columns(reads.layer)
         zeros = reads.read_ND.new_zeros
-        feature_NC = zeros(n, total)
-        error_NLT, token_NT = zeros(n, local.n_layers, local.n_positions), zeros(n, local.n_positions)
+        all_NX = zeros(n, total + (local.n_layers + 1) * local.n_positions)
+        edges = Edges(all_NX, total, local.n_layers, reads.constant_N)
         early_NJ = zeros(n, first + 1)
         n_early = int((reads.position_N < first).sum())
         for i, position in enumerate(reads.position_N[:n_early].tolist()):
             early_NJ[i] = self.early_top_TJD[position] @ reads.read_ND[i]
         if n_early < n:
             rows = _Rows(reads.position_N[n_early:] - first, reads.read_ND[n_early:], self.dtype)
-            late = lambda t: t[n_early:]  # noqa: E731
-            self._descend(rows, reads.layer, starts, late(feature_NC), late(error_NLT), late(token_NT), late(early_NJ))
-        token_NT[:, :first] = early_NJ[:, :first]
-        return Edges(feature_NC, error_NLT, token_NT, reads.constant_N + early_NJ[:, first])
+            self._descend(rows, reads.layer, starts, edges._replace(all_NX=all_NX[n_early:]), early_NJ[n_early:])
+        edges.token_NT[:, :first] = early_NJ[:, :first]
+        return edges._replace(constant_N=reads.constant_N + early_NJ[:, first])
 
-    def _descend(
-        self, rows: _Rows, layer: int, starts: list[int], feature_NC: Tensor, error_NLT: Tensor, token_NT: Tensor, early_NJ: Tensor
-    ) -> None:  # fmt: skip
+    def _descend(self, rows: _Rows, layer: int, starts: list[int], edges: Edges, early_NJ: Tensor) -> None:
+        feature_NC, error_NLT, token_NT = edges.feature_NC, edges.error_NLT, edges.token_NT
         first, parallel = self.local.n_skip, self.local.anatomy.parallel
         if layer < self.local.n_layers and not parallel:
             self._attention(rows, layer, early_NJ, only_own=True)
@@ -144,11 +160,12 @@ class Descent:
         """Products with what features write to a layer, position by position, over the rows that reach there."""
         below, first, at = self.writes.below, self.writes.first_layer(written), 0
         source_XD = self.writes.rows[written]
-        for position, (begin, gradient_ND) in enumerate(rows.by_position(), self.local.n_skip):
+        small = len(rows.gradient_SD) * len(source_XD) < SMALL * len(rows.counts)
+        for position, (begin, gradient_ND) in enumerate(rows.by_position(narrow=not small), self.local.n_skip):
             count = self.writes.count(written, position)
             if count:
                 column = starts[position] + below[position][first]
-                product = gradient_ND @ source_XD[at : at + count].T
+                product = gradient_ND @ source_XD[at : at + count].to(gradient_ND.dtype).T
                 feature_NC[begin:, column : column + count].add_(product)
             at += count
 
@@ -186,9 +203,9 @@ class _Rows:
     def narrow(self) -> Tensor:
         return self.gradient_SD.to(self.dtype)
 
-    def by_position(self) -> list[tuple[int, Tensor]]:
+    def by_position(self, *, narrow: bool) -> list[tuple[int, Tensor]]:
         """For each position, the first row that reaches it and the gradients there of that and all later rows."""
-        parts = self.narrow().index_select(0, self.order).split(self.counts)
+        parts = (self.narrow() if narrow else self.gradient_SD).index_select(0, self.order).split(self.counts)
         return [(self.n - n, part) for n, part in zip(self.counts, parts, strict=True)]
 
     def multiply(self, vectors_TXD: Float[Tensor, "T X D"]) -> list[tuple[_Block, Tensor]]:

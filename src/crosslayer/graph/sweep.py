@@ -72,47 +72,32 @@ class _Sweep:
         features = self.local.features
         column_C = self.by_place[features.layer_N[self.by_place] < reads.layer]
         edges.feature_NC.mul_(features.activation_N[column_C])
-        mass_N3 = torch.stack(
-            [_mass(edges.feature_NC), _mass(edges.error_NLT.flatten(1)), _mass(edges.token_NT)], dim=1
-        )
-        total_N = mass_N3.sum(1)
-        flow_N = (weight_N / total_N.double().clamp(min=torch.finfo(torch.float64).tiny)).to(edges.feature_NC.dtype)
-        part = lambda m: (flow_N @ m.flatten(1).abs()).double()  # noqa: E731
-        self.influence_N.index_add_(0, column_C, part(edges.feature_NC))
-        self.influence_N[self.first_error : self.first_token] += part(edges.error_NLT)
-        self.influence_N[self.first_token : self.first_target] += part(edges.token_NT)
-        self._keep(reads, node_N, edges, column_C, mass_N3)
+        absolute_NX = edges.all_NX.abs()
+        n, ends = len(column_C), len(column_C) + self.first_token - self.first_error
+        mass_N3 = torch.stack([m.sum(1) for m in absolute_NX.tensor_split((n, ends), dim=1)], dim=1)
+        tiny = torch.finfo(torch.float64).tiny
+        flow_N = (weight_N / mass_N3.sum(1).double().clamp(min=tiny)).to(absolute_NX.dtype)
+        gained_X = (flow_N @ absolute_NX).double()
+        self.influence_N.index_add_(0, column_C, gained_X[:n])
+        self.influence_N[self.first_error : self.first_target] += gained_X[n:]
+        others = torch.arange(self.first_error, self.first_target, device=column_C.device)
+        self._keep(reads, node_N, edges, absolute_NX, torch.cat([column_C, others]).int(), mass_N3)
 
-    def _keep(self, reads: Reads, node_N: Tensor, edges: Edges, column_C: Tensor, mass_N3: Tensor) -> None:
-        floor_N = _floor(edges, mass_N3.sum(1), self.delta)
-        device = column_C.device
-        error_columns = torch.arange(self.first_error, self.first_token, device=device)
-        token_columns = torch.arange(self.first_token, self.first_target, device=device)
-        pieces = [
-            (edges.feature_NC, column_C),
-            (edges.error_NLT.flatten(1), error_columns),
-            (edges.token_NT, token_columns),
-        ]
-        floors = [floor_N, floor_N, torch.zeros_like(floor_N)]
-        kept = [_above(*piece, floor) for piece, floor in zip(pieces, floors, strict=True)]
-        row = torch.cat([k[0] for k in kept])
-        order = torch.argsort(row, stable=True)
-        row, source, weight = row[order], torch.cat([k[1] for k in kept])[order], torch.cat([k[2] for k in kept])[order]
-        n = len(node_N)
-        count_N = torch.bincount(row, minlength=n)
-        kept_N, kept_mass_N = weight.new_zeros(n), weight.new_zeros(n)
-        kept_N.index_add_(0, row, weight)
-        kept_mass_N.index_add_(0, row, weight.abs())
-        all_N = edges.feature_NC.sum(1) + edges.error_NLT.sum((1, 2)) + edges.token_NT.sum(1)
-        if self.delta == 0:
-            rest_N, rest_mass_N = torch.zeros_like(all_N), torch.zeros_like(all_N)
-        else:
-            rest_N, rest_mass_N = all_N - kept_N, (mass_N3.sum(1) - kept_mass_N).clamp(min=0)
+    def _keep(
+        self, reads: Reads, node_N: Tensor, edges: Edges, absolute_NX: Tensor, source_X: Tensor, mass_N3: Tensor
+    ) -> None:
+        floor_N = _floor(absolute_NX, mass_N3.sum(1), self.delta)
+        kept_NX = absolute_NX > floor_N[:, None]
+        row, column = kept_NX.nonzero(as_tuple=True)
+        rest_N, rest_mass_N = torch.zeros_like(floor_N), torch.zeros_like(floor_N)
+        if self.delta > 0:
+            rest_N = edges.all_NX.masked_fill(kept_NX, 0.0).sum(1)
+            rest_mass_N = absolute_NX.masked_fill(kept_NX, 0.0).sum(1)
         sums = torch.cat([mass_N3, rest_mass_N[:, None]], dim=1)
         numpy = lambda t: t.cpu().numpy()  # noqa: E731
         self.rows.append((
-            numpy(node_N), numpy(count_N), numpy(source.int()), numpy(weight), numpy(reads.value_N),
-            numpy(edges.constant_N), numpy(rest_N), numpy(sums),
+            numpy(node_N), numpy(kept_NX.sum(1)), numpy(source_X[column]), numpy(edges.all_NX[row, column]),
+            numpy(reads.value_N), numpy(edges.constant_N), numpy(rest_N), numpy(sums),
         ))  # fmt: skip
 
     def result(self, unexpanded: float) -> Swept:
@@ -125,22 +110,11 @@ class _Sweep:
         )
 
 
-def _mass(values_NX: Tensor) -> Tensor:
-    return values_NX.abs().sum(1)
-
-
-def _above(values_NC: Tensor, column_C: Tensor, floor_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and values of the entries above a floor for each row."""
-    row, column = (values_NC.abs() > floor_N[:, None]).nonzero(as_tuple=True)
-    return row, column_C[column], values_NC[row, column]
-
-
-def _floor(edges: Edges, mass_N: Tensor, delta: float) -> Tensor:
+def _floor(absolute_NX: Tensor, mass_N: Tensor, delta: float) -> Tensor:
     """For each row, a value such that edges under it hold at most this share of its mass, near the largest such."""
-    parts = [edges.feature_NC.abs(), edges.error_NLT.flatten(1).abs()]
-    floor_N = delta * mass_N / max(sum(p.shape[1] for p in parts), 1)
+    floor_N = delta * mass_N / max(absolute_NX.shape[1], 1)
     for _ in range(4 if delta else 0):
-        under_N = sum(p.where(p <= 2 * floor_N[:, None], 0.0).sum(1) for p in parts)
+        under_N = absolute_NX.where(absolute_NX <= 2 * floor_N[:, None], 0.0).sum(1)
         floor_N = torch.where(under_N <= delta * mass_N, 2 * floor_N, floor_N)
     return floor_N
 

@@ -12,11 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosslayer.clt.sparse import Active
+from crosslayer.clt.sparse import Active, sum_rows
 from crosslayer.clt.transcoder import CLT
 from crosslayer.graph.local import LocalModel
-
-ROWS_AT_ONCE = 1 << 12
 
 
 class Writes:
@@ -29,7 +27,8 @@ class Writes:
     """
 
     def __init__(self, local: LocalModel, dtype: torch.dtype) -> None:
-        self.local, n_layers, n_positions = local, local.n_layers, local.n_positions
+        self.local, self.dtype = local, dtype
+        n_layers, n_positions = local.n_layers, local.n_positions
         self.n_slots = [local.clt.config.n_slots(i) for i in range(n_layers)]
         counts_TL = torch.stack([torch.bincount(a.token_K, minlength=n_positions) for a in local.firing], dim=1)
         self.below: list[list[int]] = torch.nn.functional.pad(counts_TL.cumsum(1), (1, 0)).tolist()
@@ -65,16 +64,17 @@ class Writes:
         place_N = place_N - starts[active.token_K]
         for slot in range(rows_KSD.shape[1]):
             written = layer + slot
-            offset_T = self._offsets(written, layer).to(which_N.device)
-            to_N = offset_T[active.token_K] + place_N
+            to_N = self._offsets(written, layer).to(which_N.device)[active.token_K] + place_N
+            rows_KD = rows_KSD[:, slot].to(self.local.dtype).contiguous()
+            self.made_LTD[written] += sum_rows(
+                self.local.n_positions, active.token_K, which_N, rows_KD, active.value_K, ordered=True
+            )
             scales, norm = self.local.scales[written], self.local.anatomy.blocks[written].after_mlp_norm
-            for part in torch.arange(len(which_N), device=which_N.device).split(ROWS_AT_ONCE):
-                rows = rows_KSD[which_N[part], slot].to(self.local.dtype)
-                at = active.token_K[part]
-                self.made_LTD[written].index_add_(0, at, rows * active.value_K[part, None])
-                if scales.after_mlp_T is not None and norm is not None:
-                    rows = rows * norm.gain_D.to(rows.dtype) * scales.after_mlp_T[at, None]
-                self.rows[written][to_N[part]] = rows.to(self.rows[written].dtype)
+            if scales.after_mlp_T is None or norm is None:
+                self.rows[written].index_copy_(0, to_N, rows_KD.to(self.dtype)[which_N])
+            else:
+                scaled_ND = (rows_KD * norm.gain_D)[which_N] * scales.after_mlp_T[active.token_K, None]
+                self.rows[written].index_copy_(0, to_N, scaled_ND.to(self.dtype))
 
     def _offsets(self, written: int, layer: int) -> Tensor:
         """Where a layer's rows begin, for each position, among those of a layer written."""

@@ -37,16 +37,19 @@ def assemble(
     W_enc: Reader,
     W_dec: Reader,
     W_skip: Reader | None = None,
+    *,
+    by_row: bool = False,
 ) -> CLT:
     """A transcoder from what a format gives.
 
     Args:
         dtype: of the matrices that the readers give.
+        by_row: rows of an encoder cost no more than they are; its matrix is then not kept in memory.
         W_enc, W_dec, W_skip: give (F, D), (F, slots, D) and (D, D) of a layer; used as x @ W_skip.
     """
     layers = range(config.n_layers)
     clt = CLT(config, dtype=dtype, device="meta")
-    clt.W_enc = Weights.promised([(config.n_features, config.d_model) for _ in layers], dtype, W_enc)
+    clt.W_enc = Weights.promised([(config.n_features, config.d_model) for _ in layers], dtype, W_enc, by_row=by_row)
     clt.W_dec = Weights.promised([(config.n_features, config.n_slots(i), config.d_model) for i in layers], dtype, W_dec)
     if W_skip is not None:
         clt.W_skip = Weights.promised([(config.d_model, config.d_model) for _ in layers], dtype, W_skip)

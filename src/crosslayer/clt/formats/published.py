@@ -114,6 +114,7 @@ def open_(folder: Folder) -> Opened:
         (lambda i, rows=None: encoders[i].tensor(f"W_skip_{i}")[rows if rows is not None else slice(None)])
         if skip
         else None,
+        by_row=True,
     )
     return Opened(clt, _provenance(config, ours, folder, input_hook, output_hook))
 
