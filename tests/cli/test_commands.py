@@ -80,7 +80,11 @@ def test_help_explains_every_flag(here):
     for verb in VERBS:
         done = here(verb, "--help")
         assert done.returncode == 0
-        options = [p for p in import_module(f"crosslayer.cli.{verb}").command.params if isinstance(p, click.Option)]
+        options = [
+            p
+            for p in import_module(f"crosslayer.cli.{verb.replace('-', '_')}").command.params
+            if isinstance(p, click.Option)
+        ]
         assert [o.name for o in options if not o.help] == []
         assert all(o.opts[0] in done.stdout for o in options)
     text = " ".join(here("train", "--help").stdout.split())
