@@ -104,6 +104,15 @@ def test_bad_input_is_one_sentence(clt_folder: Path, args: tuple[str, ...], word
     assert "\n" not in wrong
 
 
+def test_a_graph_is_not_exported_over_itself(clt_folder: Path, tmp_path: Path):
+    code, _, wrong = run(
+        "graph", "--clt", clt_folder, "--prompt", PROMPT, "-o", tmp_path / "g", "--export", tmp_path / "g.json"
+    )
+    assert code == 2
+    assert "would write the same file" in wrong
+    assert not list(tmp_path.iterdir())
+
+
 def test_graphs_that_are_not_there(tmp_path: Path):
     code, _, wrong = run("graph-diff", tmp_path / "a", tmp_path / "b")
     assert code == 2

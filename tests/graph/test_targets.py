@@ -65,7 +65,7 @@ def test_targets_of_several_positions_and_layers_together(pair: Pair):
 
 def test_a_token_may_be_named_by_its_text(pair: Pair):
     text = pair.host.decode_token(300)
-    named = xl.attribute(*pair, TOKENS, targets=[text])
+    named = xl.attribute(*pair, TOKENS, targets=text)
     assert named.header.targets[0].token == 300
 
 
@@ -95,6 +95,7 @@ def test_targets_as_typed(text: str, fields: dict[str, object]):
         ({"targets": ["L9/3"]}, "there is no feature 3 in layer 9; the transcoder has 3 layers of 40"),
         ({"targets": ["L1/400"]}, "there is no feature 400"),
         ({"targets": []}, "no target was given"),
+        ({"targets": [5, "#5"]}, "is given twice; name it once"),
         ({"targets": [xl.Target(vector=torch.zeros(3))]}, r"shape \(3,\) does not fit the width"),
         ({"tolerance": 1.5}, "tolerance=1.5 must be between 0 and 1"),
         ({"tolerance": float("nan")}, "tolerance=nan must be"),

@@ -37,6 +37,7 @@ def command(
 
     from crosslayer.core.errors import ConfigError
     from crosslayer.graph.attribute import attribute
+    from crosslayer.graph.graph import files_of
     from crosslayer.graph.interchange import slug_of, to_file, write_graph_file
     from crosslayer.graph.report import print_graph
 
@@ -44,6 +45,8 @@ def command(
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             what = "it is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent}"
             raise ConfigError(f"{path} cannot be written: {what}; give the name of a file")
+    if out is not None and export is not None and export.absolute() in {p.absolute() for p in files_of(out)}:
+        raise ConfigError(f"--out={out} and --export={export} would write the same file; give --export another name")
     for name, value in (("--node-threshold", node_threshold), ("--edge-threshold", edge_threshold)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value} must be between 0 and 1")

@@ -40,7 +40,7 @@ def attribute(
     clt: str | Path | CLT | Opened | None,
     prompt: Prompt | Sequence[Prompt],
     *,
-    targets: Sequence[Target | str | int] | None = None,
+    targets: Target | str | int | Sequence[Target | str | int] | None = None,
     tolerance: float = TOLERANCE,
     max_nodes: int | None = None,
     precision: str = "fp32",
@@ -53,7 +53,7 @@ def attribute(
         model: the host, or both in one object; None for the host that the transcoder names.
         clt: a transcoder by folder, run or name on the hub, or opened; None if `model` holds it.
         prompt: text, token ids, or a list of several of either.
-        targets: what to explain: `Target`s, token ids, or texts as the command line takes them; unless given, the fewest
+        targets: what to explain, one or several: `Target`s, token ids, or texts as the command line takes them; unless given, the fewest
             most probable next tokens that reach 95 % of the probability, 10 at most.
         tolerance: share of the targets' influence that may stay in nodes without a row; 0 gives every active feature its row.
         max_nodes: features that get a row at most; the bound reached is in the result.
@@ -76,6 +76,8 @@ def attribute(
     host, opened = open_both(model, clt, device)
     several = not isinstance(prompt, str | Tensor) and len(prompt) > 0 and not isinstance(prompt[0], int | np.integer)
     prompts: list[Any] = list(prompt) if several else [prompt]
+    if isinstance(targets, Target | str | int):
+        targets = [targets]
     asked = None if targets is None else [_target(t) for t in targets]
     settings = {
         "tolerance": tolerance, "max_nodes": max_nodes, "precision": precision, "desired_logit_prob": DESIRED_PROBABILITY,

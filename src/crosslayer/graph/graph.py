@@ -245,7 +245,7 @@ class Graph:
         Raises:
             ConfigError: for a folder that is not there.
         """
-        header, tensors = _paths(path)
+        header, tensors = files_of(path)
         if not header.absolute().parent.is_dir():
             raise ConfigError(f"{header} cannot be written: there is no folder {header.absolute().parent}")
         with replacing(tensors) as temporary:
@@ -260,7 +260,7 @@ class Graph:
         Raises:
             FormatError: for files that are not there, cut short, of a newer version, or that contradict each other.
         """
-        header_path, tensor_path = _paths(path)
+        header_path, tensor_path = files_of(path)
         header = _read_header(header_path)
         try:
             tensors = load_file(tensor_path)
@@ -310,7 +310,8 @@ def _row_of_edge(a: GraphArrays) -> Int[np.ndarray, " E"]:
     return np.repeat(np.arange(len(a.row_R)), np.diff(a.start_R1))
 
 
-def _paths(path: str | Path) -> tuple[Path, Path]:
+def files_of(path: str | Path) -> tuple[Path, Path]:
+    """The header and the tensors of a graph by either file's name, or without the ending."""
     base = Path(path)
     if base.suffix in (".json", ".safetensors"):
         base = base.with_suffix("")

@@ -14,9 +14,10 @@ First positions of the policy have no features, and their MLPs are the host's ow
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Intervention:
 
     layer: int
     index: int
-    positions: Positions = None
+    positions: Any = None
     set: float | None = None
     scale: float | None = None
 
@@ -61,6 +62,11 @@ class Intervention:
             raise ConfigError(
                 f"feature {self.layer}/{self.index} is to be set or scaled; give exactly one of set and scale"
             )
+        object.__setattr__(self, "layer", index(self.layer))
+        object.__setattr__(self, "index", index(self.index))
+        if self.positions is not None and not isinstance(self.positions, slice):
+            several = self.positions if isinstance(self.positions, Iterable) else [self.positions]
+            object.__setattr__(self, "positions", tuple(index(p) for p in several))
         value = self.set if self.set is not None else self.scale
         if not abs(float(value or 0.0)) < float("inf"):
             raise ConfigError(f"feature {self.layer}/{self.index} cannot take the value {value}; give a finite number")
@@ -239,8 +245,12 @@ def _places(positions: Positions, n_prompt: int, now: range) -> list[int]:
         stop = None if stop is None else stop + n_prompt if stop < 0 else stop
         step = positions.step or 1
         return [p for p in now if p >= start and (stop is None or p < stop) and (p - start) % step == 0]
-    wanted = {p + n_prompt if p < 0 else p for p in ([positions] if isinstance(positions, int) else positions)}
+    wanted = {p + n_prompt if p < 0 else p for p in _several(positions)}
     return [p for p in now if p in wanted]
+
+
+def _several(positions: int | Sequence[int]) -> Sequence[int]:
+    return [positions] if isinstance(positions, int) else positions
 
 
 def intervene(
@@ -343,7 +353,7 @@ def _check(
                 f"there is no feature {i.index} in layer {i.layer}; the transcoder has {c.n_layers} layers of {c.n_features} features"
             )
         if not isinstance(i.positions, slice | None):
-            for p in [i.positions] if isinstance(i.positions, int) else i.positions:
+            for p in _several(i.positions):
                 if not -n <= p < n + generate:
                     raise ConfigError(
                         f"position {p} is not among the prompt's {n}; give 0 to {n - 1}, or -1 for the last"

@@ -112,7 +112,13 @@ def resolve(local: LocalModel, asked: Sequence[Target] | None) -> list[Resolved]
         asked = [Target(token=int(i)) for i in top.indices[:n].tolist()]
     if not asked:
         raise ConfigError("no target was given; name one, or leave targets out for the most probable tokens")
-    return [_resolve(local, target) for target in asked]
+    resolved = [_resolve(local, target) for target in asked]
+    for i, r in enumerate(resolved):
+        if r.kind != "vector" and any(
+            (r.kind, r.name, r.position, r.token) == (q.kind, q.name, q.position, q.token) for q in resolved[:i]
+        ):
+            raise ConfigError(f"target {r.name!r} at position {r.position} is given twice; name it once")
+    return resolved
 
 
 def _resolve(local: LocalModel, target: Target) -> Resolved:
