@@ -36,8 +36,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def crosslayer(hub: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+def crosslayer(hub: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"} | env
     return subprocess.run(
         [sys.executable, "-m", "crosslayer", *args], capture_output=True, text=True, check=False, env=environment
     )
@@ -67,6 +67,23 @@ def test_what_cannot_be_opened_is_one_sentence(hub: Path, name: str, words: str)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(hub: Path):
+    """Nobody listens on the endpoint: the HTTP library's own errors, which are no OSErrors, come through."""
+    nobody = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    cached = crosslayer(hub, "inspect", "owner/name", **nobody)
+    assert cached.returncode == 0, cached.stderr
+    done = crosslayer(hub, "inspect", "owner/other", **nobody)
+    assert done.returncode == 2
+    assert "the hub cannot be reached (ConnectError)" in done.stderr or "ConnectionError" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    (hub / "clt").mkdir()
+    published.save(make(dtype=torch.float32), PROVENANCE, hub / "clt")
+    (hub / "clt" / "README.md").write_text("card")
+    done = crosslayer(hub, "push", str(hub / "clt"), "me/mine", **nobody)
+    assert done.returncode == 2
+    assert "the hub did not take me/mine" in done.stderr
 
 
 def test_a_relative_path_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -38,7 +38,8 @@ def command(folder: str, repo: str, revision: str | None, private: bool, dry_run
     if dry_run:
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from crosslayer.clt.folder import hub_errors
 
     try:
         api = HfApi()
@@ -48,7 +49,7 @@ def command(folder: str, repo: str, revision: str | None, private: bool, dry_run
         done = api.upload_folder(
             repo_id=repo, folder_path=path, revision=revision, ignore_patterns=[".*"], commit_message=f"{path.name}, by crosslayer"
         )  # fmt: skip
-    except (HfHubHTTPError, OSError) as error:
+    except hub_errors() as error:
         first_line = str(error).strip().splitlines()[0]
         raise FormatError(f"the hub did not take {repo} ({first_line}); check the name, the network and hf auth whoami") from error  # fmt: skip
     click.echo(f"pushed: {done.commit_url}")

@@ -74,8 +74,9 @@ def clt_folder(path: Path) -> Path:
 
 def _open_repository(name: str, repo: str, revision: str | None, under: str | None) -> Folder:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    unreachable = hub_errors()
     prefix = f"{under.strip('/')}/" if under else ""
     try:
         info = HfApi().model_info(repo, revision=revision)
@@ -84,7 +85,7 @@ def _open_repository(name: str, repo: str, revision: str | None, under: str | No
         raise FormatError(f"{name}: {repo} has no revision {revision!r} on the hub; give a branch, tag or commit") from error  # fmt: skip
     except RepositoryNotFoundError as error:
         raise FormatError(f"no folder {name}, and no repository {repo} on the hub that this token may read; check the name, or log in with: hf auth login") from error  # fmt: skip
-    except (HfHubHTTPError, OSError) as error:
+    except unreachable as error:
         try:
             snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except OSError:
@@ -96,7 +97,7 @@ def _open_repository(name: str, repo: str, revision: str | None, under: str | No
     def fetch(file: str) -> Path:
         try:
             return Path(hf_hub_download(repo, f"{prefix}{file}", revision=commit))
-        except (HfHubHTTPError, OSError) as error:
+        except unreachable as error:
             first_line = str(error).strip().splitlines()[0]
             raise FormatError(f"{name}: {file} cannot be fetched from the hub ({first_line}); check the network and try again") from error  # fmt: skip
 
@@ -104,6 +105,13 @@ def _open_repository(name: str, repo: str, revision: str | None, under: str | No
     if not names:
         raise FormatError(f"{name}: {repo} has no files under {under}; its folders are {_folders(files)}")
     return Folder(name, names, fetch, local=False)
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises when it cannot be reached: its own errors, and those of the HTTP library that it is built on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception))
 
 
 def _folders(files: list[str]) -> str:

@@ -83,7 +83,8 @@ def write_folder(
         ResourceError: for too little disk.
     """
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise FormatError(f"{folder} is not empty; give another output folder")
+        what = "is a file" if folder.is_file() else "is not empty"
+        raise FormatError(f"{folder} {what}; give another output folder")
     partial = folder.with_name(f".{folder.name}.partial")
     fingerprint = _fingerprint(files)
     if partial.exists() and _read(partial / "plan") != fingerprint:
