@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from crosslayer.core.errors import ResourceError
+from crosslayer.core.errors import FormatError, ResourceError
 
 
 @contextmanager
@@ -35,6 +36,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *, missing: str, remedy: str) -> Any:
+    """What a JSON file says.
+
+    Args:
+        missing: what to say where there is no such file.
+        remedy: what to do about one that is cut short or cannot be read.
+
+    Raises:
+        FormatError: for either.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(missing) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not whole JSON ({error}); {remedy}") from error
 
 
 def require_free_disk(folder: Path, needed_bytes: int, remedy: str) -> None:

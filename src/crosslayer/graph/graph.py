@@ -7,7 +7,6 @@ model. What an edge matrix leaves out is in two numbers of each row, so that sum
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from functools import cached_property
@@ -23,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array
 
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError
-from crosslayer.core.files import replacing, write_text
+from crosslayer.core.files import read_json, replacing, write_text
 from crosslayer.graph.influence import Pruned, Scores, normalised, prune, scores, subgraph_scores
 from crosslayer.records.graph import FORMAT, VERSION, GraphHeader
 
@@ -319,16 +318,8 @@ def files_of(path: str | Path) -> tuple[Path, Path]:
 
 
 def _read_header(path: Path) -> GraphHeader:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise FormatError(f"there is no graph {path}; make one with crosslayer graph -o {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-    try:
-        said: Any = json.loads(text)
-    except ValueError as error:
-        raise FormatError(f"{path} is not whole JSON ({error}); trace the prompt again") from error
+    missing = f"there is no graph {path}; make one with crosslayer graph -o {path}"
+    said = read_json(path, missing=missing, remedy="trace the prompt again")
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise FormatError(
             f"{path} is no graph of crosslayer; a viewer's JSON is opened with crosslayer.graph.read_graph_file"

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from crosslayer.core.errors import ConfigError, FormatError
-from crosslayer.core.files import write_text
+from crosslayer.core.files import read_json, write_text
 from crosslayer.graph.graph import Graph, GraphArrays
 from crosslayer.graph.influence import Pruned
 from crosslayer.records.graph import (
@@ -185,16 +185,7 @@ def read_graph_file(path: str | Path) -> GraphFile:
         FormatError: for a file that is not there, cut short, or not of this format.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise FormatError(f"there is no file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not whole JSON: {error}; fetch or make it again") from error
+    said = read_json(path, missing=f"there is no graph file {path}; check the name", remedy="fetch or make it again")
     try:
         file = GraphFile.model_validate(said)
     except (ValidationError, RecursionError) as error:
