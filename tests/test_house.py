@@ -19,7 +19,7 @@ SOURCES = sorted(Path(xl.__file__).parent.rglob("*.py"))
 def test_public_names():
     assert xl.__all__ == [
         "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Graph", "Host", "ReplacementModel", "Target",
-        "TrainConfig", "__version__", "attribute", "evaluate", "intervene", "load_clt", "load_host", "train",
+        "TrainConfig", "__version__", "attribute", "evaluate", "intervene", "load_clt", "load_features", "load_host", "train",
     ]  # fmt: skip
     for name in xl.__all__:
         assert getattr(xl, name) is not None
@@ -64,6 +64,11 @@ def test_shapes_use_one_alphabet():
         "crosslayer.graph.interchange",
         "crosslayer.graph.compare",
         "crosslayer.graph.report",
+        "crosslayer.features",
+        "crosslayer.features.store",
+        "crosslayer.features.packed",
+        "crosslayer.features.parquet",
+        "crosslayer.features.report",
     ],
 )
 def test_imports_without_torch(module: str):

@@ -1,4 +1,4 @@
-r"""Cross-layer transcoders: train, measure, save and open them; trace prompts and intervene.
+r"""Cross-layer transcoders: train, measure, save and open them; trace prompts and intervene; see what features mean.
 
     import crosslayer as xl
 
@@ -7,6 +7,7 @@ r"""Cross-layer transcoders: train, measure, save and open them; trace prompts a
     trained = xl.train(xl.RECIPES["stdlib"](), "runs/mine")
     evaluation = xl.evaluate("runs/mine", text=["stdlib"])
     graph = xl.attribute(host, "runs/mine", "def area(self):\n    return self.")
+    feature = xl.load_features("runs/quickstart").feature(3, 1241)
 
 Names are loaded when first used (PEP 562), so that `import crosslayer` is quick and imports no torch.
 """
@@ -34,6 +35,7 @@ _HOMES = {
     "evaluate": "crosslayer.eval.api",
     "intervene": "crosslayer.graph.intervene",
     "load_clt": "crosslayer.clt.open",
+    "load_features": "crosslayer.features.store",
     "load_host": "crosslayer.host.host",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "evaluate",
     "intervene",
     "load_clt",
+    "load_features",
     "load_host",
     "train",
 ]
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from crosslayer.core.errors import CrosslayerError as CrosslayerError
     from crosslayer.eval.api import evaluate as evaluate
     from crosslayer.eval.replacement_model import ReplacementModel as ReplacementModel
+    from crosslayer.features.store import load_features as load_features
     from crosslayer.graph.attribute import attribute as attribute
     from crosslayer.graph.graph import Graph as Graph
     from crosslayer.graph.intervene import intervene as intervene

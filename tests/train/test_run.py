@@ -22,6 +22,7 @@ from crosslayer.acts.rows import held_out_rows
 from crosslayer.acts.sources import open_sources
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
+from crosslayer.core.files import locked
 from crosslayer.eval.api import evaluate
 from crosslayer.host.host import load_host
 from crosslayer.records.evaluation import Evaluation
@@ -30,7 +31,7 @@ from crosslayer.records.run import RunManifest
 from crosslayer.train import checkpoint, plan
 from crosslayer.train.config import TrainConfig
 from crosslayer.train.loop import Stopped, Trainer, train
-from crosslayer.train.run_folder import locked, read_manifest
+from crosslayer.train.run_folder import read_manifest
 
 RUN = "import sys, json; from crosslayer.train.config import TrainConfig; from crosslayer.train.loop import train; \
 train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=len(sys.argv) > 3)"

@@ -17,6 +17,7 @@ VERBS = {
     "inspect": "Say what a transcoder is, and whether its files are whole.",
     "convert": "Write a transcoder in another format or dtype.",
     "push": "Upload a transcoder with its model card to the Hugging Face hub.",
+    "features": "What each feature means: examples, tokens, labels, neighbours.",
     "graph": "Trace a prompt into an attribution graph.",
     "graph-diff": "Compare two graphs by feature.",
     "intervene": "Change features of a prompt and see what the model does.",

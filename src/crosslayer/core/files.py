@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crosslayer.core.errors import FormatError, ResourceError
+from crosslayer.core.errors import FormatError, ResourceError, RunError
 
 
 @contextmanager
@@ -66,3 +67,22 @@ def require_free_disk(folder: Path, needed_bytes: int, remedy: str) -> None:
         raise ResourceError(
             f"{folder} needs {needed_bytes / 2**30:.2f} GiB of disk but {free_bytes / 2**30:.2f} GiB are free; {remedy}"
         )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process.
+
+    Raises:
+        RunError: for a folder that another process holds.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made ({error.strerror}); give another --out") from error
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder} is in use by another process; wait for it, or give another --out") from error
+        yield

@@ -38,7 +38,7 @@ from crosslayer.clt.formats import published
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, CrosslayerError, RunError
-from crosslayer.core.files import write_json, write_text
+from crosslayer.core.files import locked, write_json, write_text
 from crosslayer.core.progress import Update, track
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.report import model_card
@@ -50,7 +50,7 @@ from crosslayer.train.config import TrainConfig
 from crosslayer.train.objective import SPARSE_BELOW, compute
 from crosslayer.train.optimiser import make_optimiser
 from crosslayer.train.plan import HostShape, check_fits, make_plan
-from crosslayer.train.run_folder import Log, check_same_config, locked, read_manifest, refuse_unless_new, write_manifest
+from crosslayer.train.run_folder import Log, check_same_config, read_manifest, refuse_unless_new, write_manifest
 from crosslayer.train.schedule import Controller, l0_asked, learning_rate
 from crosslayer.train.sinks import open_sinks
 

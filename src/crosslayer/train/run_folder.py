@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +14,6 @@ from crosslayer.records.run import RunManifest
 
 MAY_CHANGE = frozenset({"checkpoint_every", "keep", "log_every", "tensorboard", "wandb"})
 """Settings that a resume may give anew: they change nothing that is trained."""
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process.
-
-    Raises:
-        RunError: for a folder that another process holds.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be made ({error.strerror}); give another --out") from error
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder} is in use by another process; wait for it, or give another --out") from error
-        yield
 
 
 def refuse_unless_new(folder: Path) -> None:

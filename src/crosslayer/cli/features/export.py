@@ -1,0 +1,43 @@
+"""`crosslayer features export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from crosslayer.cli.features import bundle_option, bundle_path
+
+
+@click.command()
+@bundle_option
+@click.option(
+    "--to",
+    "format_",
+    type=click.Choice(["packed", "parquet"]),
+    default="packed",
+    show_default=True,
+    help="what to write",
+)
+@click.option("--examples/--no-examples", default=True, help="with the texts of examples (Parquet)")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="packed: the transcoder's folder, in which features/ is made; parquet: a file")  # fmt: skip
+def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> None:
+    """Write a bundle as packed feature files, which circuit-tracer's viewer reads, or as a Parquet table."""
+    from crosslayer.core.errors import ConfigError
+    from crosslayer.core.progress import track
+    from crosslayer.features.packed import write_packed
+    from crosslayer.features.parquet import write_parquet
+    from crosslayer.features.store import load_features
+
+    opened = load_features(bundle_path(bundle))
+    with track(Console(stderr=True), "export", 1.0) as update:
+        if format_ == "packed":
+            if out.is_file():
+                raise ConfigError(f"-o {out} is a file; give the transcoder's folder")
+            click.echo(f"written to {write_packed(opened, out, update)}")
+        else:
+            if out.is_dir() or not out.absolute().parent.is_dir():
+                what = "it is a folder" if out.is_dir() else f"there is no folder {out.absolute().parent}"
+                raise ConfigError(f"-o {out} cannot be written: {what}; give the name of a file")
+            click.echo(f"written to {write_parquet(opened, out, examples=examples, on_progress=update)}")

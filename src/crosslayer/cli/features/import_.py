@@ -1,0 +1,24 @@
+"""`crosslayer features import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+
+@click.command("import")
+@click.argument("source")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="the bundle's folder")
+def command(source: str, out: Path) -> None:
+    """Make a bundle of the packed feature files in SOURCE: a transcoder's folder, its features/, or owner/name on the hub."""
+    from crosslayer.clt.folder import open_folder
+    from crosslayer.core.progress import track
+    from crosslayer.features.packed import INDEX_FILE, import_packed
+
+    folder = open_folder(source)
+    inside = "" if INDEX_FILE in folder.names else "features/"
+    with track(Console(stderr=True), "import", 1.0) as update:
+        bundle = import_packed(source, lambda name: folder.path(f"{inside}{name}"), out, update)
+    click.echo(f"{out}: {bundle.n_layers} layers of {bundle.n_features} features")

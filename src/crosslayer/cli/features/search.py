@@ -1,0 +1,26 @@
+"""`crosslayer features search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from crosslayer.cli.features import bundle_option, bundle_path
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True)
+@bundle_option
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="features to print")
+def command(words: tuple[str, ...], bundle: Path | None, limit: int) -> None:
+    """Features that all WORDS match, labels first; wid* matches beginnings, label:, fires: and promotes: look there alone."""
+    from crosslayer.features.report import print_found
+    from crosslayer.features.store import load_features
+
+    found = load_features(bundle_path(bundle)).search(" ".join(words), limit)
+    if found:
+        print_found(Console(), found)
+    else:
+        click.echo("no feature matches; try fewer words, or the beginning of one with *")

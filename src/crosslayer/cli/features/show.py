@@ -1,0 +1,25 @@
+"""`crosslayer features show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from crosslayer.cli.features import bundle_option, bundle_path, parse_feature
+
+
+@click.command()
+@click.argument("feature", metavar="L/I")
+@bundle_option
+@click.option("--examples", type=click.IntRange(min=0), default=8, show_default=True, help="to print")
+@click.option("--neighbours", type=click.IntRange(min=0), default=4, show_default=True, help="of each kind to print")
+def command(feature: str, bundle: Path | None, examples: int, neighbours: int) -> None:
+    """Print one feature, named as LAYER/INDEX."""
+    from crosslayer.features.report import print_feature
+    from crosslayer.features.store import load_features
+
+    layer, index = parse_feature(feature)
+    opened = load_features(bundle_path(bundle))
+    print_feature(Console(), opened, opened.feature(layer, index), examples=examples, neighbours=neighbours)

@@ -1,0 +1,31 @@
+"""`crosslayer features top`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from crosslayer.cli.features import bundle_option, bundle_path
+
+
+@click.command()
+@click.option("--prompt", required=True, help="text; - reads it from standard input")
+@bundle_option
+@click.option("--clt", help="transcoder; that of the bundle's run, or the one the bundle names, unless given")
+@click.option("--model", help="host; the one the transcoder names unless given")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="features of each token")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
+def command(prompt: str, bundle: Path | None, clt: str | None, model: str | None, top: int, device: str) -> None:
+    """Features active on a prompt, by token, the most active first."""
+    import sys
+
+    from crosslayer.features.prompt import active_features, transcoder_of
+    from crosslayer.features.report import print_top
+    from crosslayer.features.store import load_features
+
+    opened = load_features(bundle_path(bundle))
+    replacement = transcoder_of(opened, clt, model, device=device)
+    tokens, active = active_features(replacement, sys.stdin.read() if prompt == "-" else prompt, top)
+    print_top(Console(), opened, tokens, active)

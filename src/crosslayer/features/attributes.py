@@ -1,0 +1,249 @@
+"""What can be said of a token and its place: the words in which rules are written.
+
+An *attribute* gives each token of a sample one value, a whole number: the token itself, the one before it, its place in its document, its kind,
+the bracket or the line it stands in. A rule says which values of one attribute a feature fires on. No torch.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPOKEN = 3
+"""Values of a rule that its label names."""
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
+KINDS = (
+    "special tokens", "line breaks", "indentation", "spaces", "numbers", "opening brackets", "closing brackets", "quotes", "operators",
+    "punctuation", "lower-case words", "capitalised words", "upper-case words", "words with capitals inside", "pieces inside words",
+    "pieces inside words, capitalised", "letters of other scripts", "mixed",
+)  # fmt: skip
+BUCKETS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Last positions of the classes of positions in a document."""
+
+
+class Attribute(NamedTuple):
+    """Values of all tokens of a sample, and how a set of them is said.
+
+    Attributes:
+        name: of the kind of rule.
+        value: of each token, -1 for one that has none.
+        keys: what each value stands for, in the ids that a bundle stores.
+        say: a label from some of the values, the most telling first.
+    """
+
+    name: str
+    value: NDArray
+    keys: Callable[[int], list[int]]
+    say: Callable[[Sequence[int]], str]
+
+
+class Vocabulary:
+    """Classes of a tokenizer's tokens, from their texts.
+
+    Attributes:
+        strings: of each token.
+        kind_V, script_V: numbers into `KINDS` and `scripts`.
+    """
+
+    def __init__(self, strings: Sequence[str], special: Sequence[int] = ()) -> None:
+        self.strings = list(strings)
+        scripts = [_script(s) for s in strings]
+        self.scripts = sorted(set(scripts))
+        number = {name: i for i, name in enumerate(self.scripts)}
+        self.script_V = np.array([number[s] for s in scripts], np.int32)
+        self.kind_V = np.array([KINDS.index(_kind(s)) for s in strings], np.int32)
+        self.special_V = np.zeros(len(self.strings), bool)
+        self.special_V[list(special)] = True
+        self.kind_V[self.special_V] = 0
+
+    def quoted(self, token: int) -> str:
+        """A token's text between quotes, with line breaks and tabs made visible."""
+        return quoted(self.strings[token])
+
+
+def quoted(text: str) -> str:
+    """Between curly quotes, which are rare inside tokens, with line breaks and tabs made visible."""
+    shown = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    return f"“{shown}”"
+
+
+def _script(text: str) -> str:
+    """The script of the first letter, by its Unicode name."""
+    for c in text:
+        if c.isalpha():
+            return unicodedata.name(c, "UNKNOWN").split()[0].capitalize()
+    return "none"
+
+
+def _kind(text: str) -> str:
+    bare = text.strip(" ")
+    if "\n" in text and not text.strip():
+        return "line breaks"
+    if not bare.strip():
+        return "indentation" if len(text) > 1 or "\t" in text else "spaces"
+    bare = bare.strip()
+    if bare.isdigit():
+        return "numbers"
+    if bare.isalpha() and bare.isascii():
+        if not text.startswith((" ", "\n", "\t")) and len(text) == len(bare):
+            return "pieces inside words, capitalised" if bare[0].isupper() else "pieces inside words"
+        if bare.islower():
+            return "lower-case words"
+        if bare.isupper() and len(bare) > 1:
+            return "upper-case words"
+        return "capitalised words" if bare.istitle() else "words with capitals inside"
+    if any(c.isalpha() and not c.isascii() for c in bare):
+        return "letters of other scripts"
+    if not any(c.isalnum() or c == "_" for c in bare):
+        if any(c in "([{" for c in bare):
+            return "opening brackets"
+        if any(c in ")]}" for c in bare):
+            return "closing brackets"
+        if any(c in "'\"`" for c in bare):
+            return "quotes"
+        return "operators" if any(c in "=+-*/<>%&|^~!@" for c in bare) else "punctuation"
+    return "mixed"
+
+
+class Places(NamedTuple):
+    """Where each token of some rows stands, (rows, T)."""
+
+    in_document: NDArray
+    """Tokens since the special token that began the document, or since the row's beginning."""
+    indent: NDArray
+    """Spaces before the first word of its line; -1 where the row begins inside the line."""
+    head: NDArray
+    """The token that the line's first word is; -1 before it and where the row begins inside the line."""
+    bracket: NDArray
+    """0 outside, else 1 + which of `([{` was opened last and is still open."""
+
+
+def places_of(rows_BT: NDArray, vocabulary: Vocabulary) -> Places:
+    """Follow lines and brackets through each row."""
+    effects = [_effect(s) for s in vocabulary.strings]
+    special = vocabulary.special_V.tolist()
+    shape = rows_BT.shape
+    in_document, indent, head, bracket = (np.empty(shape, np.int32) for _ in range(4))
+    for r, row in enumerate(rows_BT.tolist()):
+        since, spaces, first, stack = 0, -1, -1, list[int]()
+        in_line = True
+        a, b, c, d = [], [], [], []
+        for token in row:
+            if special[token]:
+                since, spaces, first, stack, in_line = 0, 0, -1, [], False
+            else:
+                since += 1
+                broke, after, word, brackets = effects[token]
+                if broke:
+                    spaces, first, in_line = after, -1, False
+                elif not in_line and first < 0 and not word:
+                    spaces += after
+                if word and not in_line:
+                    first, in_line = token, True
+                for x in brackets:
+                    if x > 0:
+                        stack.append(x)
+                    elif stack:
+                        stack.pop()
+            a.append(since)
+            b.append(spaces)
+            c.append(first)
+            d.append(stack[-1] if stack else 0)
+        in_document[r], indent[r], head[r], bracket[r] = a, b, c, d
+    return Places(in_document, indent, head, bracket)
+
+
+def _effect(text: str) -> tuple[bool, int, bool, tuple[int, ...]]:
+    """Whether a token breaks the line, the spaces after the break or in all, whether it has a word, and the brackets it opens and closes."""
+    tail = text.rpartition("\n")[2]
+    spaces = len(tail.replace("\t", "    ")) - len(tail.replace("\t", "    ").lstrip(" "))
+    brackets = [1 + "([{".index(c) if c in "([{" else -1 for c in text if c in "([{)]}"]
+    return "\n" in text, spaces, bool(tail.strip()), tuple(brackets)
+
+
+def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -> list[Attribute]:
+    """The attributes of the tokens at these positions of the token file.
+
+    Args:
+        rows_BT: all rows of the token file.
+    """
+    context = rows_BT.shape[1]
+    row, at = position // context, position % context
+    used, row = np.unique(row, return_inverse=True)
+    rows = np.asarray(rows_BT[used]).astype(np.int64)
+    places = places_of(rows, vocabulary)
+    n, strings = len(vocabulary.strings), vocabulary.strings
+
+    def back(by: int) -> NDArray:
+        ids = rows[row, np.maximum(at - by, 0)]
+        return np.where(at >= by, ids, -1)
+
+    def set_of(texts: Callable[[int], str], template: str = "{}", or_: str = ", ") -> Callable[[Sequence[int]], str]:
+        def say(values: Sequence[int]) -> str:
+            more = f" (+{len(values) - SPOKEN})" if len(values) > SPOKEN else ""
+            return template.format(or_.join(texts(v) for v in values[:SPOKEN]) + more)
+
+        return say
+
+    def plain(name: str, value: NDArray, say: Callable[[Sequence[int]], str]) -> Attribute:
+        return Attribute(name, value, lambda v: [v], say)
+
+    def ngram(name: str, steps: Sequence[int], template: str) -> Attribute:
+        columns = [back(by) for by in steps]
+        key = columns[0]
+        known = columns[0] >= 0
+        for column in columns[1:]:
+            # Numbered anew at each step, so that the product with the vocabulary's size never overflows.
+            key = np.unique(key, return_inverse=True)[1] * n + column
+            known &= column >= 0
+        distinct, first, value = np.unique(key, return_index=True, return_inverse=True)
+        del distinct
+        ids = np.stack([c[first] for c in columns], axis=1)
+        texts = lambda v: quoted("".join(strings[t] for t in ids[v]))  # noqa: E731
+        return Attribute(name, np.where(known, value, -1), lambda v: ids[v].tolist(), set_of(texts, template))
+
+    bucket = np.searchsorted(BUCKETS, places.in_document[row, at])
+    return [
+        plain("token", back(0), set_of(vocabulary.quoted)),
+        plain("previous token", back(1), set_of(vocabulary.quoted, "after {}")),
+        ngram("n-gram", (1, 0), "{}"),
+        ngram("n-gram of three", (2, 1, 0), "{}"),
+        plain("kind", vocabulary.kind_V[back(0)], set_of(lambda v: KINDS[v])),
+        plain("script", vocabulary.script_V[back(0)], set_of(lambda v: f"{vocabulary.scripts[v]} script")),
+        plain("position", bucket, lambda values: _positions(values)),
+        plain("indentation", places.indent[row, at], set_of(str, "lines indented by {}", ", ")),
+        plain("brackets", places.bracket[row, at], set_of(_inside, or_=" or ")),
+        plain("line", places.head[row, at], set_of(vocabulary.quoted, "lines that begin with {}")),
+    ]  # fmt: skip
+
+
+def next_tokens(position: NDArray, rows_BT: NDArray) -> NDArray:
+    """The token after each position; -1 at the end of a row."""
+    context = rows_BT.shape[1]
+    flat = rows_BT.reshape(-1)
+    following = flat[np.minimum(position + 1, flat.size - 1)].astype(np.int64)
+    return np.where(position % context < context - 1, following, -1)
+
+
+def _inside(value: int) -> str:
+    if not value:
+        return "outside brackets"
+    opening = "([{"[value - 1]
+    return f"inside {opening}…{BRACKETS[opening]}"
+
+
+def _positions(values: Sequence[int]) -> str:
+    """`positions 1–3 of a document`, with neighbouring classes joined."""
+    spans: list[list[int]] = []
+    for v in sorted(values):
+        low, high = (BUCKETS[v - 1] + 1 if v else 0), (BUCKETS[v] if v < len(BUCKETS) else -1)
+        if spans and spans[-1][1] + 1 == low:
+            spans[-1][1] = high
+        else:
+            spans.append([low, high])
+    said = [f"{a}" if a == b else f"from {a} on" if b < 0 else f"{a}–{b}" for a, b in spans]
+    return f"position{'s' if said != ['1'] else ''} {', '.join(said)} of a document"

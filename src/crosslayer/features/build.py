@@ -1,0 +1,494 @@
+"""Build a feature bundle: text through host and encoder once, then what the weights say, rules, the atlas, and the index.
+
+A bundle is built beside its place under a temporary name and renamed when it is whole. A build that was stopped goes on when it is run again: the pass
+from the text that it had not seen, later stages from the first whose arrays are not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from crosslayer import dist
+from crosslayer.acts.rows import held_out_rows
+from crosslayer.acts.sources import open_sources
+from crosslayer.clt.formats.opened import Opened
+from crosslayer.clt.open import load_clt
+from crosslayer.core.errors import ConfigError, RunError
+from crosslayer.core.files import locked, read_json, replacing, require_free_disk, write_json
+from crosslayer.core.progress import track
+from crosslayer.eval.replacement_model import host_of
+from crosslayer.features import atlas, direct
+from crosslayer.features.attributes import Vocabulary, attributes_of
+from crosslayer.features.coactivation import Coactive, coactivation
+from crosslayer.features.examples import N_COUNTED, Examples, examples_of
+from crosslayer.features.identity import clt_hash, host_hash, tokenizer_hash, tokens_hash
+from crosslayer.features.index import Group, Row, write_index
+from crosslayer.features.rules import Rules, rules
+from crosslayer.features.scan import Seen, batches_of, scan, take
+from crosslayer.features.settings import LINEAR_BINS, LOG_BINS, ScanSettings
+from crosslayer.features.sketch import FIXED_POINT
+from crosslayer.features.store import (
+    INDEX,
+    MANIFEST,
+    PLACES,
+    TOKENS,
+    VOCABULARY,
+    FeatureBundle,
+    building_folder,
+    save_array,
+)
+from crosslayer.host.host import Host, choose_device
+from crosslayer.records.bundle import BundleManifest, Stream
+
+PLAN, PARTS = "plan.json", "parts"
+N_TOKENS = 1_048_576
+REACH = 0.9
+"""A feature's reach is the fewest layers written that hold this share of its decoder's squared norm."""
+ATLAS_WEIGHTS = {"coactivation": 1.0, "encoder": 0.5, "decoder": 1.0}
+"""What each kind of neighbour counts in the atlas."""
+
+
+class Text(NamedTuple):
+    """The rows of all streams."""
+
+    tokens_BT: NDArray
+    streams: list[Stream]
+
+
+class Estimate(NamedTuple):
+    """What a build will take."""
+
+    n_bytes: int
+    seconds: float
+
+
+def build_features(
+    clt: str | Path | Opened,
+    *,
+    text: Sequence[str],
+    out: str | Path,
+    model: str | Path | Host | None = None,
+    tokens: int = N_TOKENS,
+    context: int | None = None,
+    settings: ScanSettings | None = None,
+    atlas_weights: dict[str, float] | None = None,
+    rows_at_once: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    console: Console | None = None,
+) -> FeatureBundle:
+    """Build the feature bundle of a transcoder on held-out text; one that was stopped goes on.
+
+    Args:
+        clt: by folder, run or name on the hub, or opened.
+        text: sources, as `crosslayer.acts.sources` names them; each is a stream of its own.
+        out: the bundle's folder, which must not be there.
+        model: the host; the one that the transcoder names unless given.
+        tokens: of text in all, shared among sources by weight; fewer where the held-out text is shorter.
+        context: tokens of a row; 256, or the host's context if that is less, unless given.
+        atlas_weights: of `coactivation`, `encoder` and `decoder` neighbours in the atlas.
+        rows_at_once: rows that go through the host together.
+        dtype: of the host.
+
+    Raises:
+        CrosslayerError: for anything that cannot be used, and where disk does not suffice, before starting.
+    """
+    began = time.perf_counter()
+    console = console or Console(quiet=True)
+    out, settings = Path(out).expanduser(), settings or ScanSettings()
+    weights = dict(ATLAS_WEIGHTS if atlas_weights is None else atlas_weights)
+    atlas.check_weights(weights)
+    if tokens < 1 or rows_at_once < 1:
+        raise ConfigError(f"tokens={tokens} and rows_at_once={rows_at_once} must be at least 1")
+    refuse_unless_new(out)
+    device = choose_device(device)
+    opened = clt if isinstance(clt, Opened) else load_clt(clt, device=device)
+    host = host_of(opened, model, dtype=dtype, device=device)
+    context = context or min(256, host.max_positions)
+    if not host.policy.n_skip + 2 <= context <= host.max_positions:
+        raise ConfigError(
+            f"context={context} must lie between {host.policy.n_skip + 2} and that of {host.name}, {host.max_positions}; change --context"
+        )
+    found = rows_of(host, text, context, tokens)
+    vocabulary = _vocabulary(host)
+    folder = building_folder(out)
+    with _alone(folder):
+        plan = _plan(opened, host, vocabulary, found, settings, weights, rows_at_once, dtype)
+        _begin_or_go_on(folder, plan, found, vocabulary)
+        seen = _estimate_and_scan(host, opened, found, settings, folder, rows_at_once, out, console)
+        if dist.is_first():
+            _finish(folder, out, opened, host, found, vocabulary, seen, settings, weights, console, began)
+        dist.barrier()
+    return FeatureBundle(out)
+
+
+def refuse_unless_new(out: Path) -> None:
+    """A bundle is made where nothing is yet."""
+    if out.is_file():
+        raise RunError(f"{out} is a file; give the name of a new folder with -o")
+    if (out / MANIFEST).exists():
+        raise RunError(f"{out} holds a feature bundle already; remove it, or give another -o")
+    if out.is_dir() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty; give another -o")
+
+
+def rows_of(host: Host, names: Sequence[str], context: int, n_tokens: int) -> Text:
+    """Held-out rows of each source, as many tokens of each as its weight says, or as it has."""
+    sources = open_sources(names)
+    total = sum(s.weight for s in sources)
+    parts, streams = [], []
+    kind = np.uint16 if host.n_vocab <= 1 << 16 else np.uint32
+    for source in sources:
+        rows = held_out_rows(host, [source], context, max(1, round(n_tokens * source.weight / total))).numpy()
+        parts.append(rows.astype(kind))
+        streams.append(Stream(name=source.source.name, n_rows=len(rows), digest=tokens_hash(rows)))
+    tokens_BT = np.concatenate(parts)
+    if tokens_BT.size >= 1 << 32:
+        raise ConfigError(f"{tokens_BT.size} tokens exceed the 4,294,967,295 that a bundle can hold; lower --tokens")
+    return Text(tokens_BT, streams)
+
+
+class Words(NamedTuple):
+    """Texts of tokens, and which are special."""
+
+    strings: list[str]
+    special: list[int]
+
+
+def _vocabulary(host: Host) -> Words:
+    n = min(len(host.tokenizer), host.n_vocab)
+    return Words(
+        host.tokenizer.batch_decode([[t] for t in range(n)]), [t for t in host.tokenizer.all_special_ids if t < n]
+    )
+
+
+def _alone(folder: Path) -> Any:
+    """One build at a time in a folder; ranks of one build share the first's lock."""
+    from contextlib import nullcontext
+
+    return locked(folder) if dist.is_first() else nullcontext()
+
+
+def _plan(
+    opened: Opened, host: Host, vocabulary: Words, text: Text, settings: ScanSettings, weights: dict[str, float], rows_at_once: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    """What a build that goes on must agree in with the one that began."""
+    return {
+        "clt": clt_hash(opened.clt), "host": host_hash(host), "tokenizer": tokenizer_hash(vocabulary.strings),
+        "text": [s.model_dump() for s in text.streams], "context": int(text.tokens_BT.shape[1]), "policy": host.policy.model_dump(),
+        "settings": asdict(settings), "atlas_weights": weights, "rows_at_once": rows_at_once, "precision": str(dtype).removeprefix("torch."),
+        "version": version("crosslayer"),
+    }  # fmt: skip
+
+
+def _begin_or_go_on(folder: Path, plan: dict[str, Any], text: Text, vocabulary: Words) -> None:
+    if dist.is_first():
+        path = folder / PLAN
+        if path.exists():
+            there = read_json(path, missing="", remedy=f"remove {folder} and build again")
+            for key, value in plan.items():
+                if there.get(key) != value:
+                    raise RunError(
+                        f"{folder} holds a stopped build with another {key}; run it with the same settings and files, or remove that folder to begin anew"
+                    )
+        (folder / PARTS).mkdir(exist_ok=True)
+        if not (folder / TOKENS).exists():
+            with replacing(folder / TOKENS) as temporary, temporary.open("wb") as file:
+                np.save(file, text.tokens_BT.reshape(-1), allow_pickle=False)
+        write_json(folder / VOCABULARY, vocabulary.strings)
+        # Last, so that a plan on disk has its text beside it.
+        write_json(path, plan)
+    dist.barrier()
+
+
+def _estimate_and_scan(
+    host: Host,
+    opened: Opened,
+    text: Text,
+    settings: ScanSettings,
+    folder: Path,
+    rows_at_once: int,
+    out: Path,
+    console: Console,
+) -> Seen:
+    clt, rows = opened.clt, [s.n_rows for s in text.streams]
+    estimate = _estimate(host, opened, text, settings, rows_at_once)
+    n_features = clt.config.n_layers * clt.config.n_features
+    quiet = console if dist.is_first() else Console(quiet=True)
+    body = text.tokens_BT.shape[1] - host.policy.n_skip
+    quiet.print(
+        f"{n_features:,} features on {len(text.tokens_BT) * body:,} held-out tokens: about {_minutes(estimate.seconds)} "
+        f"and {estimate.n_bytes / 2**20:,.0f} MiB", highlight=False,
+    )  # fmt: skip
+    require_free_disk(folder, estimate.n_bytes, "lower --tokens or the number of examples, or give -o on another disk")
+    with track(quiet, "text", 1.0) as update:
+        return scan(
+            host, clt, text.tokens_BT, rows, settings, folder / PARTS, rows_at_once=rows_at_once, on_progress=update
+        )
+
+
+def _minutes(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _estimate(host: Host, opened: Opened, text: Text, settings: ScanSettings, rows_at_once: int) -> Estimate:
+    """From one batch, a matrix product, and what is kept of a feature."""
+    clt, c = opened.clt, opened.clt.config
+    batch = batches_of([s.n_rows for s in text.streams], rows_at_once)[0]
+    nothing = Seen.nothing(clt, len(text.streams), text.tokens_BT.shape[1], settings, host.device)
+    take(nothing, host, clt, text.tokens_BT, batch, 0)
+    began = time.perf_counter()
+    take(nothing, host, clt, text.tokens_BT, batch, 1)
+    batch_s = time.perf_counter() - began
+    n_batches = -(-len(text.tokens_BT) // rows_at_once)
+    a = torch.randn(1024, 1024, device=host.device)
+    began = time.perf_counter()
+    for _ in range(4):
+        a = (a @ a).clamp(-1, 1)
+    float(a[0, 0])
+    flops = 4 * 2 * 1024**3 / (time.perf_counter() - began)
+    n = c.n_layers * c.n_features
+    products = 2.0 * n * c.d_model * (2.5 * n + host.n_vocab)
+    # Rows with an example: each feature has at most one a row, and a typical one far fewer than there are rows.
+    firing = min(settings.n_examples, len(text.tokens_BT))
+    per_feature = firing * 22 + 8 * (
+        2 * settings.n_logits + 2 * settings.n_neighbours + 2 * settings.n_coactive + 2 * settings.n_virtual
+    )
+    per_feature += 4 * (LINEAR_BINS + LOG_BINS) + 6 * len(PLACES) * N_COUNTED + 4 * c.n_layers + 600
+    parts = (settings.n_top + settings.n_reservoir) * 40 + 8 * (LINEAR_BINS + LOG_BINS)
+    n_bytes = n * (per_feature + parts) + 6 * settings.sample_entries // 8 + text.tokens_BT.nbytes
+    # Rules, atlas and index take about a millisecond a feature, whatever the text.
+    return Estimate(int(n_bytes), batch_s * n_batches / dist.world_size() + products / flops + n * 1e-3)
+
+
+def _finish(
+    folder: Path, out: Path, opened: Opened, host: Host, text: Text, vocabulary: Words, seen: Seen, settings: ScanSettings,
+    weights: dict[str, float], console: Console, began: float,
+) -> None:  # fmt: skip
+    """All stages after the pass; each is passed over where its arrays are there."""
+    c = opened.clt.config
+    n_tokens = len(text.tokens_BT) * (text.tokens_BT.shape[1] - host.policy.n_skip)
+    sampled = seen.sample.collected()
+    if not (folder / MANIFEST).exists():
+        with track(console, "examples", 1.0) as update:
+            _stage(folder, _FROM_TEXT, lambda: _from_text(seen, text, settings, update))
+        with track(console, "weights", 1.0) as update:
+            _from_weights(folder, opened, host, len(vocabulary.strings), settings, update)
+        with track(console, "together", 1.0) as update:
+            _stage(
+                folder,
+                _TOGETHER,
+                lambda: _together(coactivation(sampled, c.n_layers, c.n_features, settings.n_coactive, update)),
+            )
+        read = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")  # noqa: E731
+        density = read("count").sum(1) / n_tokens
+        with track(console, "rules", 1.0) as update:
+            ruled = _rules(sampled, text, vocabulary, read("top_id"), c.n_layers, density, update)
+        with track(console, "atlas", 1.0) as update:
+            groups = _atlas(folder, read, ruled, density, c.n_features, weights, update)
+        with track(console, "index", 1.0) as update:
+            _index(folder, read, ruled, density, c.n_features, vocabulary, groups)
+            update(1.0)
+        files = {
+            p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix == ".npy" or p.name in (VOCABULARY, INDEX)
+        }  # fmt: skip
+        write_json(
+            folder / MANIFEST,
+            BundleManifest(
+                whole=True, created=datetime.now(UTC).isoformat(timespec="seconds"), host=host.name, host_hash=host_hash(host),
+                clt=str(opened.provenance.model_name), scan=opened.provenance.scan or "", clt_hash=clt_hash(opened.clt),
+                tokenizer_hash=tokenizer_hash(vocabulary.strings), text=text.streams, policy=host.policy, n_layers=c.n_layers,
+                n_features=c.n_features, context=text.tokens_BT.shape[1], n_tokens=n_tokens, settings=asdict(settings) | {"atlas_weights": weights},
+                sample_tokens=len(sampled.position), files=files,
+                versions={name: version(name) for name in ("crosslayer", "torch", "transformers", "igraph")},
+                wall_s=round(time.perf_counter() - began, 1),
+            ).model_dump(),
+        )  # fmt: skip
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    (folder / PLAN).unlink(missing_ok=True)
+    (folder / ".lock").unlink(missing_ok=True)
+    if out.is_dir():
+        out.rmdir()
+    os.replace(folder, out)
+
+
+_FROM_TEXT = (
+    "count", "mean", "min", "max", "linear_histogram", "linear_exponent", "log_histogram", "quantile_edge", "token_at", "token_at_count",
+    "example", "example_start", "example_length", "example_peak", "example_value", "example_bin", "example_active", "active", "active_offset",
+    "active_value",
+)  # fmt: skip
+_LOGITS = ("top_id", "top", "bottom_id", "bottom", "logit_mean", "logit_std", "decoder_norm")
+_TOGETHER = ("own_id", "own_count", "other_id", "other_count", "sample_count")
+_ATLAS = ("group", "map")
+
+
+def _stage(folder: Path, names: Sequence[str], make: Callable[[], dict[str, NDArray]]) -> None:
+    """Make and write these arrays, if one of them is not there."""
+    if all((folder / f"{name}.npy").exists() for name in names):
+        return
+    made = make()
+    assert set(made) == set(names)
+    for name, array in made.items():
+        save_array(folder, name, array)
+
+
+def _from_text(seen: Seen, text: Text, settings: ScanSettings, update: Callable[[float], None]) -> dict[str, NDArray]:
+    flat, context = text.tokens_BT.reshape(-1), text.tokens_BT.shape[1]
+    parts: list[Examples] = []
+    for n, sketch in enumerate(seen.sketches, 1):
+        parts.append(examples_of(sketch.candidates(), sketch.n_features, flat, context, settings))
+        update(n / len(seen.sketches))
+    each = lambda name: [getattr(s, name).cpu().numpy() for s in seen.sketches]  # noqa: E731
+    numpy = lambda name: np.concatenate(each(name))  # noqa: E731
+    every = lambda name: np.concatenate([getattr(p, name) for p in parts])  # noqa: E731
+    count = np.concatenate(each("count_SF"), axis=1).T
+    least = numpy("min_F")
+    n_active = every("n_active")
+    example = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(p.indptr) for p in parts]))])
+    return {
+        "count": count, "mean": numpy("sum_F") / FIXED_POINT / np.maximum(count.sum(1), 1), "min": np.where(np.isinf(least), 0, least),
+        "max": numpy("max_F"), "linear_histogram": numpy("linear_FX"), "linear_exponent": numpy("exponent_F"), "log_histogram": numpy("log_FX"),
+        "quantile_edge": every("edge_FQ"), "token_at": every("token"), "token_at_count": every("token_count"), "example": example,
+        "example_start": every("start"), "example_length": every("length"), "example_peak": every("peak"), "example_value": every("value"),
+        "example_bin": every("bin"), "example_active": n_active,
+        "active": np.concatenate([[0], np.cumsum(n_active, dtype=np.int64)])[example], "active_offset": every("offset"),
+        "active_value": every("activation"),
+    }  # fmt: skip
+
+
+def _from_weights(
+    folder: Path, opened: Opened, host: Host, n_tokens: int, settings: ScanSettings, update: Callable[[float], None]
+) -> None:
+    clt = opened.clt
+    wiring = direct.Wiring(host, clt, n_tokens)
+    numpy = lambda tensors: torch.cat(list(tensors)).cpu().numpy()  # noqa: E731
+
+    def logits() -> dict[str, NDArray]:
+        found = []
+        for layer in wiring.layers:
+            found.append(direct.logits(wiring, layer, settings.n_logits))
+            update(0.25 * (layer + 1) / len(wiring.layers))
+        columns = [numpy(column) for column in zip(*found, strict=True)]
+        norms = numpy(direct.decoder_norms(clt, layer) for layer in wiring.layers)
+        return dict(zip(_LOGITS, [*columns, norms], strict=True))
+
+    def near(name: str, vectors: list[torch.Tensor], done: float) -> dict[str, NDArray]:
+        found = direct.nearest(vectors, settings.n_neighbours, lambda share: update(done + 0.25 * share))
+        return {f"{name}_id": found.id.cpu().numpy(), name: found.value.cpu().numpy()}
+
+    def virtual() -> dict[str, NDArray]:
+        up, down = direct.virtual_weights(wiring, settings.n_virtual, lambda share: update(0.75 + 0.25 * share))
+        return {
+            "upstream_id": up.id.cpu().numpy(), "upstream": up.value.cpu().numpy(),
+            "downstream_id": down.id.cpu().numpy(), "downstream": down.value.cpu().numpy(),
+        }  # fmt: skip
+
+    _stage(folder, _LOGITS, logits)
+    encoders = lambda: [clt.W_enc.passing(i).to(clt.device).float() for i in wiring.layers]  # noqa: E731
+    _stage(folder, ("encoder_id", "encoder"), lambda: near("encoder", encoders(), 0.25))
+    _stage(folder, ("decoder_id", "decoder"), lambda: near("decoder", [wiring.written(i) for i in wiring.layers], 0.5))
+    _stage(folder, ("upstream_id", "upstream", "downstream_id", "downstream"), virtual)
+
+
+def _together(found: Coactive) -> dict[str, NDArray]:
+    return dict(zip(_TOGETHER, found, strict=True))
+
+
+def _rules(
+    sampled: Any,
+    text: Text,
+    words: Words,
+    promoted: NDArray,
+    n_layers: int,
+    density: NDArray,
+    update: Callable[[float], None],
+) -> Rules:
+    vocabulary = Vocabulary(words.strings, words.special)
+    attributes = attributes_of(sampled.position, text.tokens_BT, vocabulary)
+    say = lambda ids: ", ".join(vocabulary.quoted(t) for t in ids)  # noqa: E731
+    return rules(sampled, attributes, text.tokens_BT, promoted, n_layers, density, say, update)
+
+
+def _atlas(
+    folder: Path, read: Callable[[str], NDArray], ruled: Rules, density: NDArray, n_features: int, weights: dict[str, float],
+    update: Callable[[float], None],
+) -> list[Group]:  # fmt: skip
+    live = density > 0
+    upstream = read("upstream_id"), read("upstream")
+
+    def drawn() -> dict[str, NDArray]:
+        graph = atlas.neighbour_graph(_lists(read), weights, live)
+        update(0.2)
+        groups_GN = atlas.groups(graph)
+        update(0.5)
+        return {"group": groups_GN, "map": atlas.layout(graph, groups_GN[0])}
+
+    _stage(folder, _ATLAS, drawn)
+    layer_N = np.arange(len(density)) // n_features
+    score_N = np.nan_to_num(ruled.auroc)
+    groups = []
+    for level, groups_N in enumerate(np.asarray(read("group"))):
+        labels = atlas.group_labels(groups_N, ruled.label, score_N)
+        fed = atlas.lineage(groups_N, layer_N, *upstream)
+        sizes = np.bincount(groups_N[groups_N >= 0], minlength=len(labels)).tolist()
+        for number, label in enumerate(labels):
+            pairs = zip(fed.ids_GK[number].tolist(), fed.share_GK[number].tolist(), strict=True)
+            groups.append(Group(level, number, sizes[number], label, [(i, s) for i, s in pairs if i >= 0]))
+    update(1.0)
+    return groups
+
+
+def _lists(read: Callable[[str], NDArray]) -> dict[str, tuple[NDArray, NDArray]]:
+    """Neighbours of each kind, for the atlas."""
+    ids = np.concatenate([read("own_id"), read("other_id")], axis=1)
+    counts = np.concatenate([read("own_count"), read("other_count")], axis=1)
+    n_N = np.asarray(read("sample_count"))
+    together = Coactive(ids, counts, ids, counts, n_N).cosine(ids, counts)
+    near = {
+        name: (np.asarray(read(f"{name}_id")), np.asarray(read(name)).astype(np.float32))
+        for name in ("encoder", "decoder")
+    }
+    return {"coactivation": (ids, together)} | near
+
+
+def _index(
+    folder: Path,
+    read: Callable[[str], NDArray],
+    ruled: Rules,
+    density: NDArray,
+    n_features: int,
+    vocabulary: Words,
+    groups: list[Group],
+) -> None:
+    if (folder / INDEX).exists():
+        return
+    squares = np.sort(np.square(read("decoder_norm").astype(np.float64)), axis=1)[:, ::-1]
+    share = np.cumsum(squares, axis=1) / np.maximum(squares.sum(1, keepdims=True), 1e-30)
+    figures = {
+        "density": density, "mean": np.asarray(read("mean")), "max": np.asarray(read("max")), "auroc": ruled.auroc, "precision": ruled.precision,
+        "recall": ruled.recall, "norm": np.sqrt(squares.sum(1)), "reach": (share < REACH).sum(1) + 1,
+    }  # fmt: skip
+    strings = vocabulary.strings
+    texts = lambda ids: (" ".join(strings[t] for t in row if t >= 0) for row in ids.tolist())  # noqa: E731
+    rows = (Row(*row) for row in zip(ruled.label, ruled.kind, ruled.values, strict=True))
+    write_index(folder / INDEX, n_features, figures, rows, texts(read("token_at")[:, 0]), texts(read("top_id")), groups)

@@ -1,0 +1,60 @@
+"""What a pass over text keeps of each feature: how many examples, how wide, how fine the histograms. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crosslayer.core.errors import ConfigError
+
+LOG_BINS = 32
+LOG_FIRST_EXPONENT = -8
+"""The log histogram has two bins an octave, [2^e, 1.5 2^e) and [1.5 2^e, 2^(e+1)), from 2^-8 to 2^8; what is beyond falls into the last."""
+LINEAR_BINS = 32
+"""The linear histogram divides [0, 2^e) evenly, 2^e being the smallest power of two above the feature's highest activation."""
+
+
+def log_edges() -> list[float]:
+    """Lower edges of the log histogram's bins, and the upper edge of the last."""
+    return [2.0 ** (LOG_FIRST_EXPONENT + i // 2) * (1.5 if i % 2 else 1.0) for i in range(LOG_BINS + 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanSettings:
+    """Bounds of what is kept.
+
+    Attributes:
+        n_top: examples with the highest activations, one a row of text at most.
+        n_quantiles, per_quantile: bins of equally many rows by activation, and examples from each.
+        n_reservoir: rows drawn evenly, by hash, from all on which a feature fires; quantiles and token counts are taken over them.
+        window, before: tokens of an example, and how many of them stand before its peak where the row allows it.
+        sample_entries: active (token, feature) pairs of the token sample that co-activation and rules are counted on.
+        n_logits, n_neighbours, n_coactive, n_virtual: lengths of the lists of each feature (`n_coactive` each for its own and other layers).
+    """
+
+    n_top: int = 16
+    n_quantiles: int = 4
+    per_quantile: int = 4
+    n_reservoir: int = 48
+    window: int = 64
+    before: int = 40
+    sample_entries: int = 1 << 25
+    n_logits: int = 20
+    n_neighbours: int = 10
+    n_coactive: int = 8
+    n_virtual: int = 10
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) < (0 if name == "before" else 1):
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.window > 255:
+            raise ConfigError(f"window={self.window} exceeds 255, the longest example a bundle can hold; lower it")
+        if self.before >= self.window:
+            raise ConfigError(f"before={self.before} must be less than window={self.window}; lower it")
+        if self.n_reservoir < self.n_quantiles * self.per_quantile:
+            raise ConfigError(f"n_reservoir={self.n_reservoir} is less than n_quantiles * per_quantile; raise it")
+
+    @property
+    def n_examples(self) -> int:
+        """Of one feature, at most."""
+        return self.n_top + self.n_quantiles * self.per_quantile

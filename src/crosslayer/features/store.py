@@ -1,0 +1,461 @@
+"""The feature bundle on disk: one folder, read by memory-mapping. NumPy and SQLite only.
+
+manifest.json        what it is of, and the size of each file
+tokens.npy           the token file: rows of all streams, flat
+vocabulary.json      texts of tokens
+NAME.npy             arrays, as listed in `ARRAYS`; N features by flat id, layer * n_features + index
+features.sqlite      what is listed and searched
+user.sqlite          labels, pins and views that were added; no part of the bundle as built
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from crosslayer.core.errors import ConfigError, FormatError
+from crosslayer.core.files import read_json, replacing
+from crosslayer.features.index import Group, Index, words_of
+from crosslayer.features.settings import LINEAR_BINS, log_edges
+from crosslayer.features.user import PERSON, Label, UserStore
+from crosslayer.records.bundle import (
+    BundleManifest,
+    Example,
+    Feature,
+    Found,
+    Histogram,
+    Logit,
+    Neighbour,
+    Rule,
+    TokenCount,
+)
+
+MANIFEST, TOKENS, VOCABULARY, INDEX, USER = (
+    "manifest.json",
+    "tokens.npy",
+    "vocabulary.json",
+    "features.sqlite",
+    "user.sqlite",
+)
+PLACES = ("peak", "before", "first", "last")
+"""Tokens counted: at the peak, just before it, and at the first and the last of the unbroken run of active tokens that holds it."""
+
+
+class ArraySpec(NamedTuple):
+    """An array of a bundle: its kind of number, its axes (N features, X examples, A active tokens of examples; others by settings), what it is."""
+
+    dtype: str
+    axes: str
+    what: str
+
+
+ARRAYS = {
+    "count": ArraySpec("uint32", "N streams", "tokens on which the feature fires"),
+    "mean": ArraySpec("float32", "N", "activation, over those"),
+    "min": ArraySpec("float32", "N", ""),
+    "max": ArraySpec("float32", "N", ""),
+    "linear_histogram": ArraySpec("uint32", "N 32", "of activations over [0, 2^linear_exponent)"),
+    "linear_exponent": ArraySpec("int8", "N", ""),
+    "log_histogram": ArraySpec("uint32", "N 32", "of activations, two bins an octave"),
+    "quantile_edge": ArraySpec("float32", "N edges", "of the quantile bins"),
+    "token_at": ArraySpec("int32", "N 4 5", "most frequent tokens at the places, -1 for none"),
+    "token_at_count": ArraySpec("uint16", "N 4 5", ""),
+    "example": ArraySpec("int64", "N+1", "first example of each feature"),
+    "example_start": ArraySpec("uint32", "X", "of the window in the token file"),
+    "example_length": ArraySpec("uint8", "X", ""),
+    "example_peak": ArraySpec("uint8", "X", "from the window's start"),
+    "example_value": ArraySpec("float32", "X", "activation at the peak"),
+    "example_bin": ArraySpec("uint8", "X", "0 top, else quantile bin"),
+    "example_active": ArraySpec("uint8", "X", "active tokens in the window"),
+    "active": ArraySpec("int64", "N+1", "first active token of each feature's examples"),
+    "active_offset": ArraySpec("uint8", "A", "from the window's start"),
+    "active_value": ArraySpec("uint8", "A", "in 255ths of the feature's highest activation, rounded up"),
+    "top_id": ArraySpec("int32", "N logits", "tokens promoted"),
+    "top": ArraySpec("float32", "N logits", ""),
+    "bottom_id": ArraySpec("int32", "N logits", "tokens suppressed"),
+    "bottom": ArraySpec("float32", "N logits", ""),
+    "logit_mean": ArraySpec("float32", "N", "over the vocabulary"),
+    "logit_std": ArraySpec("float32", "N", ""),
+    "decoder_norm": ArraySpec("float32", "N layers", "by layer written"),
+    "encoder_id": ArraySpec("int32", "N neighbours", "nearest by encoder"),
+    "encoder": ArraySpec("float16", "N neighbours", "cosine"),
+    "decoder_id": ArraySpec("int32", "N neighbours", "nearest by summed decoder"),
+    "decoder": ArraySpec("float16", "N neighbours", "cosine"),
+    "own_id": ArraySpec("int32", "N coactive", "most coactive of the same layer"),
+    "own_count": ArraySpec("uint32", "N coactive", "tokens of the sample on which both fire"),
+    "other_id": ArraySpec("int32", "N coactive", "most coactive of other layers"),
+    "other_count": ArraySpec("uint32", "N coactive", ""),
+    "sample_count": ArraySpec("uint32", "N", "tokens of the sample on which the feature fires"),
+    "upstream_id": ArraySpec("int32", "N virtual", "strongest virtual weights from earlier layers"),
+    "upstream": ArraySpec("float32", "N virtual", ""),
+    "downstream_id": ArraySpec("int32", "N virtual", "and to later ones"),
+    "downstream": ArraySpec("float32", "N virtual", ""),
+    "group": ArraySpec("int32", "levels N", "group of each feature, finest level first; -1 for none"),
+    "map": ArraySpec("float32", "N 2", "NaN for features that are not on it"),
+}
+NEIGHBOURS = ("encoder", "decoder", "coactivation", "upstream", "downstream")
+REBUILD = "build the bundle again with crosslayer features build"
+
+
+def save_array(folder: Path, name: str, array: NDArray) -> None:
+    """Write one array of a bundle, whole or not at all, in the dtype of `ARRAYS`."""
+    spec = ARRAYS[name]
+    # A float cannot be too large for its place, nor a whole number: that would be an error of ours.
+    kept = np.ascontiguousarray(array).astype(spec.dtype, copy=False)
+    with replacing(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, kept, allow_pickle=False)
+
+
+def bundle_folder(path: str | Path) -> Path:
+    """The bundle's folder: the path itself, or `features/` of a run."""
+    path = Path(path).expanduser()
+    return path / "features" if (path / "run.json").is_file() else path
+
+
+def building_folder(path: Path) -> Path:
+    """Where a bundle is while it is being built: beside its place, under a temporary name."""
+    return path.with_name(f".{path.name}.building")
+
+
+def load_features(path: str | Path) -> FeatureBundle:
+    """Open a feature bundle.
+
+    Args:
+        path: its folder, or a run's.
+
+    Raises:
+        FormatError: for a folder that is no bundle, one that is not whole, and files that are cut short.
+    """
+    return FeatureBundle(bundle_folder(path))
+
+
+class FeatureBundle:
+    """A bundle that is open for reading. Nothing is read before it is asked for.
+
+    Attributes:
+        path, manifest: the folder, and what it says of itself.
+        n_layers, n_features: features are (layer, index), or flat ids layer * n_features + index.
+        user: labels, pins and views that were added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self.n_layers, self.n_features = self.manifest.n_layers, self.manifest.n_features
+        self.user = UserStore(path / USER)
+        self._arrays: dict[str, NDArray] = {}
+
+    @cached_property
+    def index(self) -> Index:
+        """The table of features."""
+        return Index(self.path / INDEX)
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Texts of tokens."""
+        return read_json(
+            self.path / VOCABULARY, missing=f"{self.path / VOCABULARY} is missing; {REBUILD}", remedy=REBUILD
+        )
+
+    @cached_property
+    def tokens(self) -> NDArray:
+        """The token file, flat."""
+        return _mapped(self.path / TOKENS)
+
+    def has(self, name: str) -> bool:
+        """Whether the bundle has an array; imported ones lack some."""
+        return f"{name}.npy" in self.manifest.files
+
+    def array(self, name: str) -> NDArray:
+        """An array of `ARRAYS`, mapped to memory."""
+        if name not in self._arrays:
+            self._arrays[name] = _mapped(self.path / f"{name}.npy")
+        return self._arrays[name]
+
+    def id(self, layer: int, index: int) -> int:
+        """The flat id of a feature.
+
+        Raises:
+            ConfigError: for one that is not there.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise ConfigError(f"there is no layer {layer}; this bundle has layers 0 to {self.n_layers - 1}")
+        if not 0 <= index < self.n_features:
+            raise ConfigError(f"there is no feature L{layer}/{index}; layers have features 0 to {self.n_features - 1}")
+        return layer * self.n_features + index
+
+    def place(self, feature: int) -> tuple[int, int]:
+        """Layer and index of a flat id."""
+        return divmod(int(feature), self.n_features)
+
+    def feature(self, layer: int, index: int, *, examples: int | None = None) -> Feature:
+        """All that is known of a feature.
+
+        Args:
+            examples: how many to give at most, the top ones first; all unless given.
+
+        Raises:
+            ConfigError: for a feature that is not there.
+        """
+        n = self.id(layer, index)
+        row = self.index.row(n)
+        label, label_from = self.labels([n])[n]
+        counts = self.array("count")[n]
+        linear = self.array("linear_histogram")[n] if self.has("linear_histogram") else np.zeros(LINEAR_BINS, int)
+        log = self.array("log_histogram")[n] if self.has("log_histogram") else np.zeros(len(log_edges()) - 1, int)
+        xy = self.array("map")[n] if self.has("map") else np.array([np.nan, np.nan])
+        return Feature(
+            layer=layer, index=index, label=label, label_from=label_from, rule=self._rule(n, row.rule, row.rule_values),
+            n_tokens=self.manifest.n_tokens, count=int(counts.sum()), density=self.index.figures(n)["density"], density_by_source=self._by_source(counts),
+            mean=float(self.array("mean")[n]) if self.has("mean") else float("nan"), min=float(self.array("min")[n]), max=float(self.array("max")[n]),
+            linear=Histogram(self._linear_edges(n, len(linear)), linear.tolist()), log=Histogram(log_edges(), log.tolist()),
+            quantile_edges=self.array("quantile_edge")[n].tolist() if self.has("quantile_edge") else [],
+            examples=self.examples(n, examples), at=self._at(n), promotes=self._logits(n, "top"), suppresses=self._logits(n, "bottom"),
+            decoder_norms=self.array("decoder_norm")[n].tolist() if self.has("decoder_norm") else [],
+            groups=self.array("group")[:, n].tolist() if self.has("group") else [],
+            map_xy=None if np.isnan(xy).any() else (float(xy[0]), float(xy[1])),
+        )  # fmt: skip
+
+    def _linear_edges(self, n: int, n_bins: int) -> list[float]:
+        if self.has("linear_exponent"):
+            exponent = int(self.array("linear_exponent")[n])
+            return np.linspace(0, 2.0**exponent if self.array("count")[n].any() else 0.0, n_bins + 1).tolist()
+        return np.linspace(float(self.array("min")[n]), float(self.array("max")[n]), n_bins + 1).tolist()
+
+    def _by_source(self, counts: NDArray) -> dict[str, float]:
+        m = self.manifest
+        if m.imported:
+            return {}
+        body = m.context - m.policy.n_skip
+        return {s.name: int(c) / max(s.n_rows * body, 1) for s, c in zip(m.text, counts, strict=True)}
+
+    def _rule(self, n: int, kind: str | None, values: str | None) -> Rule | None:
+        if kind is None:
+            return None
+        figures = self.index.figures(n)
+        return Rule(
+            kind, json.loads(values) if values else [], *(figures[name] for name in ("precision", "recall", "auroc"))
+        )
+
+    def text(self, token: int) -> str:
+        """The text of a token."""
+        return self.vocabulary[token] if 0 <= token < len(self.vocabulary) else f"#{token}"
+
+    def examples(self, feature: int, most: int | None = None) -> list[Example]:
+        """Examples of a feature by flat id, the top ones first, then from the highest quantile bin down."""
+        first, last = (int(x) for x in self.array("example")[feature : feature + 2])
+        last = last if most is None else min(last, first + most)
+        start, length, peak, value, bin_, n_active = (
+            self.array(f"example_{name}")[first:last].tolist()
+            for name in ("start", "length", "peak", "value", "bin", "active")
+        )
+        at = int(self.array("active")[feature])
+        until = at + sum(n_active)
+        offset = self.array("active_offset")[at:until].tolist()
+        step = float(self.array("max")[feature]) / 255
+        shown = [step * v for v in self.array("active_value")[at:until].tolist()]
+        strings, n_strings, found, used = self.vocabulary, len(self.vocabulary), list[Example](), 0
+        for i in range(last - first):
+            ids = self.tokens[start[i] : start[i] + length[i]].tolist()
+            activations = [0.0] * length[i]
+            for k in range(used, used + n_active[i]):
+                activations[offset[k]] = shown[k]
+            used += n_active[i]
+            texts = [strings[t] if t < n_strings else f"#{t}" for t in ids]
+            found.append(Example(texts, activations, peak[i], value[i], bin_[i], start[i], self.source_of(start[i])))
+        return found
+
+    @cached_property
+    def _stream_ends(self) -> list[int]:
+        return np.cumsum([s.n_rows * self.manifest.context for s in self.manifest.text]).tolist()
+
+    def source_of(self, position: int) -> str:
+        """The name of the text that a position of the token file is from."""
+        for stream, end in zip(self.manifest.text, self._stream_ends, strict=True):
+            if position < end:
+                return stream.name
+        return ""
+
+    def _at(self, n: int) -> dict[str, list[TokenCount]]:
+        if not self.has("token_at"):
+            return {}
+        ids, counts = self.array("token_at")[n].tolist(), self.array("token_at_count")[n].tolist()
+        return {
+            place: [TokenCount(self.text(t), c) for t, c in zip(ids[p], counts[p], strict=True) if t >= 0]
+            for p, place in enumerate(PLACES)
+        }
+
+    def _logits(self, n: int, side: str) -> list[Logit]:
+        if not self.has(f"{side}_id"):
+            return []
+        ids = [t for t in self.array(f"{side}_id")[n].tolist() if t >= 0]
+        if not self.has(side):
+            return [Logit(self.text(t), None, None) for t in ids]
+        mean, std = float(self.array("logit_mean")[n]), float(self.array("logit_std")[n])
+        values = self.array(side)[n].tolist()
+        return [Logit(self.text(t), v, (v - mean) / std if std else 0.0) for t, v in zip(ids, values, strict=True)]
+
+    def neighbours(self, layer: int, index: int, by: str = "encoder") -> list[Neighbour]:
+        """Features near to one, or connected to it, the nearest or strongest first.
+
+        Args:
+            by: `encoder` or `decoder` (cosine), `coactivation` (cosine of firing on the same tokens), `upstream` or `downstream` (virtual weight).
+
+        Raises:
+            ConfigError: for a feature or a kind that is not there.
+        """
+        n = self.id(layer, index)
+        if by not in NEIGHBOURS:
+            raise ConfigError(f"there are no neighbours by {by!r}; give one of {', '.join(NEIGHBOURS)}")
+        if by == "coactivation":
+            pairs = self._coactive(n)
+        elif not self.has(f"{by}_id"):
+            pairs = []
+        else:
+            pairs = list(zip(self.array(f"{by}_id")[n].tolist(), self.array(by)[n].tolist(), strict=True))
+        pairs = [(i, v) for i, v in pairs if i >= 0]
+        labels = self.labels([i for i, _ in pairs])
+        return [Neighbour(*self.place(i), v, labels[i][0]) for i, v in pairs]
+
+    def _coactive(self, n: int) -> list[tuple[int, float]]:
+        if not self.has("own_id"):
+            return []
+        fires = self.array("sample_count")
+        pairs = [
+            (i, c / np.sqrt(float(fires[n]) * float(fires[i])))
+            for side in ("own", "other")
+            for i, c in zip(self.array(f"{side}_id")[n].tolist(), self.array(f"{side}_count")[n].tolist(), strict=True)
+            if i >= 0
+        ]
+        return sorted(((i, float(v)) for i, v in pairs), key=lambda p: (-p[1], p[0]))
+
+    def labels(self, features: Iterable[int]) -> dict[int, tuple[str | None, str | None]]:
+        """The label that counts of each feature, and whose it is: a person's, else a model's, else the rule's."""
+        wanted = [int(f) for f in features]
+        by_rule, added = self.index.labels(wanted), self.user.labels(wanted)
+        found = {}
+        for f in wanted:
+            if f in added:
+                found[f] = (added[f][0].label, added[f][0].source)
+            else:
+                rule = by_rule.get(f)
+                found[f] = (rule, "rule" if rule else None)
+        return found
+
+    def set_label(self, layer: int, index: int, label: str) -> None:
+        """Keep a person's label of a feature; an empty one takes it away."""
+        self.user.set_label(Label(self.id(layer, index), PERSON, label))
+
+    def search(self, text: str, limit: int = 50) -> list[Found]:
+        """Features that all words match: added labels first, then labels by rule, then tokens that they fire on or promote.
+
+        `wid*` matches beginnings; `label:`, `fires:` and `promotes:` look there alone; all else is taken literally.
+        """
+        if limit < 1:
+            raise ConfigError(f"limit={limit} must be at least 1")
+        plain = [p for p in text.split() if ":" not in p]
+        words = [
+            w + "*" * (p.endswith("*") and w == words_of(p.rstrip("*"))[-1])
+            for p in plain
+            for w in words_of(p.rstrip("*"))
+        ]
+        found = dict.fromkeys(self.user.search(words, limit) if len(plain) == len(text.split()) else [])
+        found.update(dict.fromkeys(self.index.search(text, limit)))
+        return self.found(list(found)[:limit])
+
+    def page(
+        self, sort: str = "rank", *, descending: bool = False, limit: int = 100, offset: int = 0,
+        filters: Mapping[str, tuple[Any, Any]] | None = None,
+    ) -> list[Found]:  # fmt: skip
+        """Some of all features in order of a column; see `index.SORT_KEYS`.
+
+        Args:
+            filters: least and greatest value of columns, None for none.
+        """
+        return self.found(
+            self.index.page(sort, descending=descending, limit=limit, offset=offset, filters=filters or {})
+        )
+
+    def found(self, features: Sequence[int]) -> list[Found]:
+        """A line for each of some features."""
+        labels = self.labels(features)
+        lines = []
+        for f in features:
+            figures = self.index.figures(f)
+            fires = (
+                [self.text(t) for t in self.array("token_at")[f, 0].tolist() if t >= 0] if self.has("token_at") else []
+            )
+            promotes = (
+                [self.text(t) for t in self.array("top_id")[f, :5].tolist() if t >= 0] if self.has("top_id") else []
+            )
+            lines.append(
+                Found(
+                    *self.place(f),
+                    labels[f][0],
+                    figures["density"],
+                    figures["max"] or 0.0,
+                    figures["auroc"],
+                    fires,
+                    promotes,
+                )
+            )
+        return lines
+
+    def groups(self, level: int) -> list[Group]:
+        """Groups of the atlas at one level, the finest being 0."""
+        return self.index.groups(level)
+
+    def close(self) -> None:
+        """Let files go."""
+        if "index" in self.__dict__:
+            self.index.close()
+        self.user.close()
+        self._arrays.clear()
+
+
+def read_manifest(path: Path) -> BundleManifest:
+    """What a bundle says of itself, once every file was found to be of the size that it gives.
+
+    Raises:
+        FormatError: for a folder that is no bundle, one that is not whole, and files that are missing or cut short.
+    """
+    if not path.is_dir():
+        if building_folder(path).is_dir():
+            raise FormatError(
+                f"{path} is not whole: its build was stopped; run the same crosslayer features build again, and it goes on"
+            )
+        raise FormatError(f"no feature bundle at {path}; make one with crosslayer features build -o {path}")
+    missing = f"{path} is no feature bundle: it has no {MANIFEST}; {REBUILD}"
+    read = read_json(path / MANIFEST, missing=missing, remedy=REBUILD)
+    try:
+        manifest = BundleManifest.model_validate(read)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(x) for x in first["loc"]) or "the whole"
+        raise FormatError(f"{path / MANIFEST}: {where} is not as expected ({first['msg']}); {REBUILD}") from error
+    if not manifest.whole:
+        raise FormatError(f"{path} is not whole; {REBUILD}")
+    for name, n_bytes in manifest.files.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None:
+            raise FormatError(f"{path}: {name} is missing; {REBUILD}, or copy it again")
+        if found != n_bytes:
+            raise FormatError(
+                f"{path}: {name} has {found} bytes, expected {n_bytes}; it was cut short or changed, so copy it again or {REBUILD}"
+            )
+    return manifest
+
+
+def _mapped(path: Path) -> NDArray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); {REBUILD}") from error

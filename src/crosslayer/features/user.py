@@ -1,0 +1,170 @@
+"""`user.sqlite`: what people and language models add to a bundle: labels, pins, saved views. The bundle itself is never written to."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crosslayer.core.errors import FormatError
+from crosslayer.features.index import words_of
+
+PERSON = "person"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS labels (
+    feature INTEGER, source TEXT, label TEXT NOT NULL, explanation TEXT, scores TEXT, provenance TEXT, time TEXT NOT NULL,
+    PRIMARY KEY (feature, source)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pins (feature INTEGER PRIMARY KEY, time TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS views (kind TEXT, name TEXT, value TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (kind, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS label_words (word TEXT, feature INTEGER, source TEXT, PRIMARY KEY (word, feature, source)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS words_of_label ON label_words (feature, source);
+"""
+
+
+class Label(NamedTuple):
+    """What somebody says of a feature."""
+
+    feature: int
+    source: str
+    """`person`, or a model's name."""
+    label: str
+    explanation: str | None = None
+    scores: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+    time: str = ""
+
+
+class UserStore:
+    """Reads and writes `user.sqlite`; the file is made at the first writing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection: sqlite3.Connection | None = None
+
+    def _open(self, *, write: bool) -> sqlite3.Connection | None:
+        if self._connection is None and (write or self.path.is_file()):
+            try:
+                connection = sqlite3.connect(self.path, check_same_thread=False, timeout=10)
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(_SCHEMA)
+            except sqlite3.DatabaseError as error:
+                raise FormatError(
+                    f"{self.path} cannot be used ({error}); move it away to begin without its labels"
+                ) from error
+            self._connection = connection
+        return self._connection
+
+    def set_label(self, label: Label) -> None:
+        """Keep a label, in place of the same source's earlier one; an empty text takes it away."""
+        self.set_labels([label])
+
+    def set_labels(self, labels: Iterable[Label]) -> None:
+        """Several at once, all or none."""
+        connection = self._open(write=True)
+        assert connection is not None
+        with connection:
+            for x in labels:
+                key = (x.feature, x.source)
+                connection.execute("DELETE FROM label_words WHERE feature = ? AND source = ?", key)
+                connection.execute("DELETE FROM labels WHERE feature = ? AND source = ?", key)
+                if not x.label.strip():
+                    continue
+                time = x.time or datetime.now(UTC).isoformat(timespec="seconds")
+                as_json = [None if v is None else json.dumps(v) for v in (x.scores, x.provenance)]
+                connection.execute(
+                    "INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*key, x.label.strip(), x.explanation, *as_json, time),
+                )
+                words = set(words_of(f"{x.label} {x.explanation or ''}"))
+                connection.executemany("INSERT INTO label_words VALUES (?, ?, ?)", [(w, *key) for w in sorted(words)])
+
+    def labels(self, features: Iterable[int]) -> dict[int, list[Label]]:
+        """All labels of some features, a person's first, then the newest."""
+        found: dict[int, list[Label]] = {}
+        connection = self._open(write=False)
+        wanted = [int(f) for f in features]
+        if connection is None:
+            return found
+        for at in range(0, len(wanted), 500):
+            some = wanted[at : at + 500]
+            marks = ", ".join("?" * len(some))
+            query = f"SELECT * FROM labels WHERE feature IN ({marks}) ORDER BY source <> '{PERSON}', time DESC"
+            for feature, source, label, explanation, scores, provenance, time in connection.execute(query, some):
+                scores, provenance = (None if v is None else json.loads(v) for v in (scores, provenance))
+                found.setdefault(feature, []).append(
+                    Label(feature, source, label, explanation, scores, provenance, time)
+                )
+        return found
+
+    def search(self, words: list[str], limit: int) -> list[int]:
+        """Features whose added labels hold all the words; one that ends in `*` matches beginnings."""
+        connection = self._open(write=False)
+        if connection is None or not words:
+            return []
+        parts, values = [], list[Any]()
+        for word in words:
+            if word.endswith("*"):
+                parts.append("SELECT feature FROM label_words WHERE word >= ? AND word < ?")
+                values += [word[:-1], word[:-1] + "\U0010ffff"]
+            else:
+                parts.append("SELECT feature FROM label_words WHERE word = ?")
+                values.append(word)
+        query = f"SELECT feature FROM ({' INTERSECT '.join(parts)}) ORDER BY feature LIMIT ?"
+        return [f for (f,) in connection.execute(query, (*values, limit))]
+
+    def pin(self, feature: int, *, pinned: bool = True) -> None:
+        """Pin a feature, or take its pin away."""
+        connection = self._open(write=True)
+        assert connection is not None
+        with connection:
+            connection.execute("DELETE FROM pins WHERE feature = ?", (feature,))
+            if pinned:
+                connection.execute(
+                    "INSERT INTO pins VALUES (?, ?)", (feature, datetime.now(UTC).isoformat(timespec="seconds"))
+                )
+
+    def pins(self) -> list[int]:
+        """Pinned features, in the order of their pinning."""
+        connection = self._open(write=False)
+        return (
+            []
+            if connection is None
+            else [f for (f,) in connection.execute("SELECT feature FROM pins ORDER BY time, feature")]
+        )
+
+    def save_view(self, kind: str, name: str, value: object) -> None:
+        """Keep any JSON value under a name."""
+        connection = self._open(write=True)
+        assert connection is not None
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with connection:
+            connection.execute("INSERT OR REPLACE INTO views VALUES (?, ?, ?, ?)", (kind, name, json.dumps(value), now))
+
+    def view(self, kind: str, name: str) -> Any:
+        """The value kept under a name, or None."""
+        connection = self._open(write=False)
+        row = (
+            None
+            if connection is None
+            else connection.execute("SELECT value FROM views WHERE kind = ? AND name = ?", (kind, name)).fetchone()
+        )
+        return None if row is None else json.loads(row[0])
+
+    def views(self, kind: str) -> list[str]:
+        """Names of what was kept of a kind."""
+        connection = self._open(write=False)
+        return (
+            []
+            if connection is None
+            else [n for (n,) in connection.execute("SELECT name FROM views WHERE kind = ? ORDER BY time", (kind,))]
+        )
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
