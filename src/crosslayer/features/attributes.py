@@ -206,7 +206,8 @@ def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -
         texts = lambda v: quoted("".join(strings[t] for t in ids[v]))  # noqa: E731
         return Attribute(name, np.where(known, value, -1), lambda v: ids[v].tolist(), set_of(texts, template))
 
-    bucket = np.searchsorted(BUCKETS, places.in_document[row, at])
+    since = places.in_document[row, at]
+    bucket = np.where(since > 0, np.searchsorted(BUCKETS, since), -1)
     return [
         plain("token", back(0), set_of(vocabulary.quoted)),
         plain("previous token", back(1), set_of(vocabulary.quoted, "after {}")),
@@ -240,7 +241,7 @@ def _positions(values: Sequence[int]) -> str:
     """`positions 1–3 of a document`, with neighbouring classes joined."""
     spans: list[list[int]] = []
     for v in sorted(values):
-        low, high = (BUCKETS[v - 1] + 1 if v else 0), (BUCKETS[v] if v < len(BUCKETS) else -1)
+        low, high = (BUCKETS[v - 1] + 1 if v else 1), (BUCKETS[v] if v < len(BUCKETS) else -1)
         if spans and spans[-1][1] + 1 == low:
             spans[-1][1] = high
         else:

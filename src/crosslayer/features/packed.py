@@ -91,7 +91,7 @@ def _percentiles(feature: Feature) -> list[float]:
     # Empty bins would make the curve flat; its first point of each height counts.
     at, first = np.unique(reached, return_index=True)
     values = np.interp(np.arange(1, 101) / 100, at, np.array(feature.linear.edges)[first])
-    return np.clip(values, feature.min, feature.max).round(6).tolist()
+    return np.clip(values, feature.min, feature.max).tolist()
 
 
 def write_packed(

@@ -21,7 +21,7 @@ from crosslayer.features.sample import Sampled
 MIN_AUROC = 0.8
 """A rule names a feature if it reaches this in both halves."""
 MIN_FIRINGS = 5
-"""Tokens, in each half, on which a feature must fire to be given a rule."""
+"""Tokens, in each half, on which a feature must fire, and on which it must not, to be given a rule."""
 MOST_VALUES = 64
 SLACK = 0.01
 """AUROC that is given up for a shorter rule, and for a plainer attribute."""
@@ -131,7 +131,9 @@ def _layer(
 ) -> None:  # fmt: skip
     chooses, measures = halves
     n_features = len(chooses.n_F)
-    enough_F = (chooses.n_F >= MIN_FIRINGS) & (measures.n_F >= MIN_FIRINGS)
+    enough_F = np.ones(n_features, bool)
+    for half in halves:
+        enough_F &= (half.n_F >= MIN_FIRINGS) & (half.n_tokens - half.n_F >= MIN_FIRINGS)
     score_F, kind_F = np.full(n_features, -1.0), np.full(n_features, -1)
     sets: list[tuple[NDArray, NDArray]] = []
     for number, attribute in enumerate(attributes):

@@ -124,13 +124,13 @@ class TokenSample:
 
     def state(self) -> dict[str, NDArray]:
         """As named arrays, for a file."""
-        return {"sample.level": np.array(self.level)} | {
+        return {"sample.level": np.array([self.level])} | {
             f"sample.{k}": v for k, v in self.collected()._asdict().items()
         }
 
     def restore(self, arrays: dict[str, NDArray]) -> None:
         """Be the sample whose `state` this is."""
-        self.level = int(arrays["sample.level"])
+        self.level = int(arrays["sample.level"][0])
         self._parts = []
         self._n_entries = 0
         self._append(Sampled(*(arrays[f"sample.{k}"] for k in Sampled._fields)))
