@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +31,13 @@ class Attribute(NamedTuple):
     Attributes:
         name: of the kind of rule.
         value: of each token, -1 for one that has none.
-        keys: what each value stands for, in the ids that a bundle stores.
+        key: what a value stands for, in the ids that a bundle stores: one, or one for each token of an n-gram.
         say: a label from some of the values, the most telling first.
     """
 
     name: str
     value: NDArray
-    keys: Callable[[int], list[int]]
+    key: Callable[[int], Any]
     say: Callable[[Sequence[int]], str]
 
 
@@ -190,7 +190,7 @@ def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -
         return say
 
     def plain(name: str, value: NDArray, say: Callable[[Sequence[int]], str]) -> Attribute:
-        return Attribute(name, value, lambda v: [v], say)
+        return Attribute(name, value, lambda v: v, say)
 
     def ngram(name: str, steps: Sequence[int], template: str) -> Attribute:
         columns = [back(by) for by in steps]

@@ -441,13 +441,13 @@ def _atlas(
         update(0.2)
         groups_GN = atlas.groups(graph)
         update(0.5)
-        return {"group": groups_GN, "map": atlas.layout(graph, groups_GN[0])}
+        return {"group": groups_GN.T, "map": atlas.layout(graph, groups_GN[0])}
 
     _stage(folder, _ATLAS, drawn)
     layer_N = np.arange(len(density)) // n_features
     score_N = np.nan_to_num(ruled.auroc)
     groups = []
-    for level, groups_N in enumerate(np.asarray(read("group"))):
+    for level, groups_N in enumerate(np.asarray(read("group")).T):
         labels = atlas.group_labels(groups_N, ruled.label, score_N)
         fed = atlas.lineage(groups_N, layer_N, *upstream)
         sizes = np.bincount(groups_N[groups_N >= 0], minlength=len(labels)).tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ class Rules(NamedTuple):
     label: list[str | None]
     kind: list[str | None]
     values: list[str | None]
-    """The values that count, as JSON: a list of lists of ids."""
+    """The values that count, as JSON: a list of ids, or of lists of ids for n-grams."""
     precision: NDArray
     recall: NDArray
     auroc: NDArray
@@ -164,12 +164,12 @@ def _layer(
                 measures,
                 attribute.name,
                 attribute.say(values),
-                [attribute.keys(v) for v in values],
+                [attribute.key(v) for v in values],
             )
     for f in (enough_F & (kind_F == len(attributes)) & (score_F >= MIN_AUROC)).nonzero()[0].tolist():
         ids = promoted_FX[f].tolist()
         label = f"promotes {say_promoted(ids[:SPOKEN])}"
-        _write(found, first + f, promoted[1], f, measures, "promotes", label, [[i] for i in ids])
+        _write(found, first + f, promoted[1], f, measures, "promotes", label, ids)
     found.n_firings[first : first + n_features] = measures.n_F
 
 
@@ -181,11 +181,11 @@ def _write(
     half: _Half,
     kind: str,
     label: str,
-    values: list[list[int]],
+    values: list[Any],
 ) -> None:
     auroc_F, precision_F, recall_F = figures
     found.auroc[n], found.precision[n], found.recall[n] = auroc_F[f], precision_F[f], recall_F[f]
-    found.kind[n], found.values[n] = kind, json.dumps(values)
+    found.kind[n], found.values[n] = kind, json.dumps(values, separators=(",", ":"))
     if auroc_F[f] >= MIN_AUROC:
         found.label[n] = label
 

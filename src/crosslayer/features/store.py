@@ -11,6 +11,7 @@ user.sqlite          labels, pins and views that were added; no part of the bund
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +98,7 @@ ARRAYS = {
     "upstream": ArraySpec("float32", "N virtual", ""),
     "downstream_id": ArraySpec("int32", "N virtual", "and to later ones"),
     "downstream": ArraySpec("float32", "N virtual", ""),
-    "group": ArraySpec("int32", "levels N", "group of each feature, finest level first; -1 for none"),
+    "group": ArraySpec("int32", "N levels", "group of each feature, finest level first; -1 for none"),
     "map": ArraySpec("float32", "N 2", "NaN for features that are not on it"),
 }
 NEIGHBOURS = ("encoder", "decoder", "coactivation", "upstream", "downstream")
@@ -151,6 +152,7 @@ class FeatureBundle:
         self.n_layers, self.n_features = self.manifest.n_layers, self.manifest.n_features
         self.user = UserStore(path / USER)
         self._arrays: dict[str, NDArray] = {}
+        self._files: dict[str, _RowFile] = {}
 
     @cached_property
     def index(self) -> Index:
@@ -178,6 +180,15 @@ class FeatureBundle:
         if name not in self._arrays:
             self._arrays[name] = _mapped(self.path / f"{name}.npy")
         return self._arrays[name]
+
+    def at(self, name: str, first: int, last: int | None = None) -> NDArray:
+        """Row `first` of an array, or rows up to `last`, read from the file.
+
+        A mapped page is read with its neighbours, which for single features would take far more memory than they are worth.
+        """
+        if name not in self._files:
+            self._files[name] = _RowFile(self.path / (TOKENS if name == "tokens" else f"{name}.npy"))
+        return self._files[name].rows(first, last)
 
     def id(self, layer: int, index: int) -> int:
         """The flat id of a feature.
@@ -207,27 +218,27 @@ class FeatureBundle:
         n = self.id(layer, index)
         row = self.index.row(n)
         label, label_from = self.labels([n])[n]
-        counts = self.array("count")[n]
-        linear = self.array("linear_histogram")[n] if self.has("linear_histogram") else np.zeros(LINEAR_BINS, int)
-        log = self.array("log_histogram")[n] if self.has("log_histogram") else np.zeros(len(log_edges()) - 1, int)
-        xy = self.array("map")[n] if self.has("map") else np.array([np.nan, np.nan])
+        counts = self.at("count", n)
+        linear = self.at("linear_histogram", n) if self.has("linear_histogram") else np.zeros(LINEAR_BINS, int)
+        log = self.at("log_histogram", n) if self.has("log_histogram") else np.zeros(len(log_edges()) - 1, int)
+        xy = self.at("map", n) if self.has("map") else np.array([np.nan, np.nan])
         return Feature(
             layer=layer, index=index, label=label, label_from=label_from, rule=self._rule(n, row.rule, row.rule_values),
             n_tokens=self.manifest.n_tokens, count=int(counts.sum()), density=self.index.figures(n)["density"], density_by_source=self._by_source(counts),
-            mean=float(self.array("mean")[n]) if self.has("mean") else float("nan"), min=float(self.array("min")[n]), max=float(self.array("max")[n]),
+            mean=float(self.at("mean", n)) if self.has("mean") else float("nan"), min=float(self.at("min", n)), max=float(self.at("max", n)),
             linear=Histogram(self._linear_edges(n, len(linear)), linear.tolist()), log=Histogram(log_edges(), log.tolist()),
-            quantile_edges=self.array("quantile_edge")[n].tolist() if self.has("quantile_edge") else [],
+            quantile_edges=self.at("quantile_edge", n).tolist() if self.has("quantile_edge") else [],
             examples=self.examples(n, examples), at=self._at(n), promotes=self._logits(n, "top"), suppresses=self._logits(n, "bottom"),
-            decoder_norms=self.array("decoder_norm")[n].tolist() if self.has("decoder_norm") else [],
-            groups=self.array("group")[:, n].tolist() if self.has("group") else [],
+            decoder_norms=self.at("decoder_norm", n).tolist() if self.has("decoder_norm") else [],
+            groups=self.at("group", n).tolist() if self.has("group") else [],
             map_xy=None if np.isnan(xy).any() else (float(xy[0]), float(xy[1])),
         )  # fmt: skip
 
     def _linear_edges(self, n: int, n_bins: int) -> list[float]:
         if self.has("linear_exponent"):
-            exponent = int(self.array("linear_exponent")[n])
-            return np.linspace(0, 2.0**exponent if self.array("count")[n].any() else 0.0, n_bins + 1).tolist()
-        return np.linspace(float(self.array("min")[n]), float(self.array("max")[n]), n_bins + 1).tolist()
+            exponent = int(self.at("linear_exponent", n))
+            return np.linspace(0, 2.0**exponent if self.at("count", n).any() else 0.0, n_bins + 1).tolist()
+        return np.linspace(float(self.at("min", n)), float(self.at("max", n)), n_bins + 1).tolist()
 
     def _by_source(self, counts: NDArray) -> dict[str, float]:
         m = self.manifest
@@ -250,20 +261,20 @@ class FeatureBundle:
 
     def examples(self, feature: int, most: int | None = None) -> list[Example]:
         """Examples of a feature by flat id, the top ones first, then from the highest quantile bin down."""
-        first, last = (int(x) for x in self.array("example")[feature : feature + 2])
+        first, last = (int(x) for x in self.at("example", feature, feature + 2))
         last = last if most is None else min(last, first + most)
         start, length, peak, value, bin_, n_active = (
-            self.array(f"example_{name}")[first:last].tolist()
+            self.at(f"example_{name}", first, last).tolist()
             for name in ("start", "length", "peak", "value", "bin", "active")
         )
-        at = int(self.array("active")[feature])
+        at = int(self.at("active", feature))
         until = at + sum(n_active)
-        offset = self.array("active_offset")[at:until].tolist()
-        step = float(self.array("max")[feature]) / 255
-        shown = [step * v for v in self.array("active_value")[at:until].tolist()]
+        offset = self.at("active_offset", at, until).tolist()
+        step = float(self.at("max", feature)) / 255
+        shown = [step * v for v in self.at("active_value", at, until).tolist()]
         strings, n_strings, found, used = self.vocabulary, len(self.vocabulary), list[Example](), 0
         for i in range(last - first):
-            ids = self.tokens[start[i] : start[i] + length[i]].tolist()
+            ids = self.at("tokens", start[i], start[i] + length[i]).tolist()
             activations = [0.0] * length[i]
             for k in range(used, used + n_active[i]):
                 activations[offset[k]] = shown[k]
@@ -286,7 +297,7 @@ class FeatureBundle:
     def _at(self, n: int) -> dict[str, list[TokenCount]]:
         if not self.has("token_at"):
             return {}
-        ids, counts = self.array("token_at")[n].tolist(), self.array("token_at_count")[n].tolist()
+        ids, counts = self.at("token_at", n).tolist(), self.at("token_at_count", n).tolist()
         return {
             place: [TokenCount(self.text(t), c) for t, c in zip(ids[p], counts[p], strict=True) if t >= 0]
             for p, place in enumerate(PLACES)
@@ -295,11 +306,11 @@ class FeatureBundle:
     def _logits(self, n: int, side: str) -> list[Logit]:
         if not self.has(f"{side}_id"):
             return []
-        ids = [t for t in self.array(f"{side}_id")[n].tolist() if t >= 0]
+        ids = [t for t in self.at(f"{side}_id", n).tolist() if t >= 0]
         if not self.has(side):
             return [Logit(self.text(t), None, None) for t in ids]
-        mean, std = float(self.array("logit_mean")[n]), float(self.array("logit_std")[n])
-        values = self.array(side)[n].tolist()
+        mean, std = float(self.at("logit_mean", n)), float(self.at("logit_std", n))
+        values = self.at(side, n).tolist()
         return [Logit(self.text(t), v, (v - mean) / std if std else 0.0) for t, v in zip(ids, values, strict=True)]
 
     def neighbours(self, layer: int, index: int, by: str = "encoder") -> list[Neighbour]:
@@ -319,7 +330,7 @@ class FeatureBundle:
         elif not self.has(f"{by}_id"):
             pairs = []
         else:
-            pairs = list(zip(self.array(f"{by}_id")[n].tolist(), self.array(by)[n].tolist(), strict=True))
+            pairs = list(zip(self.at(f"{by}_id", n).tolist(), self.at(by, n).tolist(), strict=True))
         pairs = [(i, v) for i, v in pairs if i >= 0]
         labels = self.labels([i for i, _ in pairs])
         return [Neighbour(*self.place(i), v, labels[i][0]) for i, v in pairs]
@@ -327,11 +338,11 @@ class FeatureBundle:
     def _coactive(self, n: int) -> list[tuple[int, float]]:
         if not self.has("own_id"):
             return []
-        fires = self.array("sample_count")
+        own = float(self.at("sample_count", n))
         pairs = [
-            (i, c / np.sqrt(float(fires[n]) * float(fires[i])))
+            (i, c / np.sqrt(own * float(self.at("sample_count", i))))
             for side in ("own", "other")
-            for i, c in zip(self.array(f"{side}_id")[n].tolist(), self.array(f"{side}_count")[n].tolist(), strict=True)
+            for i, c in zip(self.at(f"{side}_id", n).tolist(), self.at(f"{side}_count", n).tolist(), strict=True)
             if i >= 0
         ]
         return sorted(((i, float(v)) for i, v in pairs), key=lambda p: (-p[1], p[0]))
@@ -389,12 +400,8 @@ class FeatureBundle:
         lines = []
         for f in features:
             figures = self.index.figures(f)
-            fires = (
-                [self.text(t) for t in self.array("token_at")[f, 0].tolist() if t >= 0] if self.has("token_at") else []
-            )
-            promotes = (
-                [self.text(t) for t in self.array("top_id")[f, :5].tolist() if t >= 0] if self.has("top_id") else []
-            )
+            fires = [self.text(t) for t in self.at("token_at", f)[0].tolist() if t >= 0] if self.has("token_at") else []
+            promotes = [self.text(t) for t in self.at("top_id", f)[:5].tolist() if t >= 0] if self.has("top_id") else []
             lines.append(
                 Found(
                     *self.place(f),
@@ -417,6 +424,9 @@ class FeatureBundle:
         if "index" in self.__dict__:
             self.index.close()
         self.user.close()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
         self._arrays.clear()
 
 
@@ -452,6 +462,28 @@ def read_manifest(path: Path) -> BundleManifest:
                 f"{path}: {name} has {found} bytes, expected {n_bytes}; it was cut short or changed, so copy it again or {REBUILD}"
             )
     return manifest
+
+
+class _RowFile:
+    """Rows of a `.npy` file, read without mapping it."""
+
+    def __init__(self, path: Path) -> None:
+        mapped = _mapped(path)
+        self.dtype, self.shape, self.begin = mapped.dtype, mapped.shape[1:], int(mapped.offset)  # type: ignore[attr-defined]
+        self.n, self.path = len(mapped), path
+        self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        self.file = os.open(path, os.O_RDONLY)
+
+    def rows(self, first: int, last: int | None) -> NDArray:
+        n = 1 if last is None else last - first
+        raw = os.pread(self.file, n * self.row_bytes, self.begin + first * self.row_bytes)
+        if len(raw) != n * self.row_bytes or first < 0:
+            raise FormatError(f"{self.path} ended at row {first} of {self.n}; {REBUILD}")
+        rows = np.frombuffer(raw, self.dtype).reshape(n, *self.shape)
+        return rows[0] if last is None else rows
+
+    def close(self) -> None:
+        os.close(self.file)
 
 
 def _mapped(path: Path) -> NDArray:
