@@ -1,141 +1,262 @@
-"""The atlas keeps together what belongs together."""
+"""The atlas on planted clusters: found, nested, kept together on the map, labelled by what sets them apart; lineage by its definition."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
+import math
+import random
 
+import igraph
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
 from crosslayer.core.errors import ConfigError
 from crosslayer.features import atlas
 
-N_CLUSTERS, SIZE = 12, 25
-N = N_CLUSTERS * SIZE + 2
+N_CLUSTERS, SIZE, DEAD = 24, 15, 10
+N = N_CLUSTERS * SIZE + DEAD
 
 
-def planted(seed: int = 0) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Lists of neighbours, mostly in the own cluster; the last two features are dead, and one has no neighbour."""
-    rng = np.random.default_rng(seed)
-    cluster = np.arange(N) // SIZE
-    ids = np.full((N, 8), -1, np.int32)
-    value = np.zeros((N, 8), np.float32)
-    for i in range(N - 2):
-        others = np.flatnonzero((cluster == cluster[i]) & (np.arange(N) != i) & (np.arange(N) < N - 2))
-        ids[i, :7] = rng.choice(others, 7, replace=False)
-        value[i, :7] = 0.9
-        ids[i, 7], value[i, 7] = rng.choice(np.setdiff1d(np.arange(N - 2), ids[i])), 0.02
-    live = np.arange(N) < N - 2
-    return ids, value, live, cluster
+def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lists of 12 neighbours, 10 of them in the same cluster and near, 2 anywhere and far; and the cluster of each, -1 for the dead at the end."""
+    chance = np.random.default_rng(seed)
+    cluster_N = np.append(np.repeat(np.arange(N_CLUSTERS), SIZE), np.full(DEAD, -1))
+    ids, similarity = np.full((N, 12), -1, np.int32), np.zeros((N, 12), np.float32)
+    for n in range(N - DEAD):
+        same = np.flatnonzero((cluster_N == cluster_N[n]) & (np.arange(N) != n))
+        ids[n] = np.append(chance.choice(same, 10, replace=False), chance.integers(N - DEAD, size=2))
+        similarity[n] = np.append(chance.uniform(0.5, 1, 10), chance.uniform(0, 0.05, 2))
+    return ids, similarity, cluster_N
 
 
-def graph_of(ids: NDArray, value: NDArray, live: NDArray):
-    return atlas.neighbour_graph({"encoder": (ids, value)}, {"encoder": 1.0}, live)
+@pytest.fixture(scope="module")
+def cluster_N() -> np.ndarray:
+    return planted()[2]
 
 
-def test_the_graph_is_symmetric_and_adds_its_kinds_by_weight():
-    ids, value, live, _ = planted()
-    lists = {"encoder": (ids, value), "decoder": (ids, -value), "coactivation": (ids[::-1], value)}
-    graph = atlas.neighbour_graph(lists, {"encoder": 0.5, "decoder": 3.0, "coactivation": 0.0}, live)
-    dense = graph.toarray()
-    np.testing.assert_array_equal(dense, dense.T)
-    assert not dense.diagonal().any()
-    assert not dense[-2:].any()
-    wanted = np.zeros((N, N), np.float32)
-    for i in range(N):
-        for j, v in zip(ids[i], value[i], strict=True):
-            if j >= 0 and j != i:
-                wanted[i, j] = max(wanted[i, j], 0.5 * v)
-    np.testing.assert_allclose(dense, np.maximum(wanted, wanted.T), rtol=1e-6)
+@pytest.fixture(scope="module")
+def graph(cluster_N: np.ndarray) -> csr_array:
+    ids, similarity, _ = planted()
+    return atlas.neighbour_graph({"encoder": (ids, similarity)}, {"encoder": 1.0}, cluster_N >= 0)
 
 
-@pytest.mark.parametrize(("weights", "words"), [({"encoder": -1.0}, "-1.0"), ({"sound": 1.0}, "'sound'"), ({"encoder": float("nan")}, "nan"), ({}, "all")])  # fmt: skip
-def test_weights_that_make_no_graph(weights: dict[str, float], words: str):
-    ids, value, live, _ = planted()
-    with pytest.raises(ConfigError, match=words):
-        atlas.neighbour_graph({"encoder": (ids, value)}, weights, live)
+@pytest.fixture(scope="module")
+def groups_GN(graph: csr_array) -> np.ndarray:
+    return atlas.groups(graph)
 
 
-def test_groups_are_nested_deterministic_and_find_planted_clusters():
-    ids, value, live, cluster = planted()
-    graph = graph_of(ids, value, live)
-    found = atlas.groups(graph)
-    np.testing.assert_array_equal(found, atlas.groups(graph))
-    assert (found[:, -2:] == -1).all()
-    for fine, coarse in pairwise(found):
-        assert fine[:-2].max() >= coarse[:-2].max()
-        for g in range(fine.max() + 1):
-            assert len(np.unique(coarse[fine == g])) == 1
-    for level in found:
-        sizes = np.bincount(level[level >= 0])
-        assert (np.diff(sizes) <= 0).all()
-    # At some level the groups are the clusters.
-    assert any(len(np.unique(level[:-2] * 1000 + cluster[:-2])) == N_CLUSTERS == level.max() + 1 for level in found)
+def same_partition(first: np.ndarray, second: np.ndarray) -> bool:
+    pairs = len(set(zip(first.tolist(), second.tolist(), strict=True)))
+    return pairs == len(set(first.tolist())) == len(set(second.tolist()))
 
 
-def test_the_order_of_features_does_not_matter():
-    ids, value, live, _ = planted()
+def test_the_graph_is_what_its_definition_says():
+    chance = np.random.default_rng(0)
+    n, k = 30, 4
+    live = chance.random(n) < 0.8
+    lists = {
+        kind: (
+            np.stack([chance.choice(n, k, replace=False) for _ in range(n)]).astype(np.int32),
+            chance.uniform(-1, 1, (n, k)).astype(np.float32),
+        )
+        for kind in atlas.KINDS
+    }
+    lists["decoder"][0][:, 2] = -1
+    lists["decoder"][1][0] = np.nan
+    weights = {"coactivation": 1.0, "encoder": 0.0, "decoder": 0.5}
+    expected = np.zeros((n, n))
+    for kind, (ids, similarity) in lists.items():
+        one = np.zeros((n, n))
+        for i in range(n):
+            for j, s in zip(ids[i], similarity[i], strict=True):
+                if j >= 0 and i != j and live[i] and live[j] and s > 0:
+                    one[i, j] = weights[kind] * s
+        expected += np.maximum(one, one.T)
+    got = atlas.neighbour_graph(lists, weights, live)
+    np.testing.assert_allclose(got.toarray(), expected, rtol=1e-6)
+    assert (got.data > 0).all()
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_weights_that_are_no_weights_are_refused(weight: float):
+    with pytest.raises(ConfigError, match=rf"encoder={weight} .*; give 0"):
+        atlas.neighbour_graph({}, {"encoder": weight}, np.ones(2, bool))
+
+
+def test_kinds_that_are_not_known_are_refused():
+    none = np.full((2, 1), -1, np.int32), np.zeros((2, 1), np.float32)
+    with pytest.raises(ConfigError, match=r"'encode'.*give weights to coactivation, encoder, decoder"):
+        atlas.neighbour_graph({}, {"encode": 1.0}, np.ones(2, bool))
+    with pytest.raises(ConfigError, match="'encode'"):
+        atlas.neighbour_graph({"encode": none}, {"encoder": 1.0}, np.ones(2, bool))
+    with pytest.raises(ConfigError, match="all atlas weights are 0"):
+        atlas.neighbour_graph({}, {"encoder": 0.0}, np.ones(2, bool))
+
+
+def test_planted_clusters_are_found(groups_GN: np.ndarray, cluster_N: np.ndarray):
+    assert any(same_partition(level, cluster_N) for level in groups_GN)
+
+
+def test_levels_follow_clusters_of_clusters():
+    n, chance = 4800, np.random.default_rng(0)
+    tiers = [np.arange(n) // size for size in (12, 120, 1200)]
+    # Neighbours in the same cluster, and ever fewer and farther ones in the wider ones.
+    ids = np.concatenate(
+        [chance.integers(size, size=(n, k)) + tier[:, None] * size for tier, size, k in zip(tiers, (12, 120, 1200), (8, 5, 3), strict=True)], axis=1
+    )  # fmt: skip
+    similarity = np.broadcast_to(np.repeat([0.9, 0.4, 0.2], [8, 5, 3]), ids.shape)
+    near = {"decoder": (ids.astype(np.int32), similarity.astype(np.float32))}
+    groups_GN = atlas.groups(atlas.neighbour_graph(near, {"decoder": 1.0}, np.ones(n, bool)))
+    assert [len(set(level.tolist())) for level in groups_GN[:1]] == pytest.approx([400], rel=0.3)
+    assert len(set(groups_GN[-1].tolist())) <= 12
+    for level in groups_GN:
+        # Nearly all of a group is of one of the four: no level mixes what is farthest apart.
+        main = [np.bincount(tiers[2][level == g]).max() for g in range(level.max() + 1)]
+        assert sum(main) / n > 0.95
+
+
+def test_each_group_lies_in_one_of_the_next_level(groups_GN: np.ndarray):
+    for fine, coarse in itertools.pairwise(groups_GN):
+        assert len(set(zip(fine.tolist(), coarse.tolist(), strict=True))) == len(set(fine.tolist()))
+
+
+def test_groups_are_numbered_by_size_and_first_member(groups_GN: np.ndarray):
+    for level in groups_GN:
+        numbers, first, sizes = np.unique(level[level >= 0], return_index=True, return_counts=True)
+        assert numbers.tolist() == list(range(len(numbers)))
+        assert sorted(zip(-sizes, first, strict=True)) == list(zip(-sizes, first, strict=True))
+
+
+def test_finest_groups_are_not_too_small(groups_GN: np.ndarray):
+    assert np.bincount(groups_GN[0][groups_GN[0] >= 0]).min() >= atlas.SMALLEST
+
+
+def test_dead_features_are_nowhere(graph: csr_array, groups_GN: np.ndarray, cluster_N: np.ndarray):
+    xy = atlas.layout(graph, groups_GN[0])
+    assert ((groups_GN >= 0) == (cluster_N >= 0)).all()
+    assert (np.isnan(xy).all(1) == (cluster_N < 0)).all()
+    assert np.isfinite(xy[cluster_N >= 0]).all()
+
+
+def test_nobody_alive():
+    empty = csr_array((4, 4), dtype=np.float32)
+    groups_GN = atlas.groups(empty, n_levels=3)
+    assert groups_GN.tolist() == [[-1] * 4] * 3
+    assert np.isnan(atlas.layout(empty, groups_GN[0])).all()
+    assert atlas.group_labels(groups_GN[0], [None] * 4, np.zeros(4)) == []
+
+
+def test_a_single_pair():
+    pair = csr_array(np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], np.float32))
+    groups_GN = atlas.groups(pair)
+    assert groups_GN[-1].tolist() == [0, 0, -1]
+    assert np.isfinite(atlas.layout(pair, groups_GN[0])[:2]).all()
+
+
+def test_the_same_twice_whatever_the_state_of_chance(graph: csr_array, groups_GN: np.ndarray):
+    random.seed(5)
+    again = atlas.groups(graph)
+    np.testing.assert_array_equal(again, groups_GN)
+    first = atlas.layout(graph, again[0], seed=3)
+    random.seed(6)
+    np.testing.assert_array_equal(atlas.layout(graph, again[0], seed=3), first)
+
+
+def test_igraph_has_its_own_chance_back_afterwards():
+    # Not by way of `groups`: beartype, which checks the package in tests, draws from `random` too.
+    drawn = lambda: igraph.Graph.Erdos_Renyi(n=30, p=0.2).get_edgelist()  # noqa: E731
+    before = random.getstate()
+    with atlas._chance(0):
+        first = drawn()
+    with atlas._chance(0):
+        assert drawn() == first
+    assert random.getstate() == before
+    random.seed(1)
+    free = drawn()
+    random.seed(1)
+    assert drawn() == free != first
+
+
+def test_the_order_of_features_does_not_matter(graph: csr_array, cluster_N: np.ndarray):
     order = np.random.default_rng(1).permutation(N)
-    place = np.argsort(order)
-    moved = np.where(ids[order] >= 0, place[ids[order]], -1)
-    level = next(n for n, x in enumerate(atlas.groups(graph_of(ids, value, live))) if x.max() + 1 == N_CLUSTERS)
-    one = atlas.groups(graph_of(ids, value, live))[level]
-    two = atlas.groups(graph_of(moved, value[order], live[order]))[level][place]
-    assert len(set(zip(one.tolist(), two.tolist(), strict=True))) == N_CLUSTERS + 1
+    shuffled = atlas.groups(csr_array(graph[order][:, order]))
+    assert any(same_partition(level, cluster_N[order]) for level in shuffled)
 
 
-def test_the_map_keeps_clusters_together():
-    ids, value, live, cluster = planted()
-    graph = graph_of(ids, value, live)
-    xy = atlas.layout(graph, atlas.groups(graph)[0])
-    np.testing.assert_array_equal(xy, atlas.layout(graph, atlas.groups(graph)[0]))
-    assert np.isnan(xy[-2:]).all()
-    assert np.isfinite(xy[:-2]).all()
-    _, near = cKDTree(xy[:-2]).query(xy[:-2], k=9)
-    assert (cluster[near[:, 1:]] == cluster[:-2, None]).mean() > 0.9
+def share_in_the_same_cluster(xy: np.ndarray, cluster_N: np.ndarray) -> float:
+    live = np.flatnonzero(cluster_N >= 0)
+    near = live[cKDTree(xy[live]).query(xy[live], k=9)[1][:, 1:]]
+    return float((cluster_N[near] == cluster_N[live][:, None]).mean())
 
 
-def test_an_atlas_of_next_to_nothing():
-    ids, value = np.full((4, 2), -1, np.int32), np.zeros((4, 2), np.float32)
-    graph = graph_of(ids, value, np.ones(4, bool))
-    found = atlas.groups(graph)
-    assert (found == -1).all()
-    assert np.isnan(atlas.layout(graph, found[0])).all()
-    assert atlas.group_labels(found[0], [None] * 4, np.zeros(4)) == []
-    assert len(atlas.lineage(found[0], np.zeros(4), ids, value).ids_GK) == 0
-    ids[0, 0], value[0, 0] = 1, 1.0
-    graph = graph_of(ids, value, np.ones(4, bool))
-    assert np.isfinite(atlas.layout(graph, atlas.groups(graph)[0])[:2]).all()
+@pytest.mark.parametrize("seed", range(3))
+def test_the_map_keeps_clusters_together(graph: csr_array, groups_GN: np.ndarray, cluster_N: np.ndarray, seed: int):
+    xy = atlas.layout(graph, groups_GN[0], seed)
+    assert xy.dtype == np.float32
+    np.testing.assert_allclose(np.nanmean(xy, 0), 0, atol=1e-3)
+    assert share_in_the_same_cluster(xy, cluster_N) > 0.9
 
 
-def test_labels_of_groups_are_what_tells_them_apart():
-    groups = np.array([0, 0, 0, 1, 1, 1, 2, -1])
-    labels = ["“ the”, “ cat”", "“ cat”, “ dog”", "“ cat”", "“ the”, “ red”", "“ red”", "inside (…)", None, "“ the”"]
-    found = atlas.group_labels(groups, labels, np.ones(8))
-    assert found[0].startswith(" cat")
-    assert found[1].startswith(" red")
-    assert found[2] == "unlabelled"
+def test_the_map_keeps_apart_what_has_no_edges_between(cluster_N: np.ndarray):
+    blocks = csr_array(
+        np.where((cluster_N[:, None] == cluster_N) & (cluster_N >= 0), 1.0, 0.0) - np.diag(cluster_N >= 0)
+    )
+    groups_GN = atlas.groups(blocks)
+    assert same_partition(groups_GN[-1], cluster_N)
+    assert share_in_the_same_cluster(atlas.layout(blocks, groups_GN[0]), cluster_N) > 0.9
 
 
-def test_lineage_is_the_share_of_what_comes_from_earlier_groups():
-    rng = np.random.default_rng(0)
-    groups, layer = rng.integers(-1, 6, 60), np.sort(rng.integers(0, 5, 60))
-    ids, weight = rng.integers(-1, 60, (60, 4)), rng.normal(size=(60, 4))
-    found = atlas.lineage(groups, layer, ids, weight, top=3)
-    depth = [layer[groups == g].mean() for g in range(6)]
-    for g in range(6):
+def test_labels_are_what_sets_a_group_apart():
+    groups_N = np.repeat([0, 1, 2, 3], 5)
+    labels = [
+        *["“ dog”, “ a”", "“ dog”, “ cat”", "“ dog”, “ the”", "“ cat”, “ a”", None],
+        *["after “ in”", "after “ in”", "after “ in”", "“ a”, “ the”", "“ the”"],
+        *["digits of years", "years in brackets", "the years before", "", "ends of years"],
+        *[None] * 5,
+    ]  # fmt: skip
+    got = atlas.group_labels(groups_N, labels, np.ones(20))
+    assert got[0].split(" · ")[:2] == ["“ dog”", "“ cat”"]
+    assert got[1].startswith("after “ in”")
+    assert got[2].startswith("years")
+    assert got[3] == "unlabelled"
+    assert [len(g.split(" · ")) <= 1 for g in atlas.group_labels(groups_N, labels, np.ones(20), n_words=1)] == [
+        True
+    ] * 4
+
+
+def test_what_all_have_tells_nothing():
+    labels = ["alpha common", "alpha mixed common", "beta common", "beta mixed common"]
+    assert atlas.group_labels(np.array([0, 0, 1, 1]), labels, np.ones(4)) == ["alpha", "beta"]
+
+
+def test_labels_that_are_believed_count_more():
+    labels = ["“a”", "“a”", "“b”", "“b”", "“c”", "“c”"]
+    score_N = np.array([0.3, 0.3, 0.9, 0.9, np.nan, 0.5])
+    assert atlas.group_labels(np.array([0, 0, 0, 0, 1, 1]), labels, score_N)[0] == "“b” · “a”"
+
+
+def test_lineage_is_what_its_definition_says():
+    chance = np.random.default_rng(0)
+    n, k, n_groups, top = 200, 6, 9, 3
+    groups_N = chance.integers(-1, n_groups, n).astype(np.int32)
+    layer_N = chance.integers(0, 4, n)
+    ids, weight = chance.integers(-1, n, (n, k)).astype(np.int32), chance.normal(size=(n, k)).astype(np.float32)
+    depth = [layer_N[groups_N == g].mean() for g in range(n_groups)]
+    got = atlas.lineage(groups_N, layer_N, ids, weight, top)
+    assert (got.ids_GK.dtype, got.share_GK.dtype) == (np.int32, np.float32)
+    for g in range(n_groups):
         fed, whole = {}, 0.0
-        for t in np.flatnonzero(groups == g):
-            for s, w in zip(ids[t], weight[t], strict=True):
-                if s < 0 or w <= 0:
+        for i in np.flatnonzero(groups_N == g):
+            for j, w in zip(ids[i], weight[i], strict=True):
+                if j < 0 or w <= 0:
                     continue
                 whole += w
-                h = groups[s]
-                if h >= 0 and h != g and depth[h] < depth[g]:
-                    fed[h] = fed.get(h, 0.0) + w
-        best = sorted(fed.items(), key=lambda p: -p[1])[:3]
-        assert found.ids_GK[g].tolist()[: len(best)] == [h for h, _ in best]
-        np.testing.assert_allclose(found.share_GK[g][: len(best)], [w / whole for _, w in best], rtol=1e-5)
-        assert (found.ids_GK[g][len(best) :] == -1).all()
+                s = groups_N[j]
+                if s >= 0 and depth[s] < depth[g]:
+                    fed[s] = fed.get(s, 0.0) + w
+        best = sorted(fed, key=lambda s: -fed[s])[:top]
+        assert got.ids_GK[g].tolist() == best + [-1] * (top - len(best))
+        np.testing.assert_allclose(got.share_GK[g, : len(best)], [fed[s] / whole for s in best], rtol=1e-5)
+        assert not got.share_GK[g, len(best) :].any()

@@ -1,8 +1,8 @@
 """The atlas: features grouped by how near they are to each other, at several resolutions, and drawn on a map.
 
-Nearness is a weighted sum of what the bundle's lists of neighbours say: co-activation, encoder, summed decoder. Groups are found by the Leiden algorithm
-(Traag et al. 2019, of `igraph`), the finest first; coarser ones by running it on the groups of the level below, so that each lies in one above it.
-The map is `igraph`'s UMAP (McInnes et al. 2018) of the same graph, begun from a map of the finest groups, so that few epochs suffice.
+Nearness is a weighted sum of what the bundle's lists of neighbours say: co-activation, encoder, summed decoder. Groups are found by the Leiden
+algorithm (Traag et al. 2019, of `igraph`), the finest first; coarser ones by running it on the groups of the level below, so that each lies in one
+above it. The map is t-SNE's (of `openTSNE`), begun from a map of the finest groups. `docs/design/features.md` says what else was tried.
 """
 
 from __future__ import annotations
@@ -16,63 +16,93 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components
 
 from crosslayer.core.errors import ConfigError
 
 KINDS = ("coactivation", "encoder", "decoder")
 LEVELS = 4
 FINEST_SIZE = 12
-"""Features that a group of the finest level is to have, about; each next level has about the cube root of the finest's number of groups times fewer."""
-EPOCHS = 60
+"""Features that a group of the finest level is to have, about."""
+SMALLEST = 5
+"""A finest group with fewer features joins the one that it is nearest to, if it is near to any."""
+TRIES, TOLERANCE = 4, 1.5
+"""Resolutions tried for a level, and the factor by which its number of groups may be off without another try."""
 ITERATIONS = 4
-GAP = 3.0
-"""Distance, in spreads of a group, between the groups of the map that members are first placed by."""
+EPOCHS, GROUP_EPOCHS = 120, 250
+"""Steps of the map of features, and of that of groups before it, which begins anywhere and whose clusters are drawn together at first."""
+EXAGGERATION = 12.0
+JITTER = 0.1
+RIM = 2.5
+"""Radius of the map in root mean squares of its radii."""
+PRIOR = 10.0
+"""Weight of what labels say everywhere, in members, against what a group's say."""
+LEAST_SCORE = 0.1
 
 
 class Lineage(NamedTuple):
-    """For each group, those of earlier layers that feed it, the strongest first; -1 where there are fewer."""
+    """For each group, those of earlier layers that feed it, the strongest first.
 
-    ids_GK: NDArray
-    share_GK: NDArray
-    """Of all positive virtual weight that comes to the group's members from their strongest upstream features."""
+    Attributes:
+        ids_GK: groups, -1 where there are fewer than K.
+        share_GK: of all positive virtual weight that comes to the group's members from their strongest upstream features.
+    """
+
+    ids_GK: Int[np.ndarray, "G K"]
+    share_GK: Float[np.ndarray, "G K"]
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuse weights that make no graph."""
+    """Refuse weights that make no graph.
+
+    Raises:
+        ConfigError: for an unknown kind, a weight that is negative or not finite, or none above 0.
+    """
     for kind, weight in weights.items():
-        if kind not in KINDS:
-            raise ConfigError(f"the atlas knows no neighbours by {kind!r}; give weights to {', '.join(KINDS)}")
+        _check_kind(kind)
         if not 0 <= weight < math.inf:
             raise ConfigError(f"the atlas weight {kind}={weight} is no number from 0 on; give 0 to leave that kind out")
     if not any(weights.values()):
         raise ConfigError("all atlas weights are 0; give one of them a positive number")
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"the atlas knows no neighbours by {kind!r}; give weights to {', '.join(KINDS)}")
+
+
 def neighbour_graph(
-    lists: Mapping[str, tuple[NDArray, NDArray]], weights: Mapping[str, float], live_N: NDArray
+    lists: Mapping[str, tuple[Int[np.ndarray, "N K"], Float[np.ndarray, "N K"]]],
+    weights: Mapping[str, float],
+    live_N: Bool[np.ndarray, " N"],
 ) -> csr_array:
     """Symmetric (N, N), not negative, without loops.
 
-    A pair that only one of the two names as its neighbour counts in full, as that of a rare feature and a common one does: the greater of the two
-    directions is taken.
+    Of the two directions of a kind the greater is taken: a pair that only one of the two names, as a rare feature does a common one whose list is full
+    of others, counts in full, and one that both name does not count twice.
 
     Args:
-        lists: ids (N, K), -1 for none, and similarities (N, K) of each kind; those below 0 count as 0.
+        lists: ids, -1 for none, and similarities of each kind; those below 0 count as 0.
         weights: of each kind; one that is left out counts 0.
         live_N: features that may have edges.
+
+    Raises:
+        ConfigError: as `check_weights`, and for a list of an unknown kind.
     """
     check_weights(weights)
     n = len(live_N)
     total = csr_array((n, n), dtype=np.float32)
     for kind, (ids_NK, similarity_NK) in lists.items():
+        _check_kind(kind)
         weight = weights.get(kind, 0.0)
         if not weight:
             continue
-        source = np.repeat(np.arange(n), ids_NK.shape[1])
-        target, value = ids_NK.reshape(-1).astype(np.int64), similarity_NK.reshape(-1).astype(np.float32) * weight
-        keep = (target >= 0) & (value > 0) & (target != source) & live_N[source] & live_N[np.maximum(target, 0)]
+        source = np.repeat(np.arange(n, dtype=np.int32), ids_NK.shape[1])
+        target, value = ids_NK.reshape(-1).astype(np.int32), similarity_NK.reshape(-1).astype(np.float32) * weight
+        keep = (target >= 0) & (value > 0) & np.isfinite(value) & (target != source)
+        keep &= live_N[source] & live_N[np.maximum(target, 0)]
         directed = coo_array((value[keep], (source[keep], target[keep])), shape=(n, n)).tocsr()
         total = csr_array(total + directed.maximum(directed.T))
     total.sort_indices()
@@ -83,65 +113,82 @@ def _size(graph: csr_array) -> int:
     return len(graph.indptr) - 1
 
 
-def groups(graph: csr_array, n_levels: int = LEVELS, seed: int = 0) -> NDArray:
-    """(levels, N) group of each feature, the finest level first, each group inside one of the next level; -1 for features without edges.
+def groups(graph: csr_array, n_levels: int = LEVELS, seed: int = 0) -> Int[np.ndarray, "G N"]:
+    """Group of each feature at each level, the finest first, each group inside one of the next level; -1 for features without edges.
 
+    Of n features the finest level aims at n / FINEST_SIZE groups, and the number falls by equal factors to one step above a single group: at 573,440
+    features and four levels 47,800, 3,200, 220 and 15. What the graph holds apart stays apart: no level has fewer groups than the graph has components.
     Groups are numbered by size, the largest first, and of equals by the lowest member.
     """
     n = _size(graph)
-    isolated = np.diff(graph.indptr) == 0
     found = np.full((n_levels, n), -1, np.int32)
-    here = np.flatnonzero(~isolated)
+    here = np.flatnonzero(np.diff(graph.indptr))
     if not len(here):
         return found
-    small = graph[here][:, here]
+    current = graph[here][:, here]
     n_finest = max(2.0, len(here) / FINEST_SIZE)
-    current, member = small, np.arange(len(here))
+    member, size = np.arange(len(here)), np.ones(len(here))
     for level in range(n_levels):
-        # Modularity's resolution is about the number of groups that a graph without structure falls into.
-        wanted = n_finest ** (1 - level / n_levels)
-        member = _leiden(current, max(1.0, wanted / 3), seed)[member]
+        part = _partition(current, size, n_finest ** (1 - level / n_levels), seed)
+        if level == 0:
+            part = _absorb(current, part)
+        member = part[member]
         found[level, here] = _numbered(member)
-        n_groups = member.max() + 1
-        of = csr_array((np.ones(len(here), np.float32), (member, np.arange(len(here)))), shape=(n_groups, len(here)))
-        current = (of @ small @ of.T).tocsr()
+        current, size = _contracted(current, part), np.bincount(part, weights=size)
     return found
 
 
-def _leiden(graph: csr_array, resolution: float, seed: int) -> NDArray:
-    """A group of each node."""
+def _partition(graph: csr_array, size_N: Float[np.ndarray, " N"], wanted: float, seed: int) -> Int[np.ndarray, " N"]:
+    """Leiden at the resolution, of a few tried, whose number of groups comes nearest to the wanted.
+
+    Modularity at resolution r holds together what has r times more edges than chance would give it, so a graph of r like groups comes apart at about r:
+    the number of groups is proportional to r but for a factor that hangs on the graph, near 3 on lists of 20 neighbours. Counted is the effective number
+    of groups, 1 / Σ share². Where a graph has no structure of the size wanted, the plain number could be had from one giant and much dust.
+    """
+    low, high, resolution = 0.0, math.inf, wanted / 3
+    best, error = np.zeros(_size(graph), np.int64), math.inf
+    for _ in range(TRIES):
+        part = _leiden(graph, resolution, seed)
+        share = np.bincount(part, weights=size_N) / size_N.sum()
+        off = 1 / float(share @ share) / wanted
+        # Too few groups say nothing; too many still say something.
+        missed = math.log(off) if off > 1 else -2 * math.log(off)
+        if missed < error:
+            best, error = part, missed
+        if error <= math.log(TOLERANCE):
+            break
+        low, high = (low, resolution) if off > 1 else (resolution, high)
+        # In proportion, but between what was too little and what was too much.
+        resolution = resolution / off
+        if not low < resolution < high:
+            resolution = math.sqrt(low * high)
+    return best
+
+
+def _leiden(graph: csr_array, resolution: float, seed: int) -> Int[np.ndarray, " N"]:
     with _chance(seed):
-        g, weight = _igraph(graph, loops=True)
+        g, weight = _igraph(graph)
         found = g.community_leiden(
             objective_function="modularity", weights=weight, resolution=resolution, n_iterations=ITERATIONS
         )
-    return np.asarray(found.membership)
+    return np.asarray(found.membership, dtype=np.int64)
 
 
-def _numbered(member: NDArray) -> NDArray:
-    sizes = np.bincount(member)
-    first = np.full(len(sizes), len(member))
-    np.minimum.at(first, member, np.arange(len(member)))
-    place = np.empty(len(sizes), np.int32)
-    place[np.lexsort((first, -sizes))] = np.arange(len(sizes))
-    return place[member]
-
-
-def _igraph(graph: csr_array, *, loops: bool) -> tuple[Any, list[float]]:
+def _igraph(graph: csr_array) -> tuple[Any, list[float]]:
     """The upper triangle as igraph has it, and its weights."""
     import igraph
 
     coo = graph.tocoo()
-    keep = coo.row <= coo.col if loops else coo.row < coo.col
-    edges = np.stack([coo.row[keep], coo.col[keep]], axis=1)
-    # A loop's weight is counted from both of its ends, as each other edge's is.
-    weight = np.where(coo.row[keep] == coo.col[keep], coo.data[keep] / 2, coo.data[keep])
-    return igraph.Graph(n=_size(graph), edges=edges), weight.tolist()
+    keep = coo.row <= coo.col
+    row, col, weight = coo.row[keep], coo.col[keep], coo.data[keep]
+    # igraph counts a loop's weight from both of its ends; a contracted graph's diagonal already has both.
+    weight = np.where(row == col, weight / 2, weight)
+    return igraph.Graph(n=_size(graph), edges=np.stack([row, col], axis=1)), weight.tolist()
 
 
 @contextmanager
 def _chance(seed: int) -> Iterator[None]:
-    """igraph's chance from a seed, and its own again afterwards."""
+    """igraph's chance from a seed, and then Python's `random` again, which igraph begins with."""
     import igraph
 
     igraph.set_random_number_generator(random.Random(seed))
@@ -151,104 +198,194 @@ def _chance(seed: int) -> Iterator[None]:
         igraph.set_random_number_generator(random)
 
 
-def layout(graph: csr_array, groups_N: NDArray, seed: int = 0) -> NDArray:
-    """(N, 2) places on the map, NaN for features without edges.
+def _absorb(graph: csr_array, part: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """Groups of too few join the one that they have the most edges to, until none is left that has edges to another."""
+    while True:
+        between = _without_loops(_contracted(graph, part))
+        n_groups = _size(between)
+        few = np.flatnonzero((np.bincount(part) < SMALLEST) & (np.diff(between.indptr) > 0))
+        if not len(few):
+            return part
+        to = np.asarray(between.argmax(axis=1)).reshape(-1)[few]
+        joined = coo_array((np.ones(len(few)), (few, to)), shape=(n_groups, n_groups))
+        part = connected_components(joined, directed=False)[1].astype(np.int64)[part]
+
+
+def _contracted(graph: csr_array, part: Int[np.ndarray, " N"]) -> csr_array:
+    """The graph of the groups, edges added up; the diagonal holds those inside a group, from both ends."""
+    n = len(part)
+    of = csr_array((np.ones(n, np.float32), (part, np.arange(n))), shape=(int(part.max()) + 1, n))
+    return csr_array(of @ graph @ of.T)
+
+
+def _without_loops(graph: csr_array) -> csr_array:
+    coo = graph.tocoo()
+    keep = coo.row != coo.col
+    return csr_array((coo.data[keep], (coo.row[keep], coo.col[keep])), shape=(_size(graph), _size(graph)))
+
+
+def _numbered(member: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    sizes = np.bincount(member)
+    first = np.full(len(sizes), len(member))
+    np.minimum.at(first, member, np.arange(len(member)))
+    place = np.empty(len(sizes), np.int32)
+    place[np.lexsort((first, -sizes))] = np.arange(len(sizes))
+    return place[member]
+
+
+def layout(graph: csr_array, groups_N: Int[np.ndarray, " N"], seed: int = 0) -> Float[np.ndarray, "N 2"]:
+    """Places on the map, float32 and centred, NaN for features without edges.
 
     Args:
-        groups_N: the finest level of `groups`.
+        groups_N: the finest level of `groups`, whose map is where that of the features begins.
     """
-    xy = np.full((_size(graph), 2), np.nan, np.float32)
-    here = np.flatnonzero(groups_N >= 0)
-    if len(here) < 3:
-        xy[here] = np.arange(2 * len(here)).reshape(-1, 2)
-        return xy
-    member = groups_N[here]
-    of = csr_array((np.ones(len(here), np.float32), (member, here)), shape=(member.max() + 1, _size(graph)))
-    between = (of @ graph @ of.T).tocsr()
-    chance = np.random.default_rng(seed)
-    # Between groups, the mean of the edges that there could be.
-    sizes = np.bincount(member).astype(np.float32)
-    coo = between.tocoo()
-    between = coo_array(
-        (coo.data / np.sqrt(sizes[coo.row] * sizes[coo.col]), (coo.row, coo.col)), shape=between.shape
-    ).tocsr()
-    centres = _umap(between, chance.normal(size=(len(sizes), 2)) * math.sqrt(len(sizes)), 4 * EPOCHS, seed)
-    start = GAP * centres[member] + chance.normal(size=(len(here), 2))
-    xy[here] = _umap(graph[here][:, here], start, EPOCHS, seed)
-    return xy
+    xy_N2 = np.full((_size(graph), 2), np.nan, np.float32)
+    here = np.flatnonzero(np.diff(graph.indptr))
+    if not len(here):
+        return xy_N2
+    chance, part = np.random.default_rng(seed), groups_N[here].astype(np.int64)
+    inner = graph[here][:, here]
+    between, size = _without_loops(_contracted(inner, part)), np.bincount(part)
+    row = np.repeat(np.arange(len(size)), np.diff(between.indptr))
+    # So that a large group, which has more edges to all, is not drawn to all.
+    between.data = between.data / np.sqrt(size[row] * size[between.indices])
+    centres_N2 = _embedded(between, chance.normal(size=(len(size), 2)), GROUP_EPOCHS, EXAGGERATION)
+    spread = max(float(centres_N2.std()), 1e-9)
+    start_N2 = centres_N2[part] / spread + JITTER * chance.normal(size=(len(here), 2))
+    found_N2 = _embedded(inner, start_N2, EPOCHS, None)
+    found_N2 = found_N2 - found_N2.mean(0)
+    radius = np.linalg.norm(found_N2, axis=1, keepdims=True)
+    # What no edge holds drifts away from all others, and is brought back to the rim.
+    rim = RIM * max(float(np.sqrt(np.mean(radius**2))), 1e-9)
+    xy_N2[here] = found_N2 * np.minimum(1, rim / np.maximum(radius, 1e-9))
+    return xy_N2
 
 
-def _umap(graph: csr_array, start_N2: NDArray, epochs: int, seed: int) -> NDArray:
-    if _size(graph) < 3:
+def _embedded(
+    graph: csr_array, start_N2: Float[np.ndarray, "N 2"], epochs: int, exaggeration: float | None
+) -> Float[np.ndarray, "N 2"]:
+    """t-SNE of a graph, from a start whose scale does not matter."""
+    if _size(graph) < 4 or not graph.nnz:
         return start_N2
-    with _chance(seed):
-        g, weight = _igraph(graph, loops=False)
-        if not weight:
-            return start_N2
-        # Distances, as UMAP takes them: the nearest neighbours of all at 0.
-        distance = 1 - np.asarray(weight) / max(weight)
-        return np.asarray(g.layout_umap(dist=distance.tolist(), seed=start_N2.tolist(), epochs=epochs).coords)
+    from openTSNE import TSNEEmbedding
+    from openTSNE.affinity import PrecomputedAffinities
+    from scipy.sparse import csr_matrix
+
+    # Relative to the strongest edge at either end, so that features far from all are held by their neighbours as others are.
+    top_N = graph.max(axis=1).toarray().reshape(-1).astype(np.float64)
+    row = np.repeat(np.arange(_size(graph)), np.diff(graph.indptr))
+    weight_E = graph.data / top_N[row] + graph.data / top_N[graph.indices]
+    affinity = csr_matrix((weight_E / weight_E.sum(), graph.indices, graph.indptr), shape=(_size(graph), _size(graph)))
+    start_N2 = np.ascontiguousarray(start_N2 * (1e-4 / max(float(start_N2[:, 0].std()), 1e-12)), dtype=np.float64)
+    # Interpolation on a grid, by FFT (Linderman et al. 2019); of one thread, whose sums come in one order.
+    embedding: Any = TSNEEmbedding(
+        start_N2, PrecomputedAffinities(affinity, normalize=False), negative_gradient_method="fft", n_jobs=1
+    )
+    first = epochs // 3
+    embedding = embedding.optimize(n_iter=first, exaggeration=exaggeration, momentum=0.5)
+    return np.asarray(embedding.optimize(n_iter=epochs - first, momentum=0.8), dtype=np.float64)
 
 
-def group_labels(groups_N: NDArray, label_N: Sequence[str | None], score_N: NDArray, n_phrases: int = 3) -> list[str]:
-    """A label for each group: the words of its members' labels that tell it from all other features, the most telling first.
+def group_labels(
+    groups_N: Int[np.ndarray, " N"], label_N: Sequence[str | None], score_N: Float[np.ndarray, " N"], n_words: int = 3
+) -> list[str]:
+    """A label for each group: the phrases that its members' labels share and that tell it from all others, the most telling first, joined by " · ".
 
-    Words count by the score of the label that they are in; a word is telling by its log-odds against all labels, times how many members have it.
+    A phrase is a whole label or a word in it, what stands between quotes being one word. Phrases are ranked by their log-odds against all other features
+    in standard deviations, with all labels as the prior (Monroe et al. 2008). One that a single member has counts only where no two share any.
+
+    Args:
+        label_N: None or empty for features without one; a group of only those is "unlabelled".
+        score_N: how far each label is to be believed, from 0 to 1.
     """
     n_groups = int(groups_N.max()) + 1 if len(groups_N) else 0
-    phrases = [_phrases(label) if label else [] for label in label_N]
-    everywhere = Counter(p for some in phrases for p in some)
-    n_labelled = max(1, sum(bool(p) for p in phrases))
+    cache = {label: _phrases(label) for label in set(label_N) if label}
+    trust = np.maximum(np.nan_to_num(score_N.astype(np.float64)), LEAST_SCORE).tolist()
+    everywhere: Counter[str] = Counter()
+    total = 0.0
     members: list[list[int]] = [[] for _ in range(n_groups)]
-    for n, g in enumerate(groups_N.tolist()):
-        if g >= 0 and phrases[n]:
-            members[g].append(n)
+    for n, (group, label) in enumerate(zip(groups_N.tolist(), label_N, strict=True)):
+        if not label:
+            continue
+        total += trust[n]
+        for p in cache[label]:
+            everywhere[p] += trust[n]  # pyright: ignore[reportArgumentType]
+        if group >= 0:
+            members[group].append(n)
     labels = []
     for some in members:
+        seen: Counter[str] = Counter()
         weight: dict[str, float] = {}
         for n in some:
-            for p in phrases[n]:
-                weight[p] = weight.get(p, 0.0) + max(float(score_N[n]), 0.1)
-        telling = {
-            p: w * math.log((w / len(some) + 1e-3) / (everywhere[p] / n_labelled + 1e-3)) for p, w in weight.items()
-        }
-        best = sorted(telling, key=lambda p: (-telling[p], p))[:n_phrases]
+            for p in cache[label_N[n] or ""]:
+                seen[p] += 1
+                weight[p] = weight.get(p, 0.0) + trust[n]
+        whole = sum(trust[n] for n in some)
+        shared = [p for p in seen if seen[p] > 1] or list(seen)
+        telling = {p: _log_odds(weight[p], whole, everywhere[p], total) for p in shared}
+        # Of equals the longer says more: a whole label rather than its words.
+        ranked = sorted(shared, key=lambda p: (-round(telling[p], 9), -len(p), p))
+        best: list[str] = []
+        for p in [p for p in ranked if telling[p] > 0] or ranked[:1]:
+            if len(best) < n_words and not any(p in b or b in p for b in best):
+                best.append(p)
         labels.append(" · ".join(best) or "unlabelled")
     return labels
 
 
+def _log_odds(inside: float, whole: float, everywhere: float, total: float) -> float:
+    """Of a phrase inside a group against outside it, over its standard deviation."""
+    prior = PRIOR * everywhere / total
+    # All that carry the phrase may be all there are: a little more keeps the odds finite.
+    rest = PRIOR + 1e-3 - prior
+    outside = max(everywhere - inside, 0.0)
+    odds = (inside + prior) / (max(whole - inside, 0.0) + rest)
+    other = (outside + prior) / (max(total - whole - outside, 0.0) + rest)
+    return (math.log(odds) - math.log(other)) / math.sqrt(1 / (inside + prior) + 1 / (outside + prior))
+
+
 def _phrases(label: str) -> list[str]:
-    """What is between quotes, each once; the whole where nothing is."""
-    quoted = re.findall("“([^”]+)”", label)
-    return list(dict.fromkeys(quoted)) if quoted else [label]
+    """The whole label, and the words in it, each once: what is between quotes where anything is, else words of three letters or in other scripts."""
+    words = re.findall("“[^”]+”", label) or [
+        w for w in re.findall(r"[^\W\d_]+", label) if len(w) > 2 or not w.isascii()
+    ]
+    return list(dict.fromkeys([label, *words]))
 
 
 def lineage(
-    groups_N: NDArray, layer_N: NDArray, upstream_ids_NK: NDArray, upstream_weight_NK: NDArray, top: int = 5
+    groups_N: Int[np.ndarray, " N"],
+    layer_N: Int[np.ndarray, " N"],
+    upstream_ids_NK: Int[np.ndarray, "N K"],
+    upstream_weight_NK: Float[np.ndarray, "N K"],
+    top: int = 5,
 ) -> Lineage:
-    """Which groups of earlier layers, by the mean layer of their members, feed each group."""
+    """Which groups of lower mean layer feed each group: the positive virtual weights from its members' strongest upstream features, by source group.
+
+    Shares are of the group's whole positive upstream weight, also of what comes from itself, from features without a group, or from groups of higher layers.
+
+    Args:
+        upstream_ids_NK: -1 for none.
+    """
     n_groups = int(groups_N.max()) + 1 if len(groups_N) else 0
-    ids = np.full((n_groups, top), -1, np.int32)
-    share = np.zeros((n_groups, top), np.float32)
+    ids_GK, share_GK = np.full((n_groups, top), -1, np.int32), np.zeros((n_groups, top), np.float32)
     if not n_groups:
-        return Lineage(ids, share)
+        return Lineage(ids_GK, share_GK)
     here = groups_N >= 0
     depth = np.bincount(groups_N[here], weights=layer_N[here]) / np.bincount(groups_N[here])
-    target = np.repeat(groups_N, upstream_ids_NK.shape[1])
-    source_id = upstream_ids_NK.reshape(-1)
-    source = np.where(source_id >= 0, groups_N[np.maximum(source_id, 0)], -1)
-    weight = np.maximum(upstream_weight_NK.reshape(-1).astype(np.float64), 0)
-    inside = (target >= 0) & (source_id >= 0)
-    whole = np.bincount(target[inside], weights=weight[inside], minlength=n_groups)
-    keep = inside & (source >= 0) & (source != target) & (weight > 0)
-    keep[keep] = depth[source[keep]] < depth[target[keep]]
-    pair, inverse = np.unique(target[keep].astype(np.int64) * n_groups + source[keep], return_inverse=True)
-    total = np.bincount(inverse, weights=weight[keep], minlength=len(pair))
+    target, source_id = np.repeat(groups_N, upstream_ids_NK.shape[1]), upstream_ids_NK.reshape(-1)
+    weight = upstream_weight_NK.reshape(-1).astype(np.float64)
+    inside = (target >= 0) & (source_id >= 0) & (weight > 0)
+    target, source, weight = target[inside].astype(np.int64), groups_N[source_id[inside]], weight[inside]
+    whole = np.bincount(target, weights=weight, minlength=n_groups)
+    earlier = source >= 0
+    earlier &= depth[np.maximum(source, 0)] < depth[target]
+    pair, which = np.unique(target[earlier] * n_groups + source[earlier], return_inverse=True)
+    total = np.bincount(which, weights=weight[earlier], minlength=len(pair))
     to, from_ = pair // n_groups, pair % n_groups
     order = np.lexsort((from_, -total, to))
     to, from_, total = to[order], from_[order], total[order]
     rank = np.arange(len(to)) - np.searchsorted(to, to)
     kept = rank < top
-    ids[to[kept], rank[kept]] = from_[kept]
-    share[to[kept], rank[kept]] = total[kept] / whole[to[kept]]
-    return Lineage(ids, share)
+    ids_GK[to[kept], rank[kept]] = from_[kept]
+    share_GK[to[kept], rank[kept]] = total[kept] / whole[to[kept]]
+    return Lineage(ids_GK, share_GK)

@@ -320,7 +320,7 @@ def _finish(
                 tokenizer_hash=tokenizer_hash(vocabulary.strings), text=text.streams, policy=host.policy, n_layers=c.n_layers,
                 n_features=c.n_features, context=text.tokens_BT.shape[1], n_tokens=n_tokens, settings=asdict(settings) | {"atlas_weights": weights},
                 sample_tokens=len(sampled.position), files=files,
-                versions={name: version(name) for name in ("crosslayer", "torch", "transformers", "igraph")},
+                versions={name: version(name) for name in ("crosslayer", "torch", "transformers", "igraph", "openTSNE")},
                 wall_s=round(time.perf_counter() - began, 1),
             ).model_dump(),
         )  # fmt: skip
