@@ -117,3 +117,40 @@ def test_graphs_that_are_not_there(tmp_path: Path):
     code, _, wrong = run("graph-diff", tmp_path / "a", tmp_path / "b")
     assert code == 2
     assert "there is no graph" in wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--ablate", "L0/1@2-4"), "--ablate 'L0/1@2-4' is not understood"),
+        (("--ablate", "L0/1@"), "is not understood"),
+        (("--ablate", "garbage"), "write LAYER/INDEX, as L3/1204"),
+        (("--ablate", "L0/1=2"), "--ablate 'L0/1=2' is not understood"),
+        (("--scale", "L0/1"), "write LAYER/INDEX=VALUE"),
+        (("--set", "L0/1=1e39"), "a finite number of at most"),
+        (("--ablate", "L0/1@99:"), "hold none of the prompt"),
+        (("--ablate", "L0/1", "--scale", "L0/1=3"), "is changed twice"),
+    ],
+)
+def test_changes_that_are_not_understood(clt_folder: Path, change: tuple[str, ...], words: str):
+    code, _, error = run("intervene", "--clt", clt_folder, "--prompt", PROMPT, *change)
+    assert (code, words in error) == (2, True), error
+
+
+def test_more_tokens_than_there_are_can_be_asked_for(clt_folder: Path):
+    assert run("intervene", "--clt", clt_folder, "--prompt", PROMPT, "--ablate", "L0/1", "--top", 100_000)[0] == 0
+
+
+def test_outputs_that_would_meet_or_cannot_be_written(clt_folder: Path, tmp_path: Path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "folder.json").mkdir()
+    for arguments, words in (
+        (("-o", tmp_path / "g", "--export", tmp_path / "x" / ".." / "g.json"), "cannot be written: there is no folder"),
+        (("-o", tmp_path / "g", "--export", f"{tmp_path}/../{tmp_path.name}/g.json"), "would write the same file"),
+        (("-o", tmp_path / "run"), "is no saved graph"),
+        (("-o", tmp_path / "folder"), "it is a folder"),
+        (("--export", tmp_path / ("x" * 300)), "cannot be written"),
+    ):
+        code, _, error = run("graph", "--clt", clt_folder, "--prompt", PROMPT, *arguments)
+        assert (code, words in error) == (2, True), error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.json", "run.json"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clt.test_published import PROVENANCE
 from clt.test_transcoder import make
@@ -80,17 +82,31 @@ def test_what_was_begun_from_another_source_is_not_gone_on_with(folder: Path, tm
 
 
 def test_a_tensor_that_reads_back_otherwise_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("crosslayer.clt.rewrite.write_folder", lambda target, files, _: spoil(target, files))
+    check_written = writing.check_written
 
-    def spoil(target: Path, files: list) -> None:
-        writing.write_folder(target, files)
-        path = target / "W_dec_1.safetensors"
+    def spoil(written: Path, *rest: Any) -> None:
+        path = written / "W_dec_1.safetensors"
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(bytes(data))
+        check_written(written, *rest)
 
+    monkeypatch.setattr("crosslayer.clt.rewrite.check_written", spoil)
     with pytest.raises(FormatError, match="W_dec_1 was read back with other values"):
         convert(folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_a_dtype_leaves_nothing(folder: Path, tmp_path: Path):
+    tensors = load_file(folder / "W_dec_1.safetensors")
+    tensors["W_dec_1"][0, 0, 0] = 1e6
+    big = tmp_path / "big"
+    shutil.copytree(folder, big)
+    save_file(tensors, big / "W_dec_1.safetensors")
+    with pytest.raises(FormatError, match=r"does not fit into fp16.*give --dtype bf16 or fp32"):
+        convert(big, tmp_path / "out", dtype=torch.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["big"]
+    convert(big, tmp_path / "out", dtype=torch.bfloat16)
 
 
 def test_a_target_that_holds_something_is_left_alone(folder: Path, tmp_path: Path):

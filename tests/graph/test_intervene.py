@@ -132,6 +132,35 @@ def test_bad_interventions(pair: Pair, interventions: list[Intervention], knobs:
         xl.intervene(*pair, TOKENS, interventions, **knobs)
 
 
+@pytest.mark.parametrize(
+    "two",
+    [
+        [Intervention(layer=0, index=3, scale=0), Intervention(layer=0, index=3, scale=0)],
+        [Intervention(layer=0, index=3, scale=0), Intervention(layer=0, index=3, positions=4, set=2.0)],
+        [
+            Intervention(layer=0, index=3, positions=slice(2, 5), scale=0),
+            Intervention(layer=0, index=3, positions=-3, set=2.0),
+        ],
+    ],
+)
+def test_two_changes_of_one_feature_at_one_place_are_refused(pair: Pair, two: list[Intervention]):
+    with pytest.raises(ConfigError, match="L0/3 is changed twice at position"):
+        xl.intervene(*pair, TOKENS, two)
+    # Side by side they are no contradiction.
+    xl.intervene(*pair, TOKENS, [[i] for i in two])
+
+
+def test_positions_that_hold_nothing_are_refused(pair: Pair):
+    with pytest.raises(ConfigError, match="hold none of the prompt's 7"):
+        xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=3, positions=slice(99, None), scale=0)])
+
+
+def test_batchtopk_is_refused():
+    pair = make_pair(activation="batchtopk", k=5, scope="layer")
+    with pytest.raises(ConfigError, match="ranks the tokens of a batch together"):
+        xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=3, scale=0)])
+
+
 def test_one_of_set_and_scale():
     for fields in ({}, {"set": 1.0, "scale": 2.0}):
         with pytest.raises(ConfigError, match="exactly one of set and scale"):

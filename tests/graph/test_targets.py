@@ -9,7 +9,7 @@ import torch
 import crosslayer as xl
 import tiny
 from crosslayer.core.errors import ConfigError, HostError, ResourceError
-from crosslayer.graph.targets import parse_target
+from crosslayer.graph.targets import Target, parse_target
 from pairs import TOKENS, Pair
 
 
@@ -149,3 +149,21 @@ def test_too_little_memory_is_said_before_starting(pair: Pair, monkeypatch: pyte
     monkeypatch.setattr("crosslayer.graph.attribute.psutil.virtual_memory", lambda: Little)
     with pytest.raises(ResourceError, match=r"GiB of memory but 0\.0 GiB are free; set or lower max_nodes"):
         xl.attribute(*pair, TOKENS)
+
+
+@pytest.mark.parametrize("targets", [["#5", "#9-minus-#9"], [Target(vector=torch.zeros(tiny.D_MODEL))]])
+def test_a_target_of_zeros_is_refused(pair: Pair, targets: list):
+    with pytest.raises(ConfigError, match="is a direction of zeros"):
+        xl.attribute(*pair, TOKENS, targets=targets)
+
+
+@pytest.mark.parametrize("text", ["x@²", "#²", "L²/3", "x@--3"])
+def test_digits_of_other_scripts_are_text(text: str):
+    target = parse_target(text)
+    assert (target.token, target.position) == (text, -1)
+
+
+def test_numpy_numbers_are_tokens(pair: Pair):
+    graph = xl.attribute(*pair, TOKENS, targets=[np.int64(5), 6])
+    assert [t.token for t in graph.header.targets] == [5, 6]
+    assert graph.header.settings["targets"] == [t.name for t in graph.header.targets]

@@ -33,15 +33,14 @@ def command(
     """
     from crosslayer.clt.folder import open_folder
     from crosslayer.core.errors import ConfigError
-    from crosslayer.core.files import write_json
+    from crosslayer.core.files import require_writable, write_json
     from crosslayer.eval.api import evaluate
     from crosslayer.eval.report import print_table
     from crosslayer.train.loop import DTYPES
     from crosslayer.train.run_folder import read_manifest
 
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        what = "it is a folder" if out.is_dir() else f"there is no folder {out.absolute().parent}"
-        raise ConfigError(f"--out={out} cannot be written: {what}; give the name of a JSON file")
+    if out is not None:
+        require_writable(out)
     open_folder(clt)
     run = read_manifest(Path(clt)).config if (Path(clt) / "run.json").is_file() else {}
     text = text or tuple(run.get("text", ()))

@@ -7,6 +7,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from crosslayer.cli.labels import labels_of
+from crosslayer.cli.texts import prompt_text
+
 
 @click.command()
 @click.option(
@@ -20,6 +23,11 @@ from rich.console import Console
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="of the matrix products")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
 @click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="features to print")
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    help="feature bundle to name features from; that of the transcoder's run unless given",
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="save the graph: FILE.json and FILE.safetensors")
 @click.option("--export", type=click.Path(path_type=Path), help="also write it, pruned, as the JSON that circuit-tracer's and Neuronpedia's viewers read")  # fmt: skip
 @click.option(
@@ -30,34 +38,34 @@ from rich.console import Console
 )
 def command(
     model: str | None, clt: str, prompt: str, targets: tuple[str, ...], tolerance: float, max_nodes: int | None, precision: str,
-    device: str, top: int, out: Path | None, export: Path | None, node_threshold: float, edge_threshold: float,
+    device: str, top: int, features: Path | None, out: Path | None, export: Path | None, node_threshold: float, edge_threshold: float,
 ) -> None:  # fmt: skip
     """Trace PROMPT into an attribution graph: the features that lead to the model's next token, and how they lead there."""
-    import sys
-
     from crosslayer.core.errors import ConfigError
+    from crosslayer.core.files import require_writable
     from crosslayer.graph.attribute import attribute
-    from crosslayer.graph.graph import files_of
+    from crosslayer.graph.graph import files_of, refuse_other_file
     from crosslayer.graph.interchange import slug_of, to_file, write_graph_file
     from crosslayer.graph.report import print_graph
 
-    for path in (out, export):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            what = "it is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent}"
-            raise ConfigError(f"{path} cannot be written: {what}; give the name of a file")
-    if out is not None and export is not None and export.absolute() in {p.absolute() for p in files_of(out)}:
+    for path in (*(files_of(out) if out is not None else ()), *([export] if export is not None else [])):
+        require_writable(path)
+    if out is not None:
+        refuse_other_file(out)
+    if out is not None and export is not None and export.resolve() in {p.resolve() for p in files_of(out)}:
         raise ConfigError(f"--out={out} and --export={export} would write the same file; give --export another name")
     for name, value in (("--node-threshold", node_threshold), ("--edge-threshold", edge_threshold)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value} must be between 0 and 1")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = prompt_text(prompt)
     graph = attribute(
         model, clt, text, targets=list(targets) or None, tolerance=tolerance, max_nodes=max_nodes, precision=precision,
         device=device, console=Console(stderr=True),
     )  # fmt: skip
-    print_graph(Console(), graph, top=top)
+    labels = labels_of(graph, clt, features)
+    print_graph(Console(), graph, top=top, labels=labels)
     if out is not None:
         click.echo(f"saved as {graph.save(out)}")
     if export is not None:
-        write_graph_file(to_file(graph, slug_of(export), node_threshold, edge_threshold), export)
+        write_graph_file(to_file(graph, slug_of(export), node_threshold, edge_threshold, labels), export)
         click.echo(f"exported to {export}")

@@ -74,8 +74,7 @@ def _print(d: Description) -> None:
         table.add_column(name, justify="left" if "share" in name else "right")
     for i in range(d.n_layers):
         cells = [str(i)] + ([f"{t:.4f}" for t in d.thresholds[i]] if d.thresholds else [])
-        if i < len(d.layers):
-            w = d.layers[i]
+        if i < len(d.layers) and (w := d.layers[i]) is not None:
             shares = " ".join(f"{s:.0%}" for s in w.share_by_distance[:6])
             more = " …" if len(w.share_by_distance) > 6 else ""
             cells += [f"{w.encoder_norm:.3f}", f"{w.decoder_norm:.3f}", shares + more]

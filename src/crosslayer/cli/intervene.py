@@ -8,6 +8,8 @@ from typing import Any
 import click
 from rich.console import Console
 
+from crosslayer.cli.texts import prompt_text
+
 
 @click.command()
 @click.option(
@@ -31,8 +33,6 @@ def command(
     freeze: str, mlps: str, hold: str | None, generate: int, top: int, device: str,
 ) -> None:  # fmt: skip
     """Run PROMPT with features changed, and print the next tokens before and after."""
-    import sys
-
     from rich.markup import escape
     from rich.table import Table
 
@@ -40,17 +40,18 @@ def command(
     from crosslayer.graph.attribute import open_both
     from crosslayer.graph.intervene import Intervention, intervene
 
-    wanted = [("set", s) for s in sets] + [("scale", s) for s in scales] + [("scale", f"{s}=0") for s in ablations]
+    wanted = [("set", s) for s in sets] + [("scale", s) for s in scales] + [("ablate", s) for s in ablations]
     interventions = [Intervention(**_parse(text, kind)) for kind, text in wanted]
     if not interventions:
         raise ConfigError("no intervention was given; name one with --set, --scale or --ablate")
     host, opened = open_both(model, clt, device)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = prompt_text(prompt)
     if not text:
         raise ConfigError("the prompt is empty; give some text")
     layers = _layers(hold, opened.clt.config.n_layers)
     r = intervene(host, opened, text, interventions, freeze=freeze, mlps=mlps, hold=layers, generate=generate)
     before_V, after_V = r.before_TV[-1].float().softmax(0), r.after_BTV[0, -1].float().softmax(0)
+    top = min(top, len(before_V))
     chosen = list(dict.fromkeys(before_V.topk(top).indices.tolist() + after_V.topk(top).indices.tolist()))
     table = Table(show_edge=False, pad_edge=False)
     for name in ("next token", "before", "after"):
@@ -68,7 +69,8 @@ def command(
         console.print(f"after:  {host.tokenizer.decode(r.generated[0])!r}", highlight=False, markup=False)
 
 
-_FEATURE = re.compile(r"L?(\d+)/(\d+)(?:@(-?\d+)?(:)?(-?\d+)?)?=(.+)")
+_NUMBER = r"-?[0-9]{1,9}"
+_FEATURE = re.compile(rf"L?([0-9]{{1,9}})/([0-9]{{1,9}})(?:@(?:({_NUMBER})?(:)({_NUMBER})?|({_NUMBER})))?(?:=(.+))?")
 
 
 def _parse(text: str, kind: str) -> dict[str, Any]:
@@ -77,15 +79,20 @@ def _parse(text: str, kind: str) -> dict[str, Any]:
 
     found = _FEATURE.fullmatch(text)
     try:
-        value = float(found[6]) if found else 0.0
+        value = float(found[7] or 0.0) if found else 0.0
     except ValueError:
         found = None
-    if not found:
-        raise ConfigError(f"--{kind} {text!r} is not understood; write LAYER/INDEX=VALUE, as L3/1204=2, with @5 or @5: after the index for one position or from there on")  # fmt: skip
-    start, colon, stop = found[3], found[4], found[5]
+    if not found or (found[7] is None) != (kind == "ablate"):
+        form, example = ("LAYER/INDEX", "L3/1204") if kind == "ablate" else ("LAYER/INDEX=VALUE", "L3/1204=2")
+        raise ConfigError(f"--{kind} {text!r} is not understood; write {form}, as {example}, with @5, @5: or @5:9 after the index for one position, from there on, or up to another")  # fmt: skip
     whole = lambda s: None if s is None else int(s)  # noqa: E731
-    positions = slice(whole(start), whole(stop)) if colon else whole(start)
-    return {"layer": int(found[1]), "index": int(found[2]), "positions": positions, kind: value}
+    positions = slice(whole(found[3]), whole(found[5])) if found[4] else whole(found[6])
+    return {
+        "layer": int(found[1]),
+        "index": int(found[2]),
+        "positions": positions,
+        "set" if kind == "set" else "scale": value,
+    }
 
 
 def _layers(text: str | None, n_layers: int) -> range:

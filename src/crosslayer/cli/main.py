@@ -55,6 +55,10 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except CrosslayerError as error:
         _fail(str(error), 130 if type(error).__name__ == "Stopped" else 2)
+    except OSError as error:
+        # A file that could not be read or written; what was to replace another is not left half-written.
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on the disk", 2)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; what was finished before is on disk", 130)
 

@@ -1,4 +1,4 @@
-"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures and a traced prompt."""
+"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures, a feature bundle and a traced prompt."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from crosslayer.cli.labels import labels_of
 from crosslayer.core.errors import RunError
 
+FEATURE_TOKENS = 131_072
 PROMPT = "class Shape:\n    def __init__(self, width):\n        self.width ="
 
 
@@ -16,13 +18,16 @@ PROMPT = "class Shape:\n    def __init__(self, width):\n        self.width ="
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True, help="run folder to make")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="of initial weights and of the order of text")
 def command(out: Path, seed: int) -> None:
-    """Train a transcoder of the shipped host on Python's standard library, measure and save it, and trace a prompt.
+    """Train a transcoder of the shipped host on Python's standard library, measure and save it, collect its features, and trace a prompt.
 
     Needs no network and no GPU. A run that was stopped goes on where it stood.
     """
     from dataclasses import replace
 
     from crosslayer.eval.report import print_table
+    from crosslayer.features.build import build_features
+    from crosslayer.features.report import print_feature
+    from crosslayer.features.store import load_features
     from crosslayer.graph.attribute import attribute
     from crosslayer.graph.report import print_graph
     from crosslayer.records.evaluation import Evaluation
@@ -41,8 +46,25 @@ def command(out: Path, seed: int) -> None:
         evaluation = train(config, out, resume=there is not None, console=Console(stderr=True)).evaluation
     print_table(Console(), evaluation)
     click.echo(f"saved in {out}/clt, with a model card; look closer with: crosslayer inspect {out}\n")
+    if not (out / "features").exists():
+        build_features(
+            out,
+            text=config.text,
+            out=out / "features",
+            tokens=FEATURE_TOKENS,
+            context=config.context,
+            device="cpu",
+            console=Console(stderr=True),
+        )
+    bundle = load_features(out)
+    print_feature(
+        Console(), bundle, bundle.feature(bundle.page()[0].layer, bundle.page()[0].index), examples=4, neighbours=2
+    )
+    click.echo(
+        f"features are in {out}/features; look for others with: crosslayer features search self --bundle {out}\n"
+    )
     (out / "graphs").mkdir(exist_ok=True)
     graph = attribute(None, out, PROMPT, device="cpu", console=Console(stderr=True))
-    print_graph(Console(), graph, top=5)
+    print_graph(Console(), graph, top=5, labels=labels_of(graph, out, None))
     saved = graph.save(out / "graphs" / "width")
     click.echo(f"saved as {saved}; trace your own with: crosslayer graph --clt {out} --prompt TEXT")

@@ -18,6 +18,10 @@ from crosslayer.core.errors import FormatError
 _REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^@]+?))?(?://(?P<under>[^@]+?))?/?")
 
 
+MOST_CHARACTERS = 1000
+"""Of a name: more is no path."""
+
+
 class Folder(NamedTuple):
     """File names, and how to get a file."""
 
@@ -50,16 +54,21 @@ def open_folder(name: str | Path) -> Folder:
     Raises:
         FormatError: for what is neither, and for a repository that cannot be reached.
     """
+    if not str(name):
+        raise FormatError("no transcoder was named; give a folder, a run, or owner/name on the hub")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if len(str(name)) < MOST_CHARACTERS and path.is_dir():
         path = clt_folder(path)
-        names = frozenset(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        # No format has files deeper than in one folder; another's home may have millions.
+        names = frozenset(
+            p.relative_to(path).as_posix() for depth in ("*", "*/*") for p in path.glob(depth) if p.is_file()
+        )
         return Folder(str(path), names, path.joinpath, local=True)
-    if path.exists():
+    if len(str(name)) < MOST_CHARACTERS and path.exists():
         raise FormatError(f"{name} is a file; give the folder that holds the transcoder's files")
-    match = _REPOSITORY.fullmatch(str(name))
+    match = _REPOSITORY.fullmatch(str(name)) if len(str(name)) < MOST_CHARACTERS else None
     if match is None or str(name).startswith((".", "~")):
-        raise FormatError(f"no folder {name}; give a local folder, or a repository of the hub as owner/name[@revision][//subfolder]")  # fmt: skip
+        raise FormatError(f"no folder {str(name)[:200]}; give a local folder, or a repository of the hub as owner/name[@revision][//subfolder]")  # fmt: skip
     return _open_repository(str(name), match["repo"], match["revision"], match["under"])
 
 

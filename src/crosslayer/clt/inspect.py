@@ -56,8 +56,8 @@ class Description:
     """Of the files, features and card included; None for what is not all here."""
     thresholds: list[tuple[float, float, float]]
     """Least, median and greatest of each layer."""
-    layers: list[LayerWeights]
-    """With `deep` only."""
+    layers: list[LayerWeights | None]
+    """With `deep` only; None for one that is not whole."""
     faults: list[str]
     """What `deep` found; without it, a folder that can be described has whole headers and small tensors."""
 
@@ -78,13 +78,14 @@ def describe(
     format_name, opened = open_format(name)
     clt, p = opened
     c = clt.config
-    layers: list[LayerWeights] = []
+    layers: list[LayerWeights | None] = []
     faults: list[str] = []
     for i in range(c.n_layers if deep else 0):
         try:
             layers.append(_read_layer(opened, i))
         except FormatError as error:
             faults.append(str(error))
+            layers.append(None)
         on_progress((i + 1) / c.n_layers)
     return Description(
         name=folder.name,

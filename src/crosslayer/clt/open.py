@@ -61,7 +61,11 @@ def _move(opened: Opened, dtype: torch.dtype | None, device: str) -> None:
             kind = dtype or weights.dtype
             shapes = [weights.shape(i) for i in range(len(weights))]
             setattr(
-                clt, name, Weights.promised(shapes, kind, in_dtype(weights.reader, kind, device), by_row=weights.by_row)
+                clt,
+                name,
+                Weights.promised(
+                    shapes, kind, in_dtype(weights.reader, kind, device), by_row=weights.by_row and device == "cpu"
+                ),
             )
     for name in ("b_enc", "b_dec"):
         kept = [nn.Parameter(t.detach().to(device, dtype), requires_grad=False) for t in getattr(clt, name)]

@@ -58,9 +58,19 @@ def convert(
     if CARD in folder.names:
         files.append(FilePlan(CARD, text=folder.path(CARD).read_text(encoding="utf-8")))
     total = max(1, sum(f.n_bytes for f in files))
-    write_folder(target, files, lambda n: on_progress("write", n / total))
-    check_written(target, files, lambda n: on_progress("verify", 0.9 * n / total))
-    _check_sample(opened, load_clt(target), dtype)
+
+    def check(written: Path) -> None:
+        try:
+            check_written(written, files, lambda n: on_progress("verify", 0.9 * n / total))
+            _check_sample(opened, load_clt(written), dtype)
+        except FormatError as error:
+            if dtype == torch.float16:
+                raise FormatError(
+                    f"{source} does not fit into fp16, whose greatest number is 65,504 ({error}); give --dtype bf16 or fp32"
+                ) from error
+            raise
+
+    write_folder(target, files, lambda n: on_progress("write", n / total), check)
     on_progress("verify", 1.0)
 
 

@@ -11,12 +11,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crosslayer.core.errors import FormatError, ResourceError, RunError
+from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
+
+
+def require_writable(path: Path) -> None:
+    """Refuse, before any work is done, a file that could not be written.
+
+    Raises:
+        ConfigError: for a folder, a device, a name that is too long, and a folder that is not there or that takes no files.
+    """
+    remedy = "give the name of a file in a folder that you may write to"
+    try:
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            raise ConfigError(
+                f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name of a file"
+            )
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(
+                f"{path} cannot be written: there is no folder {path.absolute().parent}; make it, or give another name"
+            )
+        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{str(path)[:200]} cannot be written ({said}); {remedy}") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` if the block ends well and removed if it does not."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path} is no ordinary file, and would be put out of the way by one; give another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -54,7 +54,10 @@ def tokens_of(host: Host, prompt: Prompt) -> Int[Tensor, "1 T"]:
     """
     if isinstance(prompt, str):
         return host.encode(prompt)
-    tokens_BT = torch.as_tensor(prompt, dtype=torch.long).reshape(1, -1)
+    given = torch.as_tensor(prompt, dtype=torch.long)
+    if given.dim() > 1 and given.numel() != given.shape[-1]:
+        raise ConfigError(f"a prompt is one row of token ids, not {tuple(given.shape)}; give rows one by one")
+    tokens_BT = given.reshape(1, -1)
     if not tokens_BT.numel():
         raise ConfigError("the prompt has no tokens; give at least one")
     if beyond := [t for t in tokens_BT[0].tolist() if not 0 <= t < host.n_vocab]:

@@ -181,7 +181,7 @@ class FeatureBundle:
             self._arrays[name] = _mapped(self.path / f"{name}.npy")
         return self._arrays[name]
 
-    def at(self, name: str, first: int, last: int | None = None) -> NDArray:
+    def at(self, name: str, first: int, last: int | None = None) -> Any:
         """Row `first` of an array, or rows up to `last`, read from the file.
 
         A mapped page is read with its neighbours, which for single features would take far more memory than they are worth.
@@ -474,7 +474,7 @@ class _RowFile:
         self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
         self.file = os.open(path, os.O_RDONLY)
 
-    def rows(self, first: int, last: int | None) -> NDArray:
+    def rows(self, first: int, last: int | None) -> Any:
         n = 1 if last is None else last - first
         raw = os.pread(self.file, n * self.row_bytes, self.begin + first * self.row_bytes)
         if len(raw) != n * self.row_bytes or first < 0:

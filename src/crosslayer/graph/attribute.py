@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def attribute(
     host, opened = open_both(model, clt, device)
     several = not isinstance(prompt, str | Tensor) and len(prompt) > 0 and not isinstance(prompt[0], int | np.integer)
     prompts: list[Any] = list(prompt) if several else [prompt]
-    if isinstance(targets, Target | str | int):
-        targets = [targets]
-    asked = None if targets is None else [_target(t) for t in targets]
+    if isinstance(targets, Target | str) or hasattr(targets, "__index__"):
+        targets = [targets]  # type: ignore[assignment]
+    asked: list[Target] | None = None if targets is None else [_target(t) for t in targets]  # type: ignore[union-attr]
     settings = {
         "tolerance": tolerance, "max_nodes": max_nodes, "precision": precision, "desired_logit_prob": DESIRED_PROBABILITY,
-        "targets": None if asked is None else [str(t) if not isinstance(t, Target) else t.name or str(t.token) for t in targets or ()],
+        "targets": None,
     }  # fmt: skip
     with track(console or Console(quiet=True), "trace", float(len(prompts))) as update:
         graphs = _attribute(host, opened, prompts, asked, settings, update)
@@ -108,15 +109,20 @@ def _attribute(
         _check_patterns(host, tokens_BT.shape[1])
         locals_.append(local_model(host, opened.clt, tokens_BT[0], anatomy))
     resolved = [resolve(local, asked) for local in locals_]
+    if asked is not None:
+        settings = settings | {"targets": [r.name for r in resolved[0]]}
     _check_memory(locals_, dtype, settings)
     graphs = []
     all_writes = read_writes(opened.clt, locals_, dtype)
+    shared_s = time.perf_counter() - began
     for i, (prompt, local, writes, targets) in enumerate(zip(prompts, locals_, all_writes, resolved, strict=True)):
+        began = time.perf_counter()
         swept = sweep(
             writes, targets, tolerance=settings["tolerance"], max_nodes=settings["max_nodes"], dtype=dtype,
             on_progress=lambda share, figures, at=i: update(at + share, figures),
         )  # fmt: skip
-        wall_s = (time.perf_counter() - began) / len(prompts)
+        # What all prompts share is divided among them.
+        wall_s = shared_s / len(prompts) + time.perf_counter() - began
         graphs.append(
             Graph(_header(host, opened, prompt, local, targets, swept, settings, wall_s), _arrays(local, swept))
         )
@@ -132,7 +138,10 @@ def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
         return model.host, Opened(model.clt, model.provenance)
     if clt is None:
         raise ConfigError("no transcoder was given; give clt, or a ReplacementModel")
-    where = str(model.device) if isinstance(model, Host) else choose_device(device)
+    if isinstance(model, Host):
+        where = str(model.device)
+    else:
+        where = str(clt.clt.device) if isinstance(clt, Opened) else choose_device(device)
     if isinstance(clt, CLT):
         if not isinstance(model, Host):
             raise ConfigError(
@@ -142,13 +151,15 @@ def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
         provenance = Provenance(model_name=model.name, input_hook=model.input_hook, output_hook=model.output_hook, policy=model.policy, scan="")  # fmt: skip
         return model, Opened(clt, provenance)
     opened = clt if isinstance(clt, Opened) else load_clt(clt, device=where)
+    if opened.clt.device.type != torch.device(where).type:
+        raise ConfigError(f"the host is on {where}, the transcoder on {opened.clt.device}; open both on one device")
     return host_of(opened, model, device=where), opened
 
 
 def _target(target: Target | str | int) -> Target:
     if isinstance(target, Target):
         return target
-    return Target(token=target) if isinstance(target, int) else parse_target(target)
+    return parse_target(target) if isinstance(target, str) else Target(token=index(target))
 
 
 def _header(

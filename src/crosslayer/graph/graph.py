@@ -7,6 +7,8 @@ model. What an edge matrix leaves out is in two numbers of each row, so that sum
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Collection
 from functools import cached_property
@@ -18,11 +20,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from scipy.sparse import csr_array
 
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError
-from crosslayer.core.files import read_json, replacing, write_text
+from crosslayer.core.files import read_json, replacing, require_writable, write_text
 from crosslayer.graph.influence import Pruned, Scores, normalised, prune, scores, subgraph_scores
 from crosslayer.records.graph import FORMAT, VERSION, GraphHeader
 
@@ -245,11 +247,14 @@ class Graph:
             ConfigError: for a folder that is not there.
         """
         header, tensors = files_of(path)
-        if not header.absolute().parent.is_dir():
-            raise ConfigError(f"{header} cannot be written: there is no folder {header.absolute().parent}")
+        for file in (header, tensors):
+            require_writable(file)
+        refuse_other_file(path)
+        written = save({k: np.ascontiguousarray(v) for k, v in self.arrays._asdict().items()})
+        said = self.header.model_copy(update={"arrays": _digest(written)})
         with replacing(tensors) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in self.arrays._asdict().items()}, temporary)
-        write_text(header, self.header.model_dump_json(indent=1) + "\n")
+            temporary.write_bytes(written)
+        write_text(header, said.model_dump_json(indent=1) + "\n")
         return header
 
     @classmethod
@@ -262,13 +267,18 @@ class Graph:
         header_path, tensor_path = files_of(path)
         header = _read_header(header_path)
         try:
-            tensors = load_file(tensor_path)
+            written = tensor_path.read_bytes()
+            tensors = load(written)
         except FileNotFoundError as error:
             raise FormatError(f"{tensor_path} is missing beside {header_path.name}; trace the prompt again") from error
         except (OSError, SafetensorError, ValueError) as error:
             raise FormatError(
                 f"{tensor_path} cannot be read as safetensors ({error}); trace the prompt again"
             ) from error
+        if header.arrays is not None and header.arrays != _digest(written):
+            raise FormatError(
+                f"{tensor_path} is not the one that {header_path.name} was written with; trace the prompt again"
+            )
         missing = [k for k in GraphArrays._fields if k not in tensors]
         if missing:
             raise FormatError(f"{tensor_path} has no tensor {missing[0]}; trace the prompt again")
@@ -300,9 +310,43 @@ class Graph:
             return "row_R names a node twice"
         if a.start_R1[0] != 0 or a.start_R1[-1] != E or (np.diff(a.start_R1) < 0).any():
             return "start_R1 does not divide the edges"
-        if not np.isfinite(a.weight_E).all():
-            return "weight_E holds numbers that are not finite"
+        for name in ("weight_E", "value_R", "constant_R", "rest_R", "mass_R4", "activation_F", "influence_N"):
+            if getattr(a, name).dtype.kind != "f":
+                return f"{name} holds {getattr(a, name).dtype}, expected floats"
+            if not np.isfinite(getattr(a, name)).all():
+                return f"{name} holds numbers that are not finite"
+        for name in ("influence_N", "mass_R4", "index_F"):
+            if len(getattr(a, name)) and getattr(a, name).min() < 0:
+                return f"{name} has numbers below 0"
+        if len(self.header.token_strings) != len(self.header.tokens):
+            return f"{len(self.header.token_strings)} token_strings for {len(self.header.tokens)} tokens"
+        weights = [t.weight for t in self.header.targets]
+        if not all(0 <= w < float("inf") for w in weights) or not (sum(weights) > 0 or self.imported):
+            return "the targets' weights are not all from 0 on, with one above it"
+        if not all(0 <= t.position < self.n_positions for t in self.header.targets):
+            return "a target is at a position that is not there"
         return None
+
+
+def _digest(written: bytes) -> str:
+    return hashlib.blake2b(written, digest_size=16).hexdigest()
+
+
+def refuse_other_file(path: str | Path) -> None:
+    """Refuse to write a graph over a file that is something else.
+
+    Raises:
+        ConfigError: for a JSON file that is there and is no graph's.
+    """
+    header, _ = files_of(path)
+    if not header.is_file():
+        return
+    try:
+        said = json.loads(header.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or said.get("format") != FORMAT:
+        raise ConfigError(f"{header} is there and is no saved graph; give another name, or remove it")
 
 
 def _row_of_edge(a: GraphArrays) -> Int[np.ndarray, " E"]:
@@ -312,6 +356,8 @@ def _row_of_edge(a: GraphArrays) -> Int[np.ndarray, " E"]:
 def files_of(path: str | Path) -> tuple[Path, Path]:
     """The header and the tensors of a graph by either file's name, or without the ending."""
     base = Path(path)
+    if not base.name or base.name in (".", ".."):
+        raise ConfigError(f"{str(path)!r} is no file's name; give the name of a graph")
     if base.suffix in (".json", ".safetensors"):
         base = base.with_suffix("")
     return base.with_name(base.name + ".json"), base.with_name(base.name + ".safetensors")
@@ -322,7 +368,7 @@ def _read_header(path: Path) -> GraphHeader:
     said = read_json(path, missing=missing, remedy="trace the prompt again")
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise FormatError(
-            f"{path} is no graph of crosslayer; a viewer's JSON is opened with crosslayer.graph.read_graph_file"
+            f"{path} is no graph of crosslayer; a viewer's JSON must lie without a .safetensors of its name beside it"
         )
     if isinstance(said.get("version"), int) and said["version"] > VERSION:
         raise FormatError(f"{path} is of version {said['version']}, newer than {VERSION}; update crosslayer")

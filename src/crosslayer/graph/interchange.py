@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,17 @@ from crosslayer.records.graph import (
 )
 
 
-def to_file(graph: Graph, slug: str, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> GraphFile:
+def to_file(
+    graph: Graph,
+    slug: str,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    labels: Mapping[tuple[int, int], str] | None = None,
+) -> GraphFile:
     """A graph, pruned, in the interchange format.
+
+    Args:
+        labels: what features are called, by layer and index: their `clerp`.
 
     Raises:
         ConfigError: for a slug with other characters than letters, digits, `_`, `.` and `-`.
@@ -60,7 +71,7 @@ def to_file(graph: Graph, slug: str, node_threshold: float = 0.8, edge_threshold
         GraphLink(source=ids[int(s)], target=ids[int(t)], weight=float(w))
         for s, t, w in zip(pruned.source_E, pruned.target_E, pruned.weight_E, strict=True)
     ]
-    nodes = [_node(graph, pruned, int(n)) for n in kept]
+    nodes = [_node(graph, pruned, int(n), labels or {}) for n in kept]
     return GraphFile(metadata=GraphMetadata.model_validate(said), qParams=QParams(), nodes=nodes, links=links)
 
 
@@ -85,7 +96,7 @@ def _target_number(graph: Graph, node: int) -> int:
     return target.token if target.kind == "logit" and target.token is not None else graph.header.n_vocab + number
 
 
-def _node(graph: Graph, pruned: Pruned, node: int) -> GraphNode:
+def _node(graph: Graph, pruned: Pruned, node: int, labels: Mapping[tuple[int, int], str]) -> GraphNode:
     a, h = graph.arrays, graph.header
     name, position = _node_id(graph, node), graph.position(node)
     influence = float(pruned.cumulative_N[node])
@@ -94,7 +105,7 @@ def _node(graph: Graph, pruned: Pruned, node: int) -> GraphNode:
         cantor = (layer + index) * (layer + index + 1) // 2 + index
         return GraphNode(
             node_id=name, feature=cantor, layer=str(layer), ctx_idx=position, feature_type=FEATURE, jsNodeId=f"{layer}_{index}-0",
-            clerp="", influence=influence, activation=float(a.activation_F[node]),
+            clerp=labels.get((layer, index), ""), influence=influence, activation=float(a.activation_F[node]),
         )  # fmt: skip
     if node < graph.first_token:
         layer = (node - graph.first_error) // graph.n_positions
@@ -117,7 +128,7 @@ def _node(graph: Graph, pruned: Pruned, node: int) -> GraphNode:
 
 
 def write_graph_file(file: GraphFile, path: str | Path) -> None:
-    """Write the interchange format, whole or not at all; and name it in the folder's `graph-metadata.json`.
+    """Write the interchange format, whole or not at all.
 
     Raises:
         ConfigError: for a folder that is not there.
@@ -194,15 +205,50 @@ def read_graph_file(path: str | Path) -> GraphFile:
         first = error.errors()[0]
         where = ".".join(str(x) for x in first["loc"]) or "the file"
         raise FormatError(f"{path} is no graph file: {where}: {first['msg']}") from error
-    _settle_ids(file)
+    try:
+        _check_nodes(file)
+        _settle_ids(file)
+        _check_links(file)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}; make the file again") from error
+    return file
+
+
+MOST_LAYERS, MOST_POSITIONS = 10_000, 10_000_000
+
+
+def _check_nodes(file: GraphFile) -> None:
+    """Numbers in range."""
+    for n in file.nodes:
+        if not re.fullmatch(r"E|[0-9]{1,9}", n.layer) or (n.layer != "E" and int(n.layer) > MOST_LAYERS):
+            raise FormatError(
+                f"node {n.node_id!r} has the layer {n.layer!r}, expected E or a number up to {MOST_LAYERS}"
+            )
+        if not 0 <= n.ctx_idx < MOST_POSITIONS:
+            raise FormatError(f"node {n.node_id!r} has the ctx_idx {n.ctx_idx}, expected a position of the prompt")
+        for name in ("influence", "activation", "token_prob"):
+            value = getattr(n, name)
+            if value is not None and not math.isfinite(value):
+                raise FormatError(f"node {n.node_id!r} has the {name} {value}, expected a finite number")
+        if n.feature_type == FEATURE and n.feature is not None and not -1 <= n.feature < 2**62:
+            raise FormatError(
+                f"node {n.node_id!r} has the feature {n.feature}, expected a number that pairs layer and index"
+            )
+    if file.metadata.node_threshold is not None and not 0 <= file.metadata.node_threshold <= 1:
+        raise FormatError(f"node_threshold is {file.metadata.node_threshold}, expected a number from 0 to 1")
+
+
+def _check_links(file: GraphFile) -> None:
+    """Between nodes that are there."""
     known = {n.node_id for n in file.nodes}
     for link in file.links:
         for end in (link.source, link.target):
             if end not in known:
-                raise FormatError(
-                    f"{path}: a link names the node {end!r}, which is not among the nodes; make the file again"
-                )
-    return file
+                raise FormatError(f"a link names the node {end!r}, which is not among the nodes")
+        if not math.isfinite(link.weight):
+            raise FormatError(
+                f"the link from {link.source!r} to {link.target!r} has the weight {link.weight}, expected a finite number"
+            )
 
 
 def _settle_ids(file: GraphFile) -> None:
@@ -217,20 +263,20 @@ def _settle_ids(file: GraphFile) -> None:
             renamed[n.node_id] = n.node_id = f"{n.layer}_-1_{n.ctx_idx}"
     counts = Counter(n.node_id for n in file.nodes)
     if twice := [i for i, c in counts.items() if c > 1]:
-        raise FormatError(f"two nodes of {file.metadata.slug} have the id {twice[0]!r}; make the file again")
+        raise FormatError(f"two nodes have the id {twice[0]!r}")
     # A link into the shared id goes to the feature (errors have no inputs). One out of it could be either's: the file does not say.
     # Features of layer 0 and errors of layer l > 0 differ in what they can reach: an error only layers above its own.
     layers = {n.node_id: _depth(n) for n in file.nodes}
     for link in file.links:
         error = renamed.get(link.source)
-        if error is not None and link.source in layers and layers[link.target] > layers[error]:
+        if error is not None and link.source in layers and layers.get(link.target, -2) > layers[error]:
             seen = (link.source, link.target)
             if any((other.source, other.target) == seen and other is not link for other in file.links):
                 link.source = error
 
 
 def _depth(node: GraphNode) -> int:
-    return -1 if node.layer == "E" else int(node.layer) if re.fullmatch(r"-?\d+", node.layer) else 10**6
+    return -1 if node.layer == "E" else int(node.layer)
 
 
 def to_graph(file: GraphFile) -> Graph:
@@ -254,7 +300,7 @@ def to_graph(file: GraphFile) -> Graph:
         elif n.feature_type == TOKEN:
             place[n.node_id] = first_token + n.ctx_idx
             parts = n.node_id.split("_")
-            tokens[n.ctx_idx] = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+            tokens[n.ctx_idx] = int(parts[1]) if len(parts) > 1 and re.fullmatch(r"[0-9]{1,9}", parts[1]) else 0
     for i, n in enumerate(logits):
         place[n.node_id] = first_token + n_positions + i
     n_nodes = first_token + n_positions + len(logits)
@@ -273,7 +319,7 @@ def to_graph(file: GraphFile) -> Graph:
     strings = m.prompt_tokens + [""] * (n_positions - len(m.prompt_tokens))
     targets = [
         TargetRecord(
-            kind="logit", name=n.clerp or n.node_id, position=n.ctx_idx, layer=n_layers, token=n.feature,
+            kind="logit", name=_said(n.clerp) or n.node_id, position=n.ctx_idx, layer=n_layers, token=n.feature,
             weight=n.token_prob or 0.0, probability=n.token_prob,
         )
         for n in logits
@@ -292,12 +338,18 @@ def to_graph(file: GraphFile) -> Graph:
     )  # fmt: skip
 
 
+def _said(clerp: str | None) -> str:
+    """A logit's own name, out of `Output "name" (p=0.98)`."""
+    found = re.fullmatch(r'Output "(.*)" \(p=[^()]*\)', clerp or "", re.DOTALL)
+    return found[1] if found else clerp or ""
+
+
 def _index(node: GraphNode) -> int:
     """A feature's index, from its id, or from the number that pairs it with its layer."""
     parts = node.node_id.split("_")
-    if len(parts) == 3 and parts[1].isdigit():
+    if len(parts) == 3 and re.fullmatch(r"[0-9]{1,12}", parts[1]):
         return int(parts[1])
-    if node.feature is None:
+    if node.feature is None or node.feature < 0:
         raise FormatError(f"the feature of node {node.node_id!r} cannot be told; its id should be LAYER_INDEX_POSITION")
     total = int((np.sqrt(8 * node.feature + 1) - 1) // 2)
     return node.feature - total * (total + 1) // 2

@@ -35,6 +35,8 @@ from crosslayer.graph.freeze import FREEZES, frozen
 from crosslayer.graph.local import LocalModel, local_model
 from crosslayer.host.host import Host
 
+MOST = 1e18
+"""Of what a feature is set to or scaled by: its square still is a float32."""
 Positions = int | slice | Sequence[int] | None
 
 
@@ -68,8 +70,10 @@ class Intervention:
             several = self.positions if isinstance(self.positions, Iterable) else [self.positions]
             object.__setattr__(self, "positions", tuple(index(p) for p in several))
         value = self.set if self.set is not None else self.scale
-        if not abs(float(value or 0.0)) < float("inf"):
-            raise ConfigError(f"feature {self.layer}/{self.index} cannot take the value {value}; give a finite number")
+        if not abs(float(value or 0.0)) <= MOST:
+            raise ConfigError(
+                f"feature {self.layer}/{self.index} cannot take the value {value}; give a finite number of at most {MOST:g}"
+            )
 
 
 class Intervened(NamedTuple):
@@ -285,6 +289,10 @@ def intervene(
         raise ConfigError(
             f"{clt_.config.activation} over all layers cannot go layer by layer; convert the transcoder to JumpReLU"
         )
+    if clt_.config.activation == "batchtopk":
+        raise ConfigError(
+            "batchtopk ranks the tokens of a batch together, so that interventions side by side would change one another; convert the transcoder to JumpReLU"
+        )
     tokens_BT = tokens_of(host, prompt).to(host.device)
     batch: list[list[Intervention]] = _as_batch(interventions)
     _check(clt_, tokens_BT.shape[1], batch, freeze, mlps, hold, generate, watch, host)
@@ -344,8 +352,9 @@ def _check(
     if beyond := [i for i in hold if not 0 <= i < c.n_layers]:
         raise ConfigError(f"there is no layer {beyond[0]} to hold; the transcoder has {c.n_layers}")
     if generate < 0 or n + generate > host.max_positions:
+        remedy = "lower it" if n <= host.max_positions and generate > 0 else "shorten the prompt"
         raise ConfigError(
-            f"generate={generate} after {n} tokens does not fit the context of {host.name}, {host.max_positions}; lower it"
+            f"generate={generate} after {n} tokens does not fit the context of {host.name}, {host.max_positions}; {remedy}"
         )
     for i in [i for some in batch for i in some]:
         if not (0 <= i.layer < c.n_layers and 0 <= i.index < c.n_features):
@@ -362,8 +371,25 @@ def _check(
                     raise ConfigError(
                         f"position {p} is among the first {host.policy.n_skip}, which have no features; give a later one"
                     )
+    for some in batch:
+        _check_once(some, n, generate)
     for w in watch:
         if not (0 <= w.layer < c.n_layers and 0 <= w.index < c.n_features and 0 <= w.position < n):
             raise ConfigError(
                 f"feature {w.index} of layer {w.layer} at position {w.position} is not there to be watched"
             )
+
+
+def _check_once(interventions: Sequence[Intervention], n: int, generate: int) -> None:
+    """Each intervention changes something, and no feature at one position is changed by two."""
+    taken: set[tuple[int, int, int]] = set()
+    for i in interventions:
+        places = _places(i.positions, n, range(n + generate))
+        if not places:
+            raise ConfigError(
+                f"the positions of L{i.layer}/{i.index} hold none of the prompt's {n}; give 0 to {n - 1}, or -1 for the last"
+            )
+        for p in places:
+            if (i.layer, i.index, p) in taken:
+                raise ConfigError(f"L{i.layer}/{i.index} is changed twice at position {p}; give one intervention there")
+            taken.add((i.layer, i.index, p))

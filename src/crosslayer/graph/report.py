@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,31 @@ from crosslayer.graph.influence import Interval
 BRANCHES, DEPTH, LEAST_SHARE = 4, 3, 0.01
 
 
-def print_graph(console: Console, graph: Graph, *, top: int = 10, depth: int = DEPTH) -> None:
-    """The most influential nodes, the tree of strongest inputs under each target, scores and bound."""
+def print_graph(
+    console: Console,
+    graph: Graph,
+    *,
+    top: int = 10,
+    depth: int = DEPTH,
+    labels: Mapping[tuple[int, int], str] | None = None,
+) -> None:
+    """The most influential nodes, the tree of strongest inputs under each target, scores and bound.
+
+    Args:
+        labels: what features are called, by layer and index.
+    """
     h, a = graph.header, graph.arrays
     console.print(_tokens(graph), highlight=False)
     table = Table(title="most influential features", title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("feature", "token", "activation", "influence", "strongest input", "strongest output"):
+    for name in (
+        "feature",
+        "token",
+        "activation",
+        "influence",
+        "strongest input",
+        "strongest output",
+        *(["label"] if labels else []),
+    ):
         table.add_column(name, justify="right" if name in ("activation", "influence") else "left")
     total = graph.weight_N.sum()
     output = _strongest_outputs(graph)
@@ -33,6 +52,7 @@ def print_graph(console: Console, graph: Graph, *, top: int = 10, depth: int = D
             f"L{a.layer_F[node]}/{a.index_F[node]}", escape(f"{h.token_strings[a.position_F[node]]!r} @{a.position_F[node]}"),
             f"{a.activation_F[node]:.2f}", f"{graph.influence_N[node] / total:.1%}",
             escape(_input(graph, inputs[0])) if inputs else "not expanded", escape(output.get(node, "")),
+            *([escape(labels.get((int(a.layer_F[node]), int(a.index_F[node])), ""))] if labels else []),
         )  # fmt: skip
     console.print(table, highlight=False)
     console.print("")

@@ -75,8 +75,9 @@ class _Sweep:
         absolute_NX = edges.all_NX.abs()
         n, ends = len(column_C), len(column_C) + self.first_token - self.first_error
         mass_N3 = torch.stack([m.sum(1) for m in absolute_NX.tensor_split((n, ends), dim=1)], dim=1)
-        tiny = torch.finfo(torch.float64).tiny
-        flow_N = (weight_N / mass_N3.sum(1).double().clamp(min=tiny)).to(absolute_NX.dtype)
+        whole_N = mass_N3.sum(1).double()
+        # What nothing comes into hands nothing on.
+        flow_N = torch.where(whole_N > 0, weight_N / whole_N.where(whole_N > 0, 1.0), 0.0).to(absolute_NX.dtype)
         gained_X = (flow_N @ absolute_NX).double()
         self.influence_N.index_add_(0, column_C, gained_X[:n])
         self.influence_N[self.first_error : self.first_target] += gained_X[n:]

@@ -6,6 +6,7 @@ on what all logits share.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def parse_target(text: str) -> Target:
         ConfigError: for a text that is none of these.
     """
     body, position = text, -1
-    if "@" in text[1:] and text.rsplit("@", 1)[1].lstrip("-").isdigit():
+    if "@" in text[1:] and re.fullmatch(r"-?[0-9]{1,9}", text.rsplit("@", 1)[1]):
         body, number = text.rsplit("@", 1)
         position = int(number)
     if not body:
@@ -69,7 +70,7 @@ def parse_target(text: str) -> Target:
             f"target {text!r} names nothing; give a token, TOKEN-minus-TOKEN, or LAYER/INDEX of a feature as L12/345"
         )
     layer, slash, index = body[1:].partition("/")
-    if body[0] == "L" and slash and layer.isdigit() and index.isdigit():
+    if body[0] == "L" and slash and re.fullmatch(r"[0-9]{1,9}", layer) and re.fullmatch(r"[0-9]{1,9}", index):
         return Target(feature=(int(layer), int(index)), position=position, name=text)
     one, minus, other = body.partition("-minus-")
     if minus and one and other:
@@ -78,7 +79,7 @@ def parse_target(text: str) -> Target:
 
 
 def _token(text: str) -> int | str:
-    return int(text[1:]) if text[0] == "#" and text[1:].isdigit() else text
+    return int(text[1:]) if re.fullmatch(r"#[0-9]{1,9}", text) else text
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ def resolve(local: LocalModel, asked: Sequence[Target] | None) -> list[Resolved]
     if not asked:
         raise ConfigError("no target was given; name one, or leave targets out for the most probable tokens")
     resolved = [_resolve(local, target) for target in asked]
+    if not sum(r.weight for r in resolved) > 0:
+        raise ConfigError(
+            f"target {resolved[0].name!r} has a probability of 0 here, and so no influence to hand on; give it a weight"
+        )
     for i, r in enumerate(resolved):
         if r.kind != "vector" and any(
             (r.kind, r.name, r.position, r.token) == (q.kind, q.name, q.position, q.token) for q in resolved[:i]
@@ -152,6 +157,8 @@ def _resolve(local: LocalModel, target: Target) -> Resolved:
             shift -= 0.0 if bias_V is None else float(bias_V[other] - bias_V.mean())
             name = f"{name} - {other_name}"
         name = target.name or name
+    if not bool(vector_D.any()):
+        raise ConfigError(f"target {name!r} is a direction of zeros, which nothing leads to; give another")
     norm, scale = local.anatomy.final_norm, local.final_scale_T[position]
     constant = shift + (0.0 if norm.bias_D is None else float(norm.bias_D.to(full) @ vector_D))
     read_D = norm.pull(vector_D) * scale
@@ -180,9 +187,9 @@ def token_of(local: LocalModel, token: int | str | None) -> tuple[int, str]:
         return token, host.decode_token(token)
     ids = host.tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1:
-        shown = [host.decode_token(i) for i in ids]
+        shown = ", ".join(f"#{i} {host.decode_token(i)!r}" for i in ids[:12]) or "none"
         raise ConfigError(
-            f"target {token!r} is {len(ids)} tokens of {host.name}, {shown}; give one of them, a leading space counts"
+            f"target {token!r} is {len(ids)} tokens of {host.name} ({shown}); give one of them, by its text or its #ID, a leading space counts"
         )
     return ids[0], host.decode_token(ids[0])
 
@@ -198,8 +205,10 @@ def _feature(local: LocalModel, target: Target, position: int) -> Resolved:
     f = local.features
     found = ((f.layer_N == layer) & (f.position_N == position) & (f.index_N == index)).nonzero().flatten()
     if not len(found):
+        elsewhere = f.position_N[(f.layer_N == layer) & (f.index_N == index)].tolist()
+        where = f"it is at {', '.join(map(str, elsewhere[:12]))}" if elsewhere else "nor anywhere else on this prompt"
         raise ConfigError(
-            f"feature {index} of layer {layer} is not active at position {position}; a graph explains active features only"
+            f"feature {index} of layer {layer} is not active at position {position}, {where}; a graph explains active features only"
         )
     reads = feature_reads(local, layer, found)
     name = target.name or f"L{layer}/{index}"

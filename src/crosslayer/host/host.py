@@ -66,6 +66,7 @@ class Host:
         self.model_type: str = config.model_type
         self.family: Family = family_of(config.model_type, name)
         self.layers: list[nn.Module] = list(model.get_submodule(self.family.layers))  # type: ignore[arg-type]
+        self.layer_numbers = tuple(range(len(self.layers)) if layers is None else layers)
         if layers is not None:
             if beyond := [i for i in layers if not 0 <= i < len(self.layers)]:
                 raise HostError(f"{name} has {len(self.layers)} layers and no layer {beyond[0]}; give the model that the transcoder was trained on")  # fmt: skip
@@ -150,6 +151,12 @@ class Host:
 
     def encode(self, text: str) -> Int[Tensor, "1 T"]:
         """Token ids of a text, with the policy's special token in front."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise HostError(
+                f"the text holds {text[error.start]!r} at {error.start}, which is no letter of any script; give UTF-8 text"
+            ) from error
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.policy.prepend and not (ids and ids[0] in self.tokenizer.all_special_ids):
             ids = [self.first_token, *ids]
@@ -193,6 +200,10 @@ def load_host(
     """
     if isinstance(name, Host):
         _check_sites(name, input_hook, output_hook, policy or FirstPosition())
+        if layers is not None and tuple(layers) != name.layer_numbers:
+            raise ConfigError(
+                f"{name.name} was loaded with the layers {list(name.layer_numbers)}, but {list(layers)} are asked for; load it again with those, or give its name"
+            )
         return name
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -55,6 +55,8 @@ class GraphHeader(BaseModel):
     created: str = ""
     """UTC, ISO 8601."""
     wall_s: float | None = None
+    arrays: str | None = None
+    """Hash of the file of arrays that was written with it."""
 
 
 def _array(value: Any) -> Any:

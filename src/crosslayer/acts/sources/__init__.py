@@ -36,6 +36,8 @@ def open_source(name: str) -> Source:
     Raises:
         SourceError: for a source that is not there, cannot be read, or holds no text.
     """
+    if not name:
+        raise SourceError("a text without a name was given; name a file, a folder, stdlib, or hf:NAME with --text")
     if name.startswith("hf:"):
         return HubSource(name)
     if name == "stdlib":

@@ -45,7 +45,7 @@ def local_documents(path: Path) -> Iterator[Document]:
         SourceError: for a path that is not there, or a file that is not what its suffix says.
     """
     if not path.exists():
-        raise SourceError(f"no text at {path}: no such file or folder")
+        raise SourceError(f"no text at {path}: no such file or folder; check the path")
     if path.is_file():
         yield from _file(path, alone=True)
         return

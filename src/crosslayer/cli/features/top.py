@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 
 from crosslayer.cli.features import bundle_option, bundle_path
+from crosslayer.cli.texts import prompt_text
 
 
 @click.command()
@@ -19,13 +20,11 @@ from crosslayer.cli.features import bundle_option, bundle_path
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
 def command(prompt: str, bundle: Path | None, clt: str | None, model: str | None, top: int, device: str) -> None:
     """Features active on a prompt, by token, the most active first."""
-    import sys
-
     from crosslayer.features.prompt import active_features, transcoder_of
     from crosslayer.features.report import print_top
     from crosslayer.features.store import load_features
 
     opened = load_features(bundle_path(bundle))
     replacement = transcoder_of(opened, clt, model, device=device)
-    tokens, active = active_features(replacement, sys.stdin.read() if prompt == "-" else prompt, top)
+    tokens, active = active_features(replacement, prompt_text(prompt), top)
     print_top(Console(), opened, tokens, active)

@@ -36,7 +36,7 @@ def open_(folder: Folder) -> Opened:
     if len(shape) != 2:
         raise FormatError(f"{files[0].path}: w_enc has shape {shape}, expected (width, features)")
     d_model, n_features = shape
-    skip = "affine_skip_connection" in files[0]
+    skip = any("affine_skip_connection" in f for f in files)
     for file in files:
         file.entry("w_enc", (d_model, n_features))
         file.entry("w_dec", (n_features, n_layers, d_model))

@@ -63,7 +63,8 @@ def in_dtype(reader: Reader, dtype: torch.dtype, device: str) -> Reader:
     """A reader that gives what another gives, in this dtype and place."""
 
     def read(layer: int, rows: Tensor | None = None) -> Tensor:
-        return reader(layer, rows).to(device, dtype)
+        # Files are read on the CPU, by numbers that are there.
+        return reader(layer, None if rows is None else rows.cpu()).to(device, dtype)
 
     return read
 

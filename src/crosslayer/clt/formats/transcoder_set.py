@@ -46,7 +46,7 @@ def open_(folder: Folder) -> Opened:
     topk, k = config.get("activation") == "topk", config.get("k")
     if topk and (not isinstance(k, int) or k < 1):
         raise FormatError(f"{where}: a TopK set needs k, a whole number above 0, not {k!r}")
-    jump, skip = THRESHOLD in files[0] and not topk, "W_skip" in files[0]
+    jump, skip = any(THRESHOLD in f for f in files) and not topk, any("W_skip" in f for f in files)
     for file in files:
         for name in ("W_enc", "W_dec"):
             file.entry(name, (n_features, d_model))

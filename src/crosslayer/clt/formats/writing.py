@@ -47,7 +47,7 @@ class Chunks(NamedTuple):
 
         def read() -> Iterator[Tensor]:
             for part in torch.arange(shape[0]).split(rows_at_once):
-                yield weights.rows(layer, part).to(kind)
+                yield weights.rows(layer, part).to("cpu", kind)
 
         return cls(shape, kind, read)
 
@@ -71,12 +71,16 @@ def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Chunks:
 
 
 def write_folder(
-    folder: Path, files: Sequence[FilePlan], on_progress: Callable[[int], None] = lambda n_bytes: None
+    folder: Path,
+    files: Sequence[FilePlan],
+    on_progress: Callable[[int], None] = lambda n_bytes: None,
+    check: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Write all files, then give the folder its name. Goes on where a killed process left off.
 
     Args:
         on_progress: told the bytes done so far.
+        check: looks at what was written before it gets its name; where it raises, nothing is left.
 
     Raises:
         FormatError: for a folder that holds something.
@@ -101,6 +105,11 @@ def write_folder(
             _write(partial / file.name, file, lambda n, before=done: on_progress(before + n))
         done += file.n_bytes
         on_progress(done)
+    try:
+        check(partial)
+    except FormatError:
+        shutil.rmtree(partial)
+        raise
     (partial / "plan").unlink()
     if folder.exists():
         folder.rmdir()

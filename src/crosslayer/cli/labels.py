@@ -1,0 +1,39 @@
+"""What the features of a graph are called, from the bundle of their transcoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crosslayer.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from crosslayer.graph.graph import Graph
+
+
+def labels_of(graph: Graph, clt: str | Path, bundle: Path | None) -> dict[tuple[int, int], str]:
+    """Labels by layer and index of the features of a graph, none where there is no bundle.
+
+    Args:
+        bundle: that of the transcoder's run unless given.
+
+    Raises:
+        ConfigError: for a bundle of a transcoder of another shape.
+    """
+    from crosslayer.features.store import MANIFEST, load_features
+
+    own = Path(clt) / "features"
+    if bundle is None and not (own / MANIFEST).is_file():
+        return {}
+    opened = load_features(bundle or own)
+    a = graph.arrays
+    if opened.n_layers != graph.header.n_layers or (graph.n_features and int(a.index_F.max()) >= opened.n_features):
+        raise ConfigError(
+            f"the bundle {opened.path} is of a transcoder of {opened.n_layers} layers of {opened.n_features} features, another than the graph's; give its own"
+        )
+    places = {
+        (int(layer), int(index)): opened.id(int(layer), int(index))
+        for layer, index in zip(a.layer_F, a.index_F, strict=True)
+    }
+    labels = opened.labels(places.values())
+    return {place: label for place, n in places.items() if (label := labels[n][0])}
