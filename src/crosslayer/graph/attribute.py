@@ -41,7 +41,7 @@ def attribute(
     clt: str | Path | CLT | Opened | None,
     prompt: Prompt | Sequence[Prompt],
     *,
-    targets: Target | str | int | Sequence[Target | str | int] | None = None,
+    targets: Any = None,
     tolerance: float = TOLERANCE,
     max_nodes: int | None = None,
     precision: str = "fp32",
@@ -78,8 +78,8 @@ def attribute(
     several = not isinstance(prompt, str | Tensor) and len(prompt) > 0 and not isinstance(prompt[0], int | np.integer)
     prompts: list[Any] = list(prompt) if several else [prompt]
     if isinstance(targets, Target | str) or hasattr(targets, "__index__"):
-        targets = [targets]  # type: ignore[assignment]
-    asked: list[Target] | None = None if targets is None else [_target(t) for t in targets]  # type: ignore[union-attr]
+        targets = [targets]
+    asked: list[Target] | None = None if targets is None else [_target(t) for t in targets]
     settings = {
         "tolerance": tolerance, "max_nodes": max_nodes, "precision": precision, "desired_logit_prob": DESIRED_PROBABILITY,
         "targets": None,
@@ -156,7 +156,7 @@ def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
     return host_of(opened, model, device=where), opened
 
 
-def _target(target: Target | str | int) -> Target:
+def _target(target: Any) -> Target:
     if isinstance(target, Target):
         return target
     return parse_target(target) if isinstance(target, str) else Target(token=index(target))
