@@ -21,6 +21,7 @@ VERBS = {
     "graph": "Trace a prompt into an attribution graph.",
     "graph-diff": "Compare two graphs by feature.",
     "intervene": "Change features of a prompt and see what the model does.",
+    "serve": "Serve runs, features and graphs as JSON, on this machine only.",
     "plan": "Say what a training run will take, without allocating it.",
 }
 
@@ -32,7 +33,11 @@ class Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return import_module(f"crosslayer.cli.{cmd_name.replace('-', '_')}").command if cmd_name in VERBS else None
+        return (
+            import_module(f"crosslayer.cli.{cmd_name.replace('-', '_')}").command
+            if cmd_name in (*VERBS, "worker")
+            else None
+        )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from crosslayer.core.errors import FormatError
@@ -45,6 +46,8 @@ class UserStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._connection: sqlite3.Connection | None = None
+        # One writer at a time: threads of a server share the connection.
+        self._writing = Lock()
 
     def _open(self, *, write: bool) -> sqlite3.Connection | None:
         if self._connection is None and (write or self.path.is_file()):
@@ -67,7 +70,7 @@ class UserStore:
         """Several at once, all or none."""
         connection = self._open(write=True)
         assert connection is not None
-        with connection:
+        with self._writing, connection:
             for x in labels:
                 key = (x.feature, x.source)
                 connection.execute("DELETE FROM label_words WHERE feature = ? AND source = ?", key)
@@ -121,7 +124,7 @@ class UserStore:
         """Pin a feature, or take its pin away."""
         connection = self._open(write=True)
         assert connection is not None
-        with connection:
+        with self._writing, connection:
             connection.execute("DELETE FROM pins WHERE feature = ?", (feature,))
             if pinned:
                 connection.execute(
@@ -142,7 +145,7 @@ class UserStore:
         connection = self._open(write=True)
         assert connection is not None
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        with connection:
+        with self._writing, connection:
             connection.execute("INSERT OR REPLACE INTO views VALUES (?, ?, ?, ?)", (kind, name, json.dumps(value), now))
 
     def view(self, kind: str, name: str) -> Any:

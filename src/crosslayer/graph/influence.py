@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
+from crosslayer.core.errors import FormatError
+
 
 class Interval(NamedTuple):
     """A score, and the least and most that it could be had every node been expanded."""
@@ -84,7 +86,7 @@ def influence(W_NN: csr_array, weight_N: Float[np.ndarray, " N"]) -> Float[np.nd
         weight_N: p, zero but at the targets.
 
     Raises:
-        ValueError: for a graph with a cycle.
+        FormatError: for edges that go round in a circle, as only a file that was made wrongly has them.
     """
     W_T = W_NN.T.tocsr()
     total_N, flow_N = np.zeros(len(weight_N)), weight_N
@@ -93,7 +95,7 @@ def influence(W_NN: csr_array, weight_N: Float[np.ndarray, " N"]) -> Float[np.nd
         if not flow_N.any():
             return total_N
         total_N += flow_N
-    raise ValueError("the graph has a cycle")
+    raise FormatError("the graph's edges go round in a circle, which no tracing gives; make the file again")
 
 
 def cutoff(score_X: Float[np.ndarray, " X"], share: float) -> float:

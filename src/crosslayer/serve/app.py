@@ -1,0 +1,64 @@
+"""The routes under `/api`, described at `/api/openapi.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.gzip import GZipMiddleware
+from fastapi.responses import JSONResponse
+
+from crosslayer.core.errors import CrosslayerError
+from crosslayer.serve import bundles, graphs, runs, work
+from crosslayer.serve.guard import Guard
+from crosslayer.serve.jobs import Jobs
+from crosslayer.serve.library import Library, Unknown
+from crosslayer.serve.opened import Opened
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def create_app(roots: Sequence[Path], *, hosts: Sequence[str] = (), port: int = 8000, token: str | None = None) -> Any:
+    """The ASGI application.
+
+    Args:
+        roots: folders and files to look for runs, bundles and graphs below.
+        hosts: names, without a port, that requests may be addressed to beside the loopback ones.
+        port: that they are addressed to.
+        token: that each request must carry.
+
+    Raises:
+        ConfigError: for a path that is not there.
+    """
+    library = Library(roots)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        app.state.jobs = Jobs()
+        yield
+        await app.state.jobs.close()
+        app.state.opened.close()
+
+    app = FastAPI(title="crosslayer", openapi_url="/api/openapi.json", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.library, app.state.opened = library, Opened()
+
+    @app.exception_handler(CrosslayerError)
+    async def said(request: Request, error: CrosslayerError) -> JSONResponse:
+        """An error meant for people is what the page shows."""
+        return JSONResponse({"detail": str(error)}, status_code=404 if isinstance(error, Unknown) else 422)
+
+    @app.get("/api/library")
+    def listed() -> list[dict[str, Any]]:
+        """Runs, feature bundles and graphs, each with its id."""
+        return [{"id": e.id, "kind": e.kind, "name": e.name, "run": e.run} for e in library.entries()]
+
+    for part in (runs, bundles, graphs, work):
+        app.include_router(part.router, prefix="/api")
+    app.add_middleware(GZipMiddleware, minimum_size=2048)
+    names = [*LOOPBACK, *hosts]
+    return Guard(
+        app, {f"{name}:{port}" for name in names} | ({*names} if port == 80 else set()), token, {"/api/graphs"}
+    )

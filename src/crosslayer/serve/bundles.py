@@ -1,0 +1,144 @@
+"""`/api/bundles`: lists of features, one feature, search, the map, labels and pins."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Body, Query, Request, Response
+
+from crosslayer.core.errors import ConfigError
+from crosslayer.features.store import NEIGHBOURS, FeatureBundle
+from crosslayer.serve.opened import library, opened
+
+router = APIRouter(tags=["features"])
+MOST = 500
+MOST_LABEL = 500
+
+
+def _bundle(request: Request, id: str) -> FeatureBundle:
+    return opened(request).bundle(library(request).find("bundle", id).path)
+
+
+@router.get("/bundles/{id}")
+def bundle(request: Request, id: str) -> dict[str, Any]:
+    """What the bundle is of."""
+    found = _bundle(request, id)
+    return found.manifest.model_dump(exclude={"files"}) | {"levels": _levels(found)}
+
+
+def _levels(found: FeatureBundle) -> int:
+    return found.array("group").shape[1] if found.has("group") else 0
+
+
+@router.get("/bundles/{id}/features")
+def features(
+    request: Request,
+    id: str,
+    sort: str = "rank",
+    descending: bool = False,
+    limit: Annotated[int, Query(ge=1, le=MOST)] = 100,
+    offset: Annotated[int, Query(ge=0)] = 0,
+    filters: Annotated[list[str], Query(alias="filter", max_length=20)] = [],  # noqa: B006
+) -> list[dict[str, Any]]:
+    """A page of the list. A filter is `column:least:greatest`, either of which may be empty."""
+    bounds = dict(map(_filter, filters))
+    found = _bundle(request, id).page(sort, descending=descending, limit=limit, offset=offset, filters=bounds)
+    return [x._asdict() for x in found]
+
+
+def _filter(text: str) -> tuple[str, tuple[float | None, float | None]]:
+    parts = text.split(":")
+    try:
+        column, least, greatest = parts[0], *(float(p) if p else None for p in parts[1:])
+    except ValueError as error:
+        raise ConfigError(f"the filter {text!r} is not understood; write column:least:greatest") from error
+    return column, (least, greatest)
+
+
+@router.get("/bundles/{id}/search")
+def search(
+    request: Request,
+    id: str,
+    q: Annotated[str, Query(max_length=500)],
+    limit: Annotated[int, Query(ge=1, le=MOST)] = 50,
+) -> list[dict[str, Any]]:
+    """Features that all words match; see `FeatureBundle.search`."""
+    return [x._asdict() for x in _bundle(request, id).search(q, limit)]
+
+
+@router.get("/bundles/{id}/features/{layer}/{index}")
+def feature(request: Request, id: str, layer: int, index: int) -> dict[str, Any]:
+    """One feature, with its neighbours of every kind, and all labels that it was given."""
+    found = _bundle(request, id)
+    n = found.id(layer, index)
+    near = {by: [x._asdict() for x in found.neighbours(layer, index, by)] for by in NEIGHBOURS}
+    given = [{"source": x.source, "label": x.label, "explanation": x.explanation, "scores": x.scores, "time": x.time} for x in found.user.labels([n]).get(n, [])]  # fmt: skip
+    return _plain(found.feature(layer, index)) | {"neighbours": near, "labels": given, "pinned": n in found.user.pins()}
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples as objects, all the way down; JSON knows no NaN."""
+    if hasattr(value, "_asdict"):
+        return {k: _plain(v) for k, v in value._asdict().items()}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+@router.put("/bundles/{id}/features/{layer}/{index}/label")
+def set_label(
+    request: Request, id: str, layer: int, index: int, label: Annotated[str, Body(embed=True, max_length=MOST_LABEL)]
+) -> dict[str, str | None]:
+    """Keep a person's label; an empty one takes it away. Gives the label that counts now."""
+    found = _bundle(request, id)
+    found.set_label(layer, index, label)
+    n = found.id(layer, index)
+    shown, source = found.labels([n])[n]
+    return {"label": shown, "label_from": source}
+
+
+@router.put("/bundles/{id}/features/{layer}/{index}/pin")
+def pin(
+    request: Request, id: str, layer: int, index: int, pinned: Annotated[bool, Body(embed=True)]
+) -> dict[str, bool]:
+    """Pin a feature, or take its pin away."""
+    found = _bundle(request, id)
+    found.user.pin(found.id(layer, index), pinned=pinned)
+    return {"pinned": pinned}
+
+
+@router.get("/bundles/{id}/pins")
+def pins(request: Request, id: str) -> list[dict[str, Any]]:
+    """Pinned features."""
+    found = _bundle(request, id)
+    return [x._asdict() for x in found.found(found.user.pins())]
+
+
+@router.get("/bundles/{id}/groups/{level}")
+def groups(request: Request, id: str, level: int) -> list[dict[str, Any]]:
+    """Groups of the atlas at one level, the largest first."""
+    return [x._asdict() for x in _bundle(request, id).groups(level)]
+
+
+@router.get("/bundles/{id}/map")
+def atlas(request: Request, id: str, level: Annotated[int, Query(ge=0)] = 0) -> Response:
+    """The map as bytes, little-endian: a count n, then n ids (uint32), x (float32), y (float32), groups (int32), densities (float32)."""
+    found = _bundle(request, id)
+    if not found.has("map") or level >= _levels(found):
+        raise ConfigError(f"the bundle has no map with groups at level {level}; imported ones have none")
+    xy = np.asarray(found.array("map"))
+    at = np.flatnonzero(np.isfinite(xy[:, 0]))
+    density = found.array("count")[at].sum(1) / max(found.manifest.n_tokens, 1)
+    columns = [
+        at.astype("<u4"),
+        xy[at, 0].astype("<f4"),
+        xy[at, 1].astype("<f4"),
+        found.array("group")[at, level].astype("<i4"),
+        density.astype("<f4"),
+    ]
+    return Response(
+        b"".join([np.uint32(len(at)).tobytes(), *(c.tobytes() for c in columns)]), media_type="application/octet-stream"
+    )

@@ -1,0 +1,124 @@
+"""What there is to show below the paths that were given: runs, feature bundles and graphs.
+
+Each thing has an id, made from its path when it is found. A request names an id; nothing of a request ever becomes part of a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from crosslayer.core.errors import ConfigError, CrosslayerError
+from crosslayer.features.store import MANIFEST
+from crosslayer.records.graph import FORMAT
+
+Kind = Literal["run", "bundle", "graph"]
+SKIPPED = frozenset({"checkpoints", "clt", "node_modules", "__pycache__", "parts"})
+MOST_DEPTH = 6
+MOST_GRAPH_BYTES = 64 << 20
+BEGINNING = 4096
+
+
+class Unknown(CrosslayerError):
+    """A name that nothing here has; the server answers 404."""
+
+
+class Entry(NamedTuple):
+    """One thing to show."""
+
+    id: str
+    kind: Kind
+    name: str
+    """Its path below the folder that was given."""
+    path: Path
+    run: str | None
+    """The run that it lies in."""
+
+
+class Library:
+    """Finds things again at each asking, so that what a run writes while the page is open appears.
+
+    Args:
+        roots: folders, or files of graphs.
+
+    Raises:
+        ConfigError: for a path that is not there.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        for root in roots:
+            if not root.exists():
+                raise ConfigError(
+                    f"there is nothing at {root} to serve; give a run, a feature bundle, a graph, or a folder of them"
+                )
+        self.roots = [root.resolve() for root in roots]
+
+    def entries(self) -> list[Entry]:
+        """All there is, in order of name; each once."""
+        found = {e.path: e for root in self.roots for e in _walk(root, root, None, 0)}
+        return sorted(found.values(), key=lambda e: (e.kind, e.name))
+
+    def find(self, kind: Kind, id: str) -> Entry:
+        """The entry of an id.
+
+        Raises:
+            Unknown: for one that is not here.
+        """
+        for entry in self.entries():
+            if (entry.kind, entry.id) == (kind, id):
+                return entry
+        raise Unknown(f"there is no {kind} {id!r} here; reload the list")
+
+
+def _id(path: Path) -> str:
+    """A readable name and enough of a hash to tell it from others of that name."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem if path.suffix == ".json" else path.name)[:40]
+    return f"{readable}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
+
+
+def _walk(root: Path, path: Path, run: str | None, depth: int) -> Iterator[Entry]:
+    name = str(path.relative_to(root)) if path != root else root.name
+    entry = lambda kind: Entry(_id(path), kind, name, path, run)  # noqa: E731
+    if path.is_file():
+        if path.suffix == ".json" and _is_graph(path):
+            yield entry("graph")
+        return
+    if (path / "run.json").is_file():
+        run = _id(path)
+        yield Entry(run, "run", name, path, run)
+    elif (path / MANIFEST).is_file():
+        yield entry("bundle")
+        return
+    if depth == MOST_DEPTH:
+        return
+    try:
+        children = sorted(path.iterdir())
+    except OSError:
+        # A folder that may not be read holds nothing for us.
+        return
+    for child in children:
+        # What a link points to may lie anywhere.
+        if not child.name.startswith(".") and child.name not in SKIPPED and not child.is_symlink():
+            yield from _walk(root, child, run, depth + 1)
+
+
+def _is_graph(path: Path) -> bool:
+    """By the first bytes: a saved graph's header, or a viewer's file."""
+    try:
+        if path.stat().st_size > MOST_GRAPH_BYTES:
+            return False
+        with path.open("rb") as file:
+            beginning = file.read(BEGINNING).decode("utf-8", "ignore")
+        if f'"{FORMAT}"' in beginning:
+            return path.with_suffix(".safetensors").is_file()
+        if not re.search(r'"(metadata|qParams|nodes|links)"\s*:', beginning):
+            return False
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and {"metadata", "nodes", "links"} <= set(said)

@@ -1,0 +1,68 @@
+"""What was opened for earlier requests, kept for later ones: bundles, and the last few graphs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from fastapi import Request
+
+from crosslayer.features.store import MANIFEST, FeatureBundle, load_features
+from crosslayer.features.user import UserStore
+from crosslayer.graph.graph import Graph
+from crosslayer.graph.interchange import open_graph
+from crosslayer.serve.library import Library
+
+MOST_GRAPHS = 8
+
+
+class Opened:
+    """Bundles and graphs by path and time of change."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._bundles: dict[Path, tuple[int, FeatureBundle]] = {}
+        self._users: dict[Path, UserStore] = {}
+        self._graphs: OrderedDict[Path, tuple[int, Graph]] = OrderedDict()
+
+    def bundle(self, path: Path) -> FeatureBundle:
+        """An open bundle, opened anew where it was built anew."""
+        with self._lock:
+            changed = (path / MANIFEST).stat().st_mtime_ns
+            if path not in self._bundles or self._bundles[path][0] != changed:
+                self._bundles[path] = changed, load_features(path)
+            return self._bundles[path][1]
+
+    def graph(self, path: Path) -> Graph:
+        """A graph, read anew where its file was written anew."""
+        with self._lock:
+            changed = path.stat().st_mtime_ns
+            if path not in self._graphs or self._graphs[path][0] != changed:
+                self._graphs[path] = changed, open_graph(path)
+            self._graphs.move_to_end(path)
+            while len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            return self._graphs[path][1]
+
+    def user(self, path: Path) -> UserStore:
+        """Labels and views that lie beside graphs without a bundle."""
+        with self._lock:
+            return self._users.setdefault(path, UserStore(path))
+
+    def close(self) -> None:
+        for store in self._users.values():
+            store.close()
+        self._users.clear()
+        for _, bundle in self._bundles.values():
+            bundle.close()
+        self._bundles.clear()
+
+
+def library(request: Request) -> Library:
+    return request.app.state.library
+
+
+def opened(request: Request) -> Any:
+    return request.app.state.opened

@@ -1,0 +1,149 @@
+"""`/api/jobs`: a new graph from a prompt, an intervention, the features of a text; with progress, and a way to stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from crosslayer.core.errors import ConfigError
+from crosslayer.graph.circuit import predicted_changes
+from crosslayer.graph.graph import Graph
+from crosslayer.graph.interchange import slug_of
+from crosslayer.serve.jobs import Jobs
+from crosslayer.serve.library import Entry
+from crosslayer.serve.opened import library, opened
+
+router = APIRouter(tags=["jobs"])
+MOST_PROMPT = 100_000
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Trace(_Asked):
+    """A new graph of a run's transcoder, kept in the run's `graphs/`."""
+
+    run: str
+    prompt: Annotated[str, Field(min_length=1, max_length=MOST_PROMPT)]
+    name: Annotated[str, Field(min_length=1, max_length=80)]
+    targets: Annotated[list[str], Field(max_length=20)] = []
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
+    max_nodes: Annotated[int, Field(ge=1)] | None = None
+
+
+class Change(_Asked):
+    """A feature node of a graph, and what its activation becomes or is multiplied by."""
+
+    node: int
+    set: float | None = None
+    scale: float | None = None
+
+
+class Intervene(_Asked):
+    """Change feature nodes of a graph on its own prompt, and look at other nodes and at the next tokens."""
+
+    graph: str
+    changes: Annotated[list[Change], Field(min_length=1, max_length=200)]
+    watch: Annotated[list[int], Field(max_length=500)] = []
+    freeze: Literal["none", "attention", "norms", "both"] = "none"
+
+
+class Activations(_Asked):
+    """Features active on a text, by token, or how one of them is."""
+
+    run: str
+    text: Annotated[str, Field(min_length=1, max_length=MOST_PROMPT)]
+    top: Annotated[int, Field(ge=1, le=50)] = 8
+    layer: int | None = None
+    index: int | None = None
+
+
+def _jobs(request: Request) -> Any:
+    return request.app.state.jobs
+
+
+@router.post("/jobs/trace")
+async def trace(request: Request, asked: Trace) -> dict[str, int]:
+    """Trace a prompt; the result names the graph."""
+    run = library(request).find("run", asked.run)
+    out = run.path / "graphs" / slug_of(f"{asked.name}.json")
+    if out.with_suffix(".json").exists():
+        raise ConfigError(f"the run has a graph {out.name!r} already; give another name")
+    arguments = asked.model_dump(exclude={"run", "name"}) | {"clt": str(run.path), "out": str(out)}
+    return {"job": _jobs(request).add("trace", arguments).number}
+
+
+@router.post("/jobs/intervene")
+async def intervene(request: Request, asked: Intervene) -> dict[str, int]:
+    """Carry an intervention out; the result has top tokens before and after, and the watched nodes against what edges predict."""
+    entry = library(request).find("graph", asked.graph)
+    graph: Graph = opened(request).graph(entry.path)
+    clt = _run_of(request, entry)
+    a = graph.arrays
+    changes, factors = [], {}
+    for c in asked.changes:
+        if not 0 <= c.node < graph.n_features:
+            raise ConfigError(f"node {c.node} is no feature of the graph; change features only")
+        if (c.set is None) == (c.scale is None):
+            raise ConfigError(f"node {c.node} is to be set or scaled; give one of the two")
+        was = float(a.activation_F[c.node])
+        factors[c.node] = c.scale if c.scale is not None else (c.set or 0.0) / was if was else 1.0
+        changes.append({"layer": int(a.layer_F[c.node]), "index": int(a.index_F[c.node]), "position": int(a.position_F[c.node]), "set": c.set, "scale": c.scale})  # fmt: skip
+    watched = [n for n in asked.watch if 0 <= n < graph.n_features]
+    predicted = predicted_changes(graph, factors)
+    arguments = {
+        "clt": str(clt), "tokens": graph.header.tokens, "changes": changes, "freeze": asked.freeze,
+        "watch": [{"node": n, "layer": int(a.layer_F[n]), "index": int(a.index_F[n]), "position": int(a.position_F[n]), "predicted": float(predicted[n]), "activation": float(a.activation_F[n])} for n in watched],
+    }  # fmt: skip
+    return {"job": _jobs(request).add("intervene", arguments).number}
+
+
+@router.post("/jobs/activations")
+async def activations(request: Request, asked: Activations) -> dict[str, int]:
+    """Look at the features of a text."""
+    run = library(request).find("run", asked.run)
+    if (asked.layer is None) != (asked.index is None):
+        raise ConfigError("a feature has a layer and an index; give both, or neither for all features")
+    return {"job": _jobs(request).add("activations", asked.model_dump(exclude={"run"}) | {"clt": str(run.path)}).number}
+
+
+def _run_of(request: Request, entry: Entry) -> Path:
+    if entry.run is None:
+        raise ConfigError(
+            f"the graph {entry.name!r} does not lie in a run, so its transcoder is not known; put it into the run's graphs/"
+        )
+    return library(request).find("run", entry.run).path
+
+
+@router.get("/jobs/{number}")
+async def job(request: Request, number: int) -> dict[str, Any]:
+    """What a job has come to."""
+    found = _jobs(request).job(number)
+    return {"job": number, "kind": found.kind, **found.events[-1]}
+
+
+@router.get("/jobs/{number}/events")
+async def events(request: Request, number: int) -> StreamingResponse:
+    """Server-sent events: every state and stage, the last with the result or the error."""
+    found = _jobs(request).job(number)
+
+    async def lines() -> AsyncIterator[str]:
+        async for event in found.told():
+            yield f"data: {json.dumps(event)}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream")
+
+
+@router.delete("/jobs/{number}")
+async def cancel(request: Request, number: int) -> dict[str, str]:
+    """Stop a job."""
+    jobs: Jobs = _jobs(request)
+    jobs.cancel(number)
+    return {"state": jobs.job(number).state}
