@@ -43,9 +43,9 @@ class Job:
         at = 0
         while True:
             changed = self._changed
-            for event in self.events[at:]:
-                yield event
-            at = len(self.events)
+            while at < len(self.events):  # more may be told while one is given out
+                at += 1
+                yield self.events[at - 1]
             if self.state in FINAL:
                 return
             await changed.wait()
@@ -119,6 +119,8 @@ class Jobs:
             said = json.loads(line)
             if said.pop("job", None) == job.number and job.state not in FINAL:
                 job.tell(**said)
+        if job.state == "cancelled":
+            await process.wait()  # it was killed: the next job must not write to it
 
     def _fail(self, job: Job, error: str) -> None:
         if job.state not in FINAL:
