@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crosslayer.core.errors import ConfigError, FormatError, RunError
+from crosslayer.core.errors import ConfigError, ConflictError, FormatError, RunError
 from crosslayer.features.index import SORT_KEYS, words_of
 from crosslayer.features.packed import import_packed, write_packed
 from crosslayer.features.parquet import write_parquet
@@ -119,16 +119,19 @@ def test_a_persons_label_wins_is_found_and_can_be_taken_back(copy: FeatureBundle
 
 def test_pins_and_views_are_kept(tmp_path: Path):
     store = UserStore(tmp_path / "user.sqlite")
-    assert (store.pins(), store.views("graph"), store.view("graph", "x")) == ([], [], None)
+    assert (store.pins(), store.views("graph"), store.view("graph", "x")) == ([], [], (None, ""))
     assert not store.path.exists()
     store.pin(5)
     store.pin(2)
     store.pin(5, pinned=False)
-    store.save_view("graph", "x", {"nodes": [1]})
-    store.save_view("graph", "x", {"nodes": [2]})
+    first = store.save_view("graph", "x", {"nodes": [1]}, over="")
+    store.save_view("graph", "x", {"nodes": [2]}, over=first)
+    for stale in (first, ""):
+        with pytest.raises(ConflictError, match="changed elsewhere"):
+            store.save_view("graph", "x", {"nodes": [3]}, over=stale)
     store.close()
     again = UserStore(tmp_path / "user.sqlite")
-    assert (again.pins(), again.views("graph"), again.view("graph", "x")) == ([2], ["x"], {"nodes": [2]})
+    assert (again.pins(), again.views("graph"), again.view("graph", "x")[0]) == ([2], ["x"], {"nodes": [2]})
     (tmp_path / "bad.sqlite").write_text("this is no database, however long it may be made to look" * 30)
     with pytest.raises(FormatError, match="move it away"):
         UserStore(tmp_path / "bad.sqlite").pins()

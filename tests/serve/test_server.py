@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -18,30 +17,9 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.graph import to_file, write_graph_file
 from crosslayer.serve.app import create_app
 from crosslayer.serve.guard import COOKIE, MOST_BODY
-from features.conftest import CONTEXT, Made, clt_folder, made, texts
+from features.conftest import CONTEXT, Made
 
-__all__ = ["clt_folder", "made", "texts"]
 BASE = "http://127.0.0.1:8000"
-PROMPT = "def class return value"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, made: Made) -> Path:
-    """A folder with a run that has a bundle and a graph, beside things that are neither."""
-    root = tmp_path_factory.mktemp("served")
-    run = root / "runs" / "mine"
-    (run / "graphs").mkdir(parents=True)
-    shutil.copytree(made.folder, run / "clt")
-    shutil.copytree(made.bundle.path, run / "features")
-    (run / "run.json").write_text(json.dumps({"state": "finished", "config": {"l0": 8}}))
-    (run / "clt" / "README.md").write_text("# A card")
-    (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
-    xl.attribute(made.host, run, PROMPT, tolerance=0.0).save(run / "graphs" / "one")
-    (root / "notes.json").write_text('{"metadata": 1}')
-    (root / "broken.json").write_text('{"metadata": {')
-    (root / "secret.txt").write_text("secret")
-    (root / "link").symlink_to("/")
-    return root
 
 
 @pytest.fixture
@@ -164,12 +142,48 @@ def test_a_graph_in_columns_with_labels(client: TestClient, root: Path):
 
 def test_views_are_kept_across_servers(client: TestClient, root: Path):
     at = f"/api/graphs/{ids(client)['graph']}/views"
-    value = {"pinned": [1, 2], "supernodes": [{"name": "say", "nodes": [1, 2]}]}
-    assert client.put(f"{at}/first look", json=value).status_code == 200
+    value = {"pins": [1, 2], "supernodes": [{"name": "say", "members": [1, 2]}], "places": {"s say": [10.0, 20.5]}}
+    first = client.put(f"{at}/first look", json={"value": value, "over": ""}).json()["revision"]
     with TestClient(create_app([root]), base_url=BASE) as again:
         assert again.get(at).json() == ["first look"]
-        assert again.get(f"{at}/first look").json() == value
-        assert again.get(f"{at}/none").json() is None
+        kept = again.get(f"{at}/first look").json()
+        assert kept["revision"] == first
+        assert {k: kept["value"][k] for k in value} == value
+        assert again.get(f"{at}/none").json() == {"value": None, "revision": ""}
+        # Another tab: what it does not know of is not written over.
+        second = again.put(f"{at}/first look", json={"value": value | {"pins": [3]}, "over": first}).json()["revision"]
+    stale = client.put(f"{at}/first look", json={"value": value, "over": first})
+    assert stale.status_code == 409
+    assert "changed elsewhere" in stale.json()["detail"]
+    assert client.get(f"{at}/first look").json()["revision"] == second
+    for bad in ({"pins": ["x"]}, {"pins": list(range(3000))}, {"more": 1}, {"node_threshold": 2}):
+        assert client.put(f"{at}/first look", json={"value": bad}).status_code == 422
+    assert client.put(f"{at}/{'x' * 81}", json={"value": value}).status_code == 422
+    assert client.delete(f"{at}/first look").status_code == 200
+    assert client.get(at).json() == []
+
+
+def test_nodes_that_are_wanted_stay(client: TestClient, root: Path):
+    graph = xl.Graph.load(root / "runs" / "mine" / "graphs" / "one")
+    at = f"/api/graphs/{ids(client)['graph']}"
+    least = int(graph.influence_N[: graph.n_features].argmin())
+    assert least not in client.get(at).json()["nodes"]["id"]
+    got = client.get(at, params={"wanted": least}).json()
+    assert least in got["nodes"]["id"]
+    assert client.get(at, params={"wanted": 10**6}).status_code == 422
+    client.put(f"{at}/views/v", json={"value": {"pins": [least], "supernodes": [{"name": "<b>", "members": [least]}]}})
+    file = client.get(f"{at}/export", params={"view": "v"}).json()
+    assert file["qParams"]["pinnedIds"][0] in {n["node_id"] for n in file["nodes"]}
+    assert file["qParams"]["supernodes"] == [["<b>", file["qParams"]["pinnedIds"][0]]]
+    client.delete(f"{at}/views/v")
+
+
+def test_a_label_changed_elsewhere_is_not_written_over(client: TestClient):
+    at = f"/api/bundles/{ids(client)['bundle']}/features/1/3/label"
+    assert client.put(at, json={"label": "one", "over": ""}).status_code == 200
+    assert client.put(at, json={"label": "two", "over": ""}).status_code == 409
+    assert client.put(at, json={"label": "two", "over": "one"}).json()["label"] == "two"
+    client.put(at, json={"label": ""})
 
 
 def test_import_of_a_viewers_file_and_of_nonsense(client: TestClient, root: Path, tmp_path: Path):
@@ -220,6 +234,13 @@ def test_other_hosts_origins_and_bodies_are_refused(client: TestClient, root: Pa
         for _ in range(40):
             yield b" " * 65536
 
+    # A gigabyte, and a graph of 10^7 links, are refused by what they say of their size.
+    for path in (label, "/api/graphs?name=large"):
+        claimed = client.request(
+            "PUT" if path == label else "POST", path, content=b"{", headers={"content-length": str(10**9)}
+        )
+        assert claimed.status_code == 413
+    assert client.put(label, json={"label": "x" * 100_000}).status_code == 422
     assert client.put(label, content=endless(), headers={"content-type": "application/json"}).status_code in (400, 413)
     answer = client.get("/api/library")
     assert "default-src 'none'" in answer.headers["content-security-policy"]

@@ -21,7 +21,7 @@ VERBS = {
     "graph": "Trace a prompt into an attribution graph.",
     "graph-diff": "Compare two graphs by feature.",
     "intervene": "Change features of a prompt and see what the model does.",
-    "serve": "Serve runs, features and graphs as JSON, on this machine only.",
+    "serve": "Show runs, features and graphs on a page, on this machine only.",
     "plan": "Say what a training run will take, without allocating it.",
 }
 

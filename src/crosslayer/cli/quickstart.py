@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from crosslayer.cli.labels import labels_of
+from crosslayer.cli.serve import PORT
 from crosslayer.core.errors import RunError
 
 FEATURE_TOKENS = 131_072
@@ -17,7 +19,8 @@ PROMPT = "class Shape:\n    def __init__(self, width):\n        self.width ="
 @click.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True, help="run folder to make")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="of initial weights and of the order of text")
-def command(out: Path, seed: int) -> None:
+@click.option("--serve/--no-serve", default=None, help="show the page at the end; only on a terminal unless given")
+def command(out: Path, seed: int, serve: bool | None) -> None:
     """Train a transcoder of the shipped host on Python's standard library, measure and save it, collect its features, and trace a prompt.
 
     Needs no network and no GPU. A run that was stopped goes on where it stood.
@@ -67,4 +70,10 @@ def command(out: Path, seed: int) -> None:
     graph = attribute(None, out, PROMPT, device="cpu", console=Console(stderr=True))
     print_graph(Console(), graph, top=5, labels=labels_of(graph, out, None))
     saved = graph.save(out / "graphs" / "width")
-    click.echo(f"saved as {saved}; trace your own with: crosslayer graph --clt {out} --prompt TEXT")
+    click.echo(f"saved as {saved}; trace your own with: crosslayer graph --clt {out} --prompt TEXT\n")
+    if serve if serve is not None else sys.stdin.isatty() and sys.stdout.isatty():
+        from crosslayer.serve.listen import listen
+
+        listen([out], host="127.0.0.1", port=PORT, show=True)
+    else:
+        click.echo(f"look at all of it on a page with: crosslayer serve {out}")

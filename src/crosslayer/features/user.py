@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from crosslayer.core.errors import FormatError
+from crosslayer.core.errors import ConflictError, FormatError
 from crosslayer.features.index import words_of
 
 PERSON = "person"
@@ -140,23 +141,44 @@ class UserStore:
             else [f for (f,) in connection.execute("SELECT feature FROM pins ORDER BY time, feature")]
         )
 
-    def save_view(self, kind: str, name: str, value: object) -> None:
-        """Keep any JSON value under a name."""
+    def save_view(self, kind: str, name: str, value: object, *, over: str | None = None) -> str:
+        """Keep any JSON value under a name; gives its revision.
+
+        Args:
+            over: the revision that it is to replace, empty for none at all; whatever is there by default.
+
+        Raises:
+            ConflictError: if another one is there.
+        """
         connection = self._open(write=True)
         assert connection is not None
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now, text = datetime.now(UTC).isoformat(timespec="seconds"), json.dumps(value)
         with self._writing, connection:
-            connection.execute("INSERT OR REPLACE INTO views VALUES (?, ?, ?, ?)", (kind, name, json.dumps(value), now))
+            # A lock on the file, for other processes, from before the reading on.
+            connection.execute("BEGIN IMMEDIATE")
+            row = connection.execute("SELECT value FROM views WHERE kind = ? AND name = ?", (kind, name)).fetchone()
+            if over is not None and over != (there := _revision(row[0]) if row else ""):
+                what = "was changed elsewhere, as in another tab" if there else "is not there any more"
+                raise ConflictError(f"the view {name!r} {what}; load it again, or keep yours under another name")
+            connection.execute("INSERT OR REPLACE INTO views VALUES (?, ?, ?, ?)", (kind, name, text, now))
+        return _revision(text)
 
-    def view(self, kind: str, name: str) -> Any:
-        """The value kept under a name, or None."""
+    def drop_view(self, kind: str, name: str) -> None:
+        """Take a view away."""
+        connection = self._open(write=True)
+        assert connection is not None
+        with self._writing, connection:
+            connection.execute("DELETE FROM views WHERE kind = ? AND name = ?", (kind, name))
+
+    def view(self, kind: str, name: str) -> tuple[Any, str]:
+        """The value kept under a name, or None; and its revision, empty for none."""
         connection = self._open(write=False)
         row = (
             None
             if connection is None
             else connection.execute("SELECT value FROM views WHERE kind = ? AND name = ?", (kind, name)).fetchone()
         )
-        return None if row is None else json.loads(row[0])
+        return (None, "") if row is None else (json.loads(row[0]), _revision(row[0]))
 
     def views(self, kind: str) -> list[str]:
         """Names of what was kept of a kind."""
@@ -171,3 +193,7 @@ class UserStore:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _revision(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

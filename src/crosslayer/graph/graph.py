@@ -197,8 +197,11 @@ class Graph:
             self.edges, self.weight_N, sorted(features), n_features=self.n_features, first_token=self.first_token
         )
 
-    def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:
+    def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98, wanted: Collection[int] = ()) -> Pruned:
         """The fewest nodes that hold `node_threshold` of the influence, and of their edges those that hold `edge_threshold`.
+
+        Args:
+            wanted: nodes that stay whatever their influence, with their edges.
 
         Raises:
             ConfigError: for a threshold outside 0 to 1.
@@ -209,6 +212,7 @@ class Graph:
         return prune(
             self.edges, self.weight_N, n_features=self.n_features, first_token=self.first_token,
             influence_N=self.influence_N, node_threshold=node_threshold, edge_threshold=edge_threshold,
+            wanted=wanted,
         )  # fmt: skip
 
     def normalised(self) -> csr_array:

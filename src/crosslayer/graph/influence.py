@@ -6,7 +6,7 @@ is p W + p W^2 + ...; the graph is acyclic, so the sum ends. The numbers are tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +126,7 @@ def prune(
     influence_N: Float[np.ndarray, " N"],
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
+    wanted: Collection[int] = (),
 ) -> Pruned:
     """Keep the fewest nodes that hold `node_threshold` of the influence, tokens and targets always; then edges likewise.
 
@@ -133,9 +134,13 @@ def prune(
         weight_NN: signed edges. Nodes are features, errors, tokens, targets.
         weight_N: p, zero but at the targets.
         influence_N: by which nodes are ranked.
+        wanted: nodes that stay whatever their influence, with all edges between them and other kept nodes.
     """
+    wanted_N = np.zeros(len(influence_N), dtype=bool)
+    wanted_N[list(wanted)] = True
     keep_N = influence_N >= cutoff(influence_N, node_threshold)
     keep_N[first_token:] = True
+    keep_N |= wanted_N
     coo = weight_NN.tocoo()
     among = keep_N[coo.row] & keep_N[coo.col] & (coo.data != 0)
     target_E, source_E, weight_E = coo.row[among], coo.col[among], coo.data[among]
@@ -146,7 +151,7 @@ def prune(
     score_E = coo.data * reach_N[coo.row]
     weight_E = kept.tocoo().data
     target_E, source_E = coo.row, coo.col
-    strong = score_E >= cutoff(score_E, edge_threshold)
+    strong = (score_E >= cutoff(score_E, edge_threshold)) | wanted_N[target_E] | wanted_N[source_E]
     while True:
         has_output, has_input = np.zeros_like(keep_N), np.zeros_like(keep_N)
         has_output[source_E[strong]] = True
@@ -154,6 +159,7 @@ def prune(
         still_N = keep_N.copy()
         still_N[:first_token] &= has_output[:first_token]
         still_N[:n_features] &= has_input[:n_features]
+        still_N |= wanted_N
         if (still_N == keep_N).all():
             break
         keep_N = still_N

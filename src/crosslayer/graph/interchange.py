@@ -7,8 +7,9 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -39,18 +40,22 @@ def to_file(
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     labels: Mapping[tuple[int, int], str] | None = None,
+    pinned: Sequence[int] = (),
+    supernodes: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> GraphFile:
     """A graph, pruned, in the interchange format.
 
     Args:
         labels: what features are called, by layer and index: their `clerp`.
+        pinned: nodes that a viewer shows as pinned; they stay whatever the thresholds.
+        supernodes: names, and the nodes that are shown as one.
 
     Raises:
         ConfigError: for a slug with other characters than letters, digits, `_`, `.` and `-`.
     """
     if not SLUG.fullmatch(slug):
         raise ConfigError(f"slug {slug!r} may hold letters, digits, '_', '.' and '-' only")
-    pruned = graph.prune(node_threshold, edge_threshold)
+    pruned = graph.prune(node_threshold, edge_threshold, wanted=pinned)
     kept = np.flatnonzero(pruned.node_N)
     ids = {int(n): _node_id(graph, int(n)) for n in kept}
     h = graph.header
@@ -72,7 +77,11 @@ def to_file(
         for s, t, w in zip(pruned.source_E, pruned.target_E, pruned.weight_E, strict=True)
     ]
     nodes = [_node(graph, pruned, int(n), labels or {}) for n in kept]
-    return GraphFile(metadata=GraphMetadata.model_validate(said), qParams=QParams(), nodes=nodes, links=links)
+    shown = QParams(
+        pinnedIds=[ids[n] for n in pinned],
+        supernodes=[[name, *(ids[n] for n in members if n in ids)] for name, members in supernodes],
+    )
+    return GraphFile(metadata=GraphMetadata.model_validate(said), qParams=shown, nodes=nodes, links=links)
 
 
 def _node_id(graph: Graph, node: int) -> str:
@@ -279,6 +288,40 @@ def _depth(node: GraphNode) -> int:
     return -1 if node.layer == "E" else int(node.layer)
 
 
+class Numbered(NamedTuple):
+    """The nodes of a file, in the order of a `Graph`."""
+
+    place: dict[str, int]
+    """Number by id."""
+    features: list[GraphNode]
+    logits: list[GraphNode]
+    n_layers: int
+    n_positions: int
+
+
+def numbered(file: GraphFile) -> Numbered:
+    """Which number each node of a file has in the graph that it becomes.
+
+    Raises:
+        FormatError: for a node whose place cannot be told.
+    """
+    n_positions = max([len(file.metadata.prompt_tokens), *(n.ctx_idx + 1 for n in file.nodes)])
+    inner = [n for n in file.nodes if n.feature_type in (FEATURE, ERROR) or n.feature_type not in (TOKEN, LOGIT)]
+    logits = [n for n in file.nodes if n.feature_type == LOGIT]
+    n_layers = max([_depth(n) + 1 for n in inner] + [_depth(n) - 1 for n in logits] + [1])
+    features = sorted((n for n in inner if n.feature_type != ERROR), key=lambda n: (_depth(n), n.ctx_idx, _index(n)))
+    first_error, first_token = len(features), len(features) + n_layers * n_positions
+    place = {n.node_id: i for i, n in enumerate(features)}
+    for n in file.nodes:
+        if n.feature_type == ERROR:
+            place[n.node_id] = first_error + _depth(n) * n_positions + n.ctx_idx
+        elif n.feature_type == TOKEN:
+            place[n.node_id] = first_token + n.ctx_idx
+    for i, n in enumerate(logits):
+        place[n.node_id] = first_token + n_positions + i
+    return Numbered(place, features, logits, n_layers, n_positions)
+
+
 def to_graph(file: GraphFile) -> Graph:
     """An imported file as a `Graph`: its nodes and links, pruned as they came, so rows are not whole and no scores follow.
 
@@ -286,23 +329,13 @@ def to_graph(file: GraphFile) -> Graph:
         FormatError: for a node whose place cannot be told.
     """
     m = file.metadata
-    n_positions = max([len(m.prompt_tokens), *(n.ctx_idx + 1 for n in file.nodes)])
-    inner = [n for n in file.nodes if n.feature_type in (FEATURE, ERROR) or n.feature_type not in (TOKEN, LOGIT)]
-    logits = [n for n in file.nodes if n.feature_type == LOGIT]
-    n_layers = max([_depth(n) + 1 for n in inner] + [_depth(n) - 1 for n in logits] + [1])
-    features = sorted((n for n in inner if n.feature_type != ERROR), key=lambda n: (_depth(n), n.ctx_idx, _index(n)))
+    place, features, logits, n_layers, n_positions = numbered(file)
     first_error, first_token = len(features), len(features) + n_layers * n_positions
-    place = {n.node_id: i for i, n in enumerate(features)}
     tokens = [0] * n_positions
     for n in file.nodes:
-        if n.feature_type == ERROR:
-            place[n.node_id] = first_error + _depth(n) * n_positions + n.ctx_idx
-        elif n.feature_type == TOKEN:
-            place[n.node_id] = first_token + n.ctx_idx
+        if n.feature_type == TOKEN:
             parts = n.node_id.split("_")
             tokens[n.ctx_idx] = int(parts[1]) if len(parts) > 1 and re.fullmatch(r"[0-9]{1,9}", parts[1]) else 0
-    for i, n in enumerate(logits):
-        place[n.node_id] = first_token + n_positions + i
     n_nodes = first_token + n_positions + len(logits)
     influence_N = np.zeros(n_nodes)
     for n, share in zip(file.nodes, file.influences(), strict=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Body, Query, Request, Response
 
-from crosslayer.core.errors import ConfigError
+from crosslayer.core.errors import ConfigError, ConflictError
 from crosslayer.features.store import NEIGHBOURS, FeatureBundle
+from crosslayer.features.user import PERSON
 from crosslayer.serve.opened import library, opened
 
 router = APIRouter(tags=["features"])
@@ -88,14 +90,35 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+@router.get("/bundles/{id}/labels")
+def labels(request: Request, id: str, of: Annotated[list[str], Query(max_length=MOST)]) -> dict[str, str]:
+    """Labels of some features, each named as `layer/index`; those without one are left out."""
+    found = _bundle(request, id)
+    ids = {}
+    for name in of:
+        layer, slash, index = name.partition("/")
+        if not (slash and re.fullmatch("[0-9]{1,9}", layer) and re.fullmatch("[0-9]{1,9}", index)):
+            raise ConfigError(f"{name!r} names no feature; write layer/index, as 3/120")
+        ids[found.id(int(layer), int(index))] = name
+    return {ids[n]: label for n, (label, _) in found.labels(list(ids)).items() if label}
+
+
 @router.put("/bundles/{id}/features/{layer}/{index}/label")
 def set_label(
-    request: Request, id: str, layer: int, index: int, label: Annotated[str, Body(embed=True, max_length=MOST_LABEL)]
+    request: Request,
+    id: str,
+    layer: int,
+    index: int,
+    label: Annotated[str, Body(max_length=MOST_LABEL)],
+    over: Annotated[str | None, Body(max_length=MOST_LABEL)] = None,
 ) -> dict[str, str | None]:
-    """Keep a person's label; an empty one takes it away. Gives the label that counts now."""
+    """Keep a person's label, in place of the one `over` if that is given; an empty one takes it away. Gives the label that counts now; 409 if another is there."""
     found = _bundle(request, id)
-    found.set_label(layer, index, label)
     n = found.id(layer, index)
+    there = next((x.label for x in found.user.labels([n]).get(n, []) if x.source == PERSON), "")
+    if over is not None and over.strip() != there:
+        raise ConflictError(f"the label was changed elsewhere to {there!r}; look at it, then keep yours again")
+    found.set_label(layer, index, label)
     shown, source = found.labels([n])[n]
     return {"label": shown, "label_from": source}
 
@@ -140,5 +163,8 @@ def atlas(request: Request, id: str, level: Annotated[int, Query(ge=0)] = 0) -> 
         density.astype("<f4"),
     ]
     return Response(
-        b"".join([np.uint32(len(at)).tobytes(), *(c.tobytes() for c in columns)]), media_type="application/octet-stream"
+        b"".join([np.uint32(len(at)).tobytes(), *(c.tobytes() for c in columns)]),
+        media_type="application/octet-stream",
+        # Compressing a map of a large transcoder takes longer than reading it.
+        headers={"content-encoding": "identity"},
     )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Body, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from crosslayer.core.errors import ConfigError
 from crosslayer.core.files import replacing
-from crosslayer.features.store import MANIFEST, USER
+from crosslayer.features.store import USER
+from crosslayer.features.user import UserStore
 from crosslayer.graph.circuit import suggested
 from crosslayer.graph.graph import Graph
 from crosslayer.graph.interchange import read_graph_file, slug_of, to_file, to_graph
@@ -21,16 +23,49 @@ from crosslayer.serve.library import Entry
 from crosslayer.serve.opened import library, opened
 
 router = APIRouter(tags=["graphs"])
+MOST_KEPT = 2000
 Share = Annotated[float, Query(ge=0, le=1)]
+Nodes = Annotated[list[int], Query(max_length=2000)]
+Name = Annotated[str, PathParameter(min_length=1, max_length=80)]
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Supernode(_Kept):
+    """Nodes that are drawn as one."""
+
+    name: Annotated[str, Field(max_length=200)]
+    members: Annotated[list[int], Field(max_length=MOST_KEPT)]
+
+
+class View(_Kept):
+    """What a person has made of a graph."""
+
+    pins: Annotated[list[int], Field(max_length=MOST_KEPT)] = []
+    supernodes: Annotated[list[Supernode], Field(max_length=MOST_KEPT)] = []
+    places: Annotated[dict[str, tuple[float, float]], Field(max_length=2 * MOST_KEPT)] = {}
+    """Of pinned nodes (by number) and supernodes (`s` and name) in the drawing of the subgraph."""
+    node_threshold: Annotated[float, Field(ge=0, le=1)] = 0.8
+    edge_threshold: Annotated[float, Field(ge=0, le=1)] = 0.98
+    errors: bool = True
 
 
 @router.get("/graphs/{id}")
-def graph(request: Request, id: str, node_threshold: Share = 0.8, edge_threshold: Share = 0.98) -> dict[str, Any]:
-    """Header, scores, and the nodes and edges kept, in columns; edges name nodes by their place among those kept."""
+def graph(
+    request: Request,
+    id: str,
+    node_threshold: Share = 0.8,
+    edge_threshold: Share = 0.98,
+    wanted: Nodes = [],  # noqa: B006
+) -> dict[str, Any]:
+    """Header, scores, and the nodes and edges kept, in columns; edges name nodes by their place among those kept. Nodes that are `wanted` are kept too."""
     entry = library(request).find("graph", id)
     found: Graph = opened(request).graph(entry.path)
+    _check_nodes(found, wanted)
     # An imported graph was pruned before it came, and its rows are not whole.
-    pruned = found.prune(1.0, 1.0) if found.imported else found.prune(node_threshold, edge_threshold)
+    pruned = found.prune(1.0, 1.0) if found.imported else found.prune(node_threshold, edge_threshold, wanted)
     kept = np.flatnonzero(pruned.node_N)
     place = np.full(found.n_nodes, -1)
     place[kept] = np.arange(len(kept))
@@ -39,6 +74,8 @@ def graph(request: Request, id: str, node_threshold: Share = 0.8, edge_threshold
         "header": found.header.model_dump(exclude={"arrays"}),
         "scores": None if found.imported else {k: v._asdict() for k, v in found.scores()._asdict().items()},
         "imported": found.imported,
+        "first": _first_view(request, entry, found),
+        "bundle": None if (bundle := _bundle_of(request, entry, found)) is None else bundle.id,
         "n_features": found.n_features,
         "nodes": _nodes(found, kept, total, _labels(request, entry, found)),
         "edges": {
@@ -67,25 +104,49 @@ def _nodes(g: Graph, kept: np.ndarray, total: float, labels: dict[tuple[int, int
     }  # fmt: skip
 
 
+def _check_nodes(g: Graph, nodes: Sequence[int]) -> None:
+    for n in nodes:
+        if not 0 <= n < g.n_nodes:
+            raise ConfigError(f"the graph has no node {n}; its nodes are 0 to {g.n_nodes - 1}")
+
+
 def _labels(request: Request, entry: Entry, g: Graph) -> dict[tuple[int, int], str]:
-    """From the bundle of the run that the graph lies in, if it has one of its shape."""
-    path = _bundle_of(request, entry)
-    if path is None:
-        return {}
-    bundle = opened(request).bundle(path)
+    """From the bundle of the run that the graph lies in, if it has one of its shape; an imported graph brings its own."""
     a = g.arrays
-    if bundle.n_layers != g.header.n_layers or (g.n_features and int(a.index_F.max()) >= bundle.n_features):
+    if g.imported:
+        numbered_nodes, file = opened(request).imported(entry.path)
+        clerps = {numbered_nodes.place[n.node_id]: n.clerp for n in file.nodes if n.clerp}
+        return {(int(a.layer_F[n]), int(a.index_F[n])): clerp for n, clerp in clerps.items() if n < g.n_features}
+    beside = _bundle_of(request, entry, g)
+    if beside is None:
         return {}
+    bundle = opened(request).bundle(beside.path)
     ids = (a.layer_F * bundle.n_features + a.index_F).tolist()
     labels = bundle.labels(ids)
     return {bundle.place(n): label for n in ids if (label := labels[n][0])}
 
 
-def _bundle_of(request: Request, entry: Entry) -> Path | None:
-    if entry.run is None:
-        return None
-    path = library(request).find("run", entry.run).path / "features"
-    return path if (path / MANIFEST).is_file() else None
+def _bundle_of(request: Request, entry: Entry, g: Graph) -> Entry | None:
+    """The bundle of the run that the graph lies in, if it is of the graph's shape."""
+    for other in library(request).entries():
+        if entry.run is not None and (other.kind, other.run) == ("bundle", entry.run):
+            bundle, a = opened(request).bundle(other.path), g.arrays
+            if bundle.n_layers == g.header.n_layers and (not g.n_features or int(a.index_F.max()) < bundle.n_features):
+                return other
+    return None
+
+
+def _first_view(request: Request, entry: Entry, g: Graph) -> dict[str, Any]:
+    """Pins and supernodes that an imported file came with."""
+    if not g.imported:
+        return {"pins": [], "supernodes": []}
+    nodes, file = opened(request).imported(entry.path)
+    place = nodes.place
+    groups = [(s[0], [place[i] for i in s[1:] if i in place]) for s in file.qParams.supernodes if s]
+    return {
+        "pins": [place[i] for i in file.qParams.pinnedIds if i in place],
+        "supernodes": [{"name": name, "members": members} for name, members in groups if members],
+    }
 
 
 @router.post("/graphs")
@@ -127,46 +188,71 @@ def subgraph(
         raise ConfigError(
             "the graph was imported from a pruned file, whose rows are not whole; trace the prompt for scores"
         )
+    _check_nodes(found, nodes)
     return {
         k: v._asdict() for k, v in found.subgraph_scores([n for n in nodes if n < found.n_features])._asdict().items()
     }
 
 
-def _user(request: Request, entry: Entry) -> Any:
-    """Where views of a graph are kept: with its run's bundle, else beside the graph."""
-    bundle = _bundle_of(request, entry)
-    return opened(request).bundle(bundle).user if bundle is not None else opened(request).user(entry.path.parent / USER)
+class KeptView(NamedTuple):
+    """Where views of a graph are kept: `user.sqlite` beside it."""
+
+    store: UserStore
+    kind: str
+
+
+def _views(request: Request, id: str) -> KeptView:
+    entry = library(request).find("graph", id)
+    return KeptView(opened(request).user(entry.path.parent / USER), f"graph {entry.path.name}")
 
 
 @router.get("/graphs/{id}/views")
 def views(request: Request, id: str) -> list[str]:
     """Names of what was kept of a graph."""
-    return _user(request, library(request).find("graph", id)).views(f"graph {id}")
+    store, kind = _views(request, id)
+    return store.views(kind)
 
 
 @router.get("/graphs/{id}/views/{name}")
-def view(request: Request, id: str, name: str) -> Any:
-    """Pins, supernodes, positions and thresholds that were kept under a name; null for none."""
-    return _user(request, library(request).find("graph", id)).view(f"graph {id}", name)
+def view(request: Request, id: str, name: Name) -> dict[str, Any]:
+    """What was kept under a name, null for nothing, and its revision."""
+    store, kind = _views(request, id)
+    value, revision = store.view(kind, name)
+    return {"value": value, "revision": revision}
 
 
 @router.put("/graphs/{id}/views/{name}")
 def keep_view(
-    request: Request,
-    id: str,
-    name: Annotated[str, PathParameter(max_length=80)],
-    value: Annotated[dict[str, Any], Body()],
+    request: Request, id: str, name: Name, value: Annotated[View, Body()], over: Annotated[str | None, Body()] = None
 ) -> dict[str, str]:
-    """Keep them."""
-    _user(request, library(request).find("graph", id)).save_view(f"graph {id}", name, value)
-    return {"kept": name}
+    """Keep pins, supernodes, positions and thresholds under a name, in place of the revision `over`, empty for a new one; 409 if another is there."""
+    store, kind = _views(request, id)
+    return {"revision": store.save_view(kind, name, value.model_dump(), over=over)}
+
+
+@router.delete("/graphs/{id}/views/{name}")
+def drop_view(request: Request, id: str, name: Name) -> dict[str, str]:
+    """Take a view away."""
+    store, kind = _views(request, id)
+    store.drop_view(kind, name)
+    return {"dropped": name}
 
 
 @router.get("/graphs/{id}/export")
-def export(request: Request, id: str, node_threshold: Share = 0.8, edge_threshold: Share = 0.98) -> Response:
-    """The pruned graph as the JSON that circuit-tracer's and Neuronpedia's viewers read, with labels."""
+def export(
+    request: Request, id: str, node_threshold: Share = 0.8, edge_threshold: Share = 0.98, view: str | None = None
+) -> Response:
+    """The pruned graph as the JSON that circuit-tracer's and Neuronpedia's viewers read, with labels, and with pins and supernodes of a view."""
     entry = library(request).find("graph", id)
     found: Graph = opened(request).graph(entry.path)
-    file = to_file(found, slug_of(entry.path), node_threshold, edge_threshold, _labels(request, entry, found))
+    store, kind = _views(request, id)
+    kept = View.model_validate((store.view(kind, view)[0] if view is not None else None) or {})
+    labels = _labels(request, entry, found)
+    pinned = [n for n in kept.pins if 0 <= n < found.n_nodes]
+    groups = [(s.name, s.members) for s in kept.supernodes]
+    if found.imported:
+        # Already pruned: it goes out as it came, but for what the view adds.
+        node_threshold = edge_threshold = 1.0
+    file = to_file(found, slug_of(entry.path), node_threshold, edge_threshold, labels, pinned, groups)
     name = f'attachment; filename="{slug_of(entry.path)}.json"'
     return Response(file.model_dump_json(), media_type="application/json", headers={"content-disposition": name})

@@ -12,11 +12,18 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+from crosslayer.core.errors import CrosslayerError
 from crosslayer.serve.library import Unknown
 
 MOST_JOBS = 200
+MOST_WAITING = 50
+MOST_STREAMS = 50
 MOST_LINE = 64 << 20
 FINAL = ("done", "failed", "cancelled")
+
+
+class Busy(CrosslayerError):
+    """More is asked at once than is done; the server answers 503."""
 
 
 class Job:
@@ -57,13 +64,20 @@ class Jobs:
     def __init__(self, command: list[str] | None = None) -> None:
         self.command = command or [sys.executable, "-m", "crosslayer", "worker"]
         self.jobs: dict[int, Job] = {}
+        self.streams = 0
         self._queue: asyncio.Queue[Job] = asyncio.Queue()
         self._process: asyncio.subprocess.Process | None = None
         self._runner: asyncio.Task[None] | None = None
         self._current: Job | None = None
 
     def add(self, kind: str, arguments: dict[str, Any]) -> Job:
-        """Queue a job."""
+        """Queue a job.
+
+        Raises:
+            Busy: behind too many others.
+        """
+        if sum(j.state not in FINAL for j in self.jobs.values()) >= MOST_WAITING:
+            raise Busy(f"{MOST_WAITING} jobs are waiting already; stop some, or wait")
         job = Job(max(self.jobs, default=0) + 1, kind, arguments)
         self.jobs[job.number] = job
         for old in [n for n, j in self.jobs.items() if j.state in FINAL][: max(0, len(self.jobs) - MOST_JOBS)]:

@@ -75,7 +75,7 @@ class Library:
         raise Unknown(f"there is no {kind} {id!r} here; reload the list")
 
 
-def _id(path: Path) -> str:
+def id_of(path: Path) -> str:
     """A readable name and enough of a hash to tell it from others of that name."""
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem if path.suffix == ".json" else path.name)[:40]
     return f"{readable}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
@@ -83,13 +83,13 @@ def _id(path: Path) -> str:
 
 def _walk(root: Path, path: Path, run: str | None, depth: int) -> Iterator[Entry]:
     name = str(path.relative_to(root)) if path != root else root.name
-    entry = lambda kind: Entry(_id(path), kind, name, path, run)  # noqa: E731
+    entry = lambda kind: Entry(id_of(path), kind, name, path, run)  # noqa: E731
     if path.is_file():
         if path.suffix == ".json" and _is_graph(path):
             yield entry("graph")
         return
     if (path / "run.json").is_file():
-        run = _id(path)
+        run = id_of(path)
         yield Entry(run, "run", name, path, run)
     elif (path / MANIFEST).is_file():
         yield entry("bundle")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
+import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +18,11 @@ from crosslayer.serve.app import create_app
 TRIES = 20
 
 
-def listen(roots: Sequence[Path], *, host: str, port: int) -> None:
+def listen(roots: Sequence[Path], *, host: str, port: int, show: bool = False) -> None:
     """Serve until interrupted.
+
+    Args:
+        show: open the page in the browser, where there is a screen.
 
     Raises:
         ConfigError: for a path that is not there, or an address that cannot be listened on.
@@ -29,7 +35,10 @@ def listen(roots: Sequence[Path], *, host: str, port: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     names = [] if local else [shown, *([socket.gethostname(), *_addresses()] if host in ("0.0.0.0", "::") else [])]
     app = create_app(roots, hosts=names, port=port, token=token)
+    bound.listen()  # who reads the address may come before the server is up
     click.echo(f"serving {', '.join(map(str, roots))} at http://{shown}:{port}/" + (f"?token={token}" if token else ""))
+    if show and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(f"http://{shown}:{port}/" + (f"?token={token}" if token else ""))
     with bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
         server.run(sockets=[bound])

@@ -12,7 +12,8 @@ from fastapi import Request
 from crosslayer.features.store import MANIFEST, FeatureBundle, load_features
 from crosslayer.features.user import UserStore
 from crosslayer.graph.graph import Graph
-from crosslayer.graph.interchange import open_graph
+from crosslayer.graph.interchange import Numbered, numbered, open_graph, read_graph_file
+from crosslayer.records.graph import GraphFile
 from crosslayer.serve.library import Library
 
 MOST_GRAPHS = 8
@@ -25,6 +26,7 @@ class Opened:
         self._lock = Lock()
         self._bundles: dict[Path, tuple[int, FeatureBundle]] = {}
         self._users: dict[Path, UserStore] = {}
+        self._file: tuple[Path, int, Numbered, GraphFile] | None = None
         self._graphs: OrderedDict[Path, tuple[int, Graph]] = OrderedDict()
 
     def bundle(self, path: Path) -> FeatureBundle:
@@ -45,6 +47,15 @@ class Opened:
             while len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
             return self._graphs[path][1]
+
+    def imported(self, path: Path) -> tuple[Numbered, GraphFile]:
+        """The file of an imported graph, and the numbers of its nodes."""
+        with self._lock:
+            changed = path.stat().st_mtime_ns
+            if self._file is None or self._file[:2] != (path, changed):
+                file = read_graph_file(path)
+                self._file = path, changed, numbered(file), file
+            return self._file[2:]
 
     def user(self, path: Path) -> UserStore:
         """Labels and views that lie beside graphs without a bundle."""

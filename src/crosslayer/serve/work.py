@@ -15,8 +15,8 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.graph.circuit import predicted_changes
 from crosslayer.graph.graph import Graph
 from crosslayer.graph.interchange import slug_of
-from crosslayer.serve.jobs import Jobs
-from crosslayer.serve.library import Entry
+from crosslayer.serve.jobs import MOST_STREAMS, Busy, Jobs
+from crosslayer.serve.library import Entry, id_of
 from crosslayer.serve.opened import library, opened
 
 router = APIRouter(tags=["jobs"])
@@ -70,14 +70,15 @@ def _jobs(request: Request) -> Any:
 
 
 @router.post("/jobs/trace")
-async def trace(request: Request, asked: Trace) -> dict[str, int]:
-    """Trace a prompt; the result names the graph."""
+async def trace(request: Request, asked: Trace) -> dict[str, Any]:
+    """Trace a prompt; `graph` is the id that the graph will have."""
     run = library(request).find("run", asked.run)
     out = run.path / "graphs" / slug_of(f"{asked.name}.json")
     if out.with_suffix(".json").exists():
         raise ConfigError(f"the run has a graph {out.name!r} already; give another name")
     arguments = asked.model_dump(exclude={"run", "name"}) | {"clt": str(run.path), "out": str(out)}
-    return {"job": _jobs(request).add("trace", arguments).number}
+    number = _jobs(request).add("trace", arguments).number
+    return {"job": number, "graph": id_of(out.with_suffix(".json"))}
 
 
 @router.post("/jobs/intervene")
@@ -132,11 +133,18 @@ async def job(request: Request, number: int) -> dict[str, Any]:
 @router.get("/jobs/{number}/events")
 async def events(request: Request, number: int) -> StreamingResponse:
     """Server-sent events: every state and stage, the last with the result or the error."""
-    found = _jobs(request).job(number)
+    jobs: Jobs = _jobs(request)
+    found = jobs.job(number)
+    if jobs.streams >= MOST_STREAMS:
+        raise Busy(f"{MOST_STREAMS} streams of events are open already; close some tabs")
 
     async def lines() -> AsyncIterator[str]:
-        async for event in found.told():
-            yield f"data: {json.dumps(event)}\n\n"
+        jobs.streams += 1
+        try:
+            async for event in found.told():
+                yield f"data: {json.dumps(event)}\n\n"
+        finally:
+            jobs.streams -= 1
 
     return StreamingResponse(lines(), media_type="text/event-stream")
 

@@ -1,0 +1,500 @@
+"""The page in a real browser: what a person does with it, and that it is still there after a reload and in a fresh profile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect
+
+import crosslayer
+import crosslayer as xl
+from crosslayer.graph.interchange import read_graph_file, to_file, write_graph_file
+from serve.served import Served
+
+WEB = Path(crosslayer.__file__).parents[2] / "web" / "src"
+STATIC = Path(crosslayer.__file__).parent / "serve" / "static"
+HARM = "<img src=x onerror=\"document.title='harmed'\">"
+
+
+@pytest.fixture(scope="module")
+def served(root: Path) -> Iterator[Served]:
+    one = Served(root)
+    yield one
+    one.stop()
+
+
+class Watched:
+    """A page that may not load from elsewhere, complain, or break its policy."""
+
+    def __init__(self, page: Page, base: str) -> None:
+        self.page, self.base, self.complaints = page, base, list[str]()
+        page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        page.on("request", lambda r: None if self._ours(r.url) else self.complaints.append(f"asked {r.url}"))
+
+    def _ours(self, url: str) -> bool:
+        return url.startswith((self.base, "data:", f"blob:{self.base}"))
+
+    def open(self, path: str = "") -> Page:
+        self.page.goto(f"{self.base}/#/{path}")
+        self.page.wait_for_selector("main:not([aria-busy])")
+        return self.page
+
+
+@contextmanager
+def profile(browser: Browser, served: Served, *, refusals: int = 0, **options: object) -> Iterator[Watched]:
+    """A fresh browser profile. `refusals`: answers of 4xx that the browser may log."""
+    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 900}, **options)  # type: ignore[arg-type]
+    context.set_default_timeout(15_000)
+    watched = Watched(context.new_page(), served.url)
+    yield watched
+    logged = [c for c in watched.complaints if "status of 4" in c]
+    assert len(logged) <= refusals, logged
+    assert [c for c in watched.complaints if c not in logged] == []
+    context.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, served: Served) -> Iterator[Watched]:
+    with profile(browser, served) as watched:
+        yield watched
+
+
+def test_the_built_page_is_of_these_sources():
+    digest = hashlib.sha256()
+    for path in sorted(p.relative_to(WEB).as_posix() for p in WEB.rglob("*") if p.is_file()):
+        digest.update(path.encode() + b"\0" + (WEB / path).read_bytes() + b"\0")
+    assert (STATIC / "built-from.txt").read_text().strip() == digest.hexdigest(), "run `npm run build` in web/"
+
+
+def test_the_library_and_a_run_whose_curves_grow(visit: Watched, root: Path):
+    page = visit.open()
+    for name in ("runs/mine", "runs/mine/features", "runs/mine/graphs/one.json"):
+        expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
+    manifest, log = root / "runs" / "mine" / "run.json", root / "runs" / "mine" / "log.jsonl"
+    kept = manifest.read_text(), log.read_text()
+    manifest.write_text(json.dumps({"state": "training", "config": {"l0": 8}, "step": 2}))
+    page.get_by_role("link", name="runs/mine", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text("training")
+    expect(page.get_by_text("from 2 to 1.5")).to_be_visible()
+    log.write_text(kept[1] + 'ss": 0.25}\n')
+    expect(page.get_by_text("from 2 to 0.25")).to_be_visible()
+    page.get_by_text("Model card").click()
+    expect(page.get_by_text("# A card")).to_be_visible()
+    page.get_by_text("Settings").click()
+    expect(page.get_by_role("row", name="l0 8")).to_be_visible()
+    manifest.write_text(kept[0])
+    log.write_text(kept[1])
+
+
+def test_features_are_sorted_filtered_and_searched(visit: Watched, served: Served, made):
+    page = visit.open(f"bundle/{served.id('bundle')}")
+    rows = page.locator("table.features tbody tr")
+    page.get_by_role("button", name="density").click()
+    densest = made.bundle.page("density", descending=True, limit=1)[0]
+    expect(rows.first.get_by_role("link")).to_have_text(f"L{densest.layer}/{densest.index}")
+    page.get_by_label("Layer", exact=True).select_option("1")
+    expect(rows.first.get_by_role("link")).to_have_text(re.compile("L1/"))
+    expect(rows).to_have_count(24)
+    page.get_by_label("Density from").fill("0.05")
+    page.get_by_label("Density from").press("Enter")
+    expect(rows).to_have_count(len(made.bundle.page(limit=100, filters={"layer": (1, 1), "density": (0.05, None)})))
+    page.reload()
+    expect(rows.first.get_by_role("link")).to_have_text(re.compile("L1/"))
+    word = made.bundle.page("auroc", descending=True, limit=1)[0].fires[0].strip()
+    page.goto(f"{served.url}/#/bundle/{served.id('bundle')}")
+    page.get_by_label("Search").fill(f"fires:{word}")
+    expect(page.get_by_text(re.compile(r"\d+ match"))).to_be_visible()
+    assert word in rows.first.inner_text()
+    page.get_by_label("Search").fill("nothinghasthisname")
+    expect(page.get_by_text("none match")).to_be_visible()
+    page.get_by_label("Search").fill('") OR (SELECT 1; --')
+    expect(page.get_by_role("status").nth(1)).to_be_visible()
+
+
+def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: Watched, served: Served, made):
+    at = f"bundle/{served.id('bundle')}/2/7"
+    page = visit.open(at)
+    for title in (
+        "Examples",
+        "Activations",
+        "Promotes",
+        "Suppresses",
+        "Writes to",
+        "Groups",
+        "Like decoders",
+        "Strongest upstream",
+    ):
+        expect(page.get_by_role("heading", name=title)).to_be_visible()  # fmt: skip
+    assert page.locator(".example").count() == len(made.bundle.feature(2, 7).examples)
+    hot = page.locator(".example .token.peak").first
+    assert "rgba" in hot.get_attribute("style")  # type: ignore[operator]
+    assert re.search(r"\d", hot.get_attribute("title") or "")
+    page.get_by_label("Your label").fill(HARM)
+    page.get_by_role("button", name="Keep label").click()
+    expect(page.locator("#label")).to_have_text(HARM)
+    page.get_by_role("button", name="Pin").click()
+    expect(page.get_by_role("button", name="Pin")).to_have_attribute("aria-pressed", "true")
+    page.get_by_label("Text").fill("def return")
+    page.get_by_role("button", name="How active is it?").click()
+    expect(page.get_by_text("highest here")).to_be_visible(timeout=60_000)
+    page.reload()
+    expect(page.locator("#label")).to_have_text(HARM)
+    assert page.title() != "harmed"
+    with profile(browser, served) as fresh:
+        other = fresh.open(at)
+        expect(other.locator("#label")).to_have_text(HARM)
+        expect(other.get_by_role("button", name="Pin")).to_have_attribute("aria-pressed", "true")
+        other.get_by_label("Your label").fill("")
+        other.get_by_role("button", name="Keep label").click()
+        expect(other.locator("#label")).not_to_have_text(HARM)
+
+
+def test_which_features_fire_on_a_text(visit: Watched, served: Served):
+    page = visit.open(f"bundle/{served.id('bundle')}")
+    page.get_by_label("Text").fill("def return")
+    page.get_by_role("button", name="Which features fire?").click()
+    expect(page.locator(".tokens button").last).to_have_attribute("aria-pressed", "true", timeout=60_000)
+    expect(page.locator("ol.list li a").first).to_have_text(re.compile(r"L\d+/\d+"))
+    page.locator("ol.list li a").first.click()
+    expect(page.get_by_role("heading", name="Examples")).to_be_visible()
+
+
+def test_the_map_is_searched_and_opens_features(visit: Watched, served: Served):
+    page = visit.open(f"bundle/{served.id('bundle')}/map")
+    canvas = page.locator("canvas.map[data-points]")
+    assert int(canvas.get_attribute("data-points") or 0) > 20
+    page.get_by_label("Colour by").select_option("group")
+    page.get_by_label("Groups").select_option("0")
+    page.get_by_role("searchbox").fill("zebra")
+    expect(page.get_by_text("0 match")).to_be_visible()
+    page.get_by_role("searchbox").fill("")
+    box = canvas.bounding_box()
+    assert box is not None
+    # From the middle outwards, until the pointer is over a point.
+    for x, y in ((0.5 + dx / 60, 0.5 + dy / 60) for r in range(30) for dx in range(-r, r + 1) for dy in (-r, r)):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        if canvas.evaluate("c => c.style.cursor") == "pointer":
+            break
+    page.mouse.down()
+    page.mouse.up()
+    expect(page.get_by_role("heading", name="Examples")).to_be_visible()
+    assert re.search(r"#/bundle/[^/]+/\d+/\d+$", page.url)
+
+
+def graph_page(watched: Watched, graph: Traced) -> Page:
+    page = watched.open(f"graph/{graph.id}")
+    page.wait_for_selector(".stage[data-nodes]")
+    return page
+
+
+def find(page: Page, text: str) -> None:
+    page.get_by_label("Find a node").fill(text)
+    page.get_by_label("Find a node").press("Enter")
+    expect(page.locator(".side h2")).to_be_visible()
+
+
+class Traced(NamedTuple):
+    """A graph of its own for each test, so that what one keeps is not another's."""
+
+    id: str
+    features: list[str]
+    """Names of features, of the most influence first."""
+
+
+@pytest.fixture
+def graph(root: Path, served: Served) -> Iterator[Traced]:
+    folder = root / "runs" / "mine" / "graphs"
+    name = f"g{time.time_ns()}"
+    for kind in ("json", "safetensors"):
+        shutil.copy(folder / f"one.{kind}", folder / f"{name}.{kind}")
+    id = served.id("graph", name)
+    served.put(f"graphs/{id}/views/default", {"value": {"node_threshold": 1.0, "edge_threshold": 1.0}})
+    nodes = served.get(f"graphs/{id}?node_threshold=1&edge_threshold=1")["nodes"]  # type: ignore[index]
+    order = sorted(range(len(nodes["id"])), key=lambda i: -nodes["influence"][i])
+    yield Traced(id, [nodes["name"][i] for i in order if nodes["kind"][i] == "feature"])
+    for kind in ("json", "safetensors"):
+        (folder / f"{name}.{kind}").unlink()
+
+
+def test_a_graph_is_read_with_the_pointer_and_with_keys(visit: Watched, graph: Traced):
+    page = graph_page(visit, graph)
+    find(page, graph.features[0])
+    expect(page.locator(".side")).to_contain_text("of influence")
+    for title in ("Inputs", "Outputs", "Examples"):
+        expect(page.locator(".side").get_by_role("heading", name=title)).to_be_visible()
+    x, y = map(float, (page.locator(".stage").get_attribute("data-at") or "").split())
+    assert re.search(r"node=\d+", page.url)
+    page.locator("canvas.over").hover(position={"x": x, "y": y})
+    expect(page.locator(".tip")).to_contain_text(graph.features[0])
+    page.locator("canvas.over").click(position={"x": 3, "y": 3})
+    expect(page.locator(".side h2")).to_have_count(0)
+    page.locator("canvas.over").click(position={"x": x, "y": y})
+    chosen = page.locator(".side h2").inner_text()
+    page.locator(".side .edges button").first.click()
+    assert page.locator(".side h2").inner_text() != chosen
+    page.locator("canvas.over").focus()
+    page.keyboard.press("Escape")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".side h2")).to_be_visible()
+    page.keyboard.press("p")
+    expect(page.locator(".box")).to_have_count(1)
+
+
+def test_thresholds_act_at_once(visit: Watched, served: Served, graph: Traced):
+    page = graph_page(visit, graph)
+    nodes = page.locator(".stage")
+    before = int(nodes.get_attribute("data-nodes") or 0)
+    page.get_by_label("Nodes").evaluate("e => { e.value = 0.3; e.dispatchEvent(new Event('input')); }")
+    expect(nodes).not_to_have_attribute("data-nodes", str(before))
+    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    page.reload()
+    page.wait_for_selector(".stage[data-nodes]")
+    assert int(nodes.get_attribute("data-nodes") or 0) < before
+    errors = page.get_by_label("errors")
+    errors.uncheck()
+    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    page.reload()
+    expect(errors).not_to_be_checked()
+
+
+def test_a_circuit_is_pinned_grouped_named_moved_and_kept(
+    browser: Browser, visit: Watched, served: Served, graph: Traced
+):
+    page = graph_page(visit, graph)
+    for name in (graph.features[0], graph.features[1], graph.features[2]):
+        find(page, name)
+        page.get_by_role("button", name="Pin to subgraph").click()
+        expect(page.get_by_role("button", name="Unpin from subgraph")).to_be_visible()
+    expect(page.locator(".box")).to_have_count(3)
+    expect(page.get_by_text("3 pinned features alone")).to_be_visible()
+    page.get_by_text("Group pinned nodes").click()
+    for name in graph.features[:2]:
+        page.get_by_role("checkbox", name=name).check()
+    page.get_by_label("Name of the supernode").fill("say self")
+    page.get_by_role("button", name="Group", exact=True).click()
+    expect(page.locator(".box")).to_have_count(2)
+    group = page.locator(".box.super")
+    expect(group).to_contain_text("say self (2)")
+    place = group.bounding_box()
+    assert place is not None
+    page.mouse.move(place["x"] + 40, place["y"] + 15)
+    page.mouse.down()
+    page.mouse.move(place["x"] + 120, place["y"] + 55, steps=5)
+    page.mouse.up()
+    moved = group.get_attribute("transform")
+    group.click()
+    page.locator(".side").get_by_label("Name of the supernode").fill(HARM)
+    page.get_by_role("button", name="Rename").click()
+    expect(group).to_contain_text("<img src=x")
+    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    page.get_by_label("Name of the view").fill("first look")
+    page.get_by_role("button", name="Keep as").click()
+    expect(page.get_by_text("kept as “first look”")).to_be_visible()
+    address = page.url
+    assert "view=first" in address
+    with profile(browser, served) as fresh:
+        other = fresh.page
+        other.goto(address)
+        other.wait_for_selector(".stage[data-nodes]")
+        expect(other.locator(".box")).to_have_count(2)
+        expect(other.locator(".box.super")).to_have_attribute("transform", moved or "")
+        assert other.title() != "harmed"
+        other.locator(".box.super").click()
+        other.get_by_role("button", name="Ungroup").click()
+        expect(other.locator(".box")).to_have_count(3)
+        expect(other.get_by_text("kept", exact=True)).to_be_visible()
+    page.reload()
+    expect(page.locator(".box")).to_have_count(3)
+
+
+def test_suggested_supernodes_are_taken_or_left(visit: Watched, served: Served, graph: Traced):
+    page = graph_page(visit, graph)
+    suggested = served.get(f"graphs/{graph.id}/suggestions?node_threshold=1")
+    page.get_by_role("button", name="Suggest").click()
+    if not suggested:
+        expect(page.get_by_text("no two features shown are alike enough")).to_be_visible()
+        return
+    page.get_by_role("button", name="Take").first.click()
+    expect(page.locator(".box.super")).to_have_count(1)
+
+
+def test_a_feature_is_labelled_in_the_graph(visit: Watched, graph: Traced):
+    page = graph_page(visit, graph)
+    find(page, graph.features[0])
+    page.get_by_label("Your label").fill("hands on")
+    page.get_by_role("button", name="Keep label").click()
+    expect(page.get_by_text("label kept")).to_be_visible()
+    page.reload()
+    expect(page.locator(".side h2")).to_have_text("hands on")
+
+
+def test_an_intervention_and_what_the_edges_said(visit: Watched, graph: Traced):
+    page = graph_page(visit, graph)
+    find(page, graph.features[1])
+    page.get_by_role("button", name="Pin to subgraph").click()
+    find(page, graph.features[2])
+    page.get_by_role("button", name="Ablate").click()
+    page.get_by_role("button", name="Run").click()
+    table = page.get_by_role("table", name="Next token")
+    expect(table).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("table", name="Pinned features: change of activation")).to_contain_text(graph.features[1])
+    page.get_by_label("Factor or activation").fill("")
+    page.get_by_role("button", name="= Set").click()
+    expect(page.get_by_text("type a number first")).to_be_visible()
+
+
+def test_a_new_graph_from_a_prompt_and_two_side_by_side(visit: Watched, served: Served, root: Path):
+    page = visit.open()
+    page.get_by_label("Prompt").fill("return value def class")
+    page.get_by_label("Name", exact=True).fill("another")
+    page.get_by_role("button", name="Trace").click()
+    page.wait_for_url(re.compile("#/graph/another"), timeout=60_000)
+    page.wait_for_selector(".stage[data-nodes]")
+    expect(page.locator(".prompt")).to_have_text("return value def class")
+    page.get_by_label("Compare with another graph").select_option(label="runs/mine/graphs/one.json")
+    expect(page.get_by_role("heading", name=re.compile(r"In both: \d+"))).to_be_visible()
+    page.locator("tbody tr").first.hover()
+    assert page.locator("canvas").count() == 2
+    for kind in ("json", "safetensors"):
+        (root / "runs" / "mine" / "graphs" / f"another.{kind}").unlink()
+
+
+def test_a_file_is_dropped_and_its_circuit_comes_with_it(visit: Watched, root: Path, tmp_path: Path):
+    graph = xl.Graph.load(root / "runs" / "mine" / "graphs" / "one")
+    top = [int(n) for n in (-graph.influence_N[: graph.n_features]).argsort()[:3]]
+    file = to_file(graph, "theirs", 0.9, 0.98, {}, top, [("a pair", top[:2])])
+    write_graph_file(file, tmp_path / "theirs.json")
+    page = visit.open()
+    drop = """text => {
+        const given = new DataTransfer();
+        given.items.add(new File([text], "theirs.json", { type: "application/json" }));
+        document.dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
+    }"""
+    page.evaluate(drop, (tmp_path / "theirs.json").read_text())
+    page.wait_for_selector(".stage[data-nodes]")
+    assert page.locator(".stage").get_attribute("data-nodes") == str(len(file.nodes))
+    expect(page.locator(".box.super")).to_contain_text("a pair (2)")
+    expect(page.locator(".box")).to_have_count(2)
+    expect(page.get_by_text("its scores cannot be computed")).to_be_visible()
+    (root / "graphs" / "theirs.json").unlink()
+
+
+def test_exports_hold_what_was_made(visit: Watched, graph: Traced, tmp_path: Path):
+    page = graph_page(visit, graph)
+    find(page, graph.features[0])
+    page.get_by_role("button", name="Pin to subgraph").click()
+    page.get_by_text("Group pinned nodes").click()
+    page.get_by_role("checkbox", name=graph.features[0]).check()
+    page.get_by_label("Name of the supernode").fill("mine")
+    page.get_by_role("button", name="Group", exact=True).click()
+    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    kept = {}
+    for kind in ("JSON", "SVG", "PNG"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=kind, exact=True).click()
+        kept[kind] = tmp_path / download.value.suggested_filename
+        download.value.save_as(kept[kind])
+    file = read_graph_file(kept["JSON"])
+    (pinned,) = file.qParams.pinnedIds
+    layer, index, position = re.fullmatch(r"L(\d+)/(\d+) @(\d+)", graph.features[0]).groups()  # type: ignore[union-attr]
+    assert pinned == f"{layer}_{index}_{position}"
+    assert file.qParams.supernodes == [["mine", pinned]]
+    assert kept["SVG"].read_text().startswith("<svg")
+    assert kept["PNG"].read_bytes().startswith(b"\x89PNG")
+    assert kept["PNG"].stat().st_size > 10_000
+
+
+def test_two_tabs_lose_nothing_silently(browser: Browser, served: Served, graph: Traced):
+    with profile(browser, served, refusals=1) as watched:
+        one = graph_page(watched, graph)
+        two = watched.page.context.new_page()
+        two.goto(one.url)
+        two.wait_for_selector(".stage[data-nodes]")
+        find(one, graph.features[0])
+        one.get_by_role("button", name="Pin to subgraph").click()
+        expect(one.get_by_text("kept", exact=True)).to_be_visible()
+        find(two, graph.features[1])
+        two.get_by_role("button", name="Pin to subgraph").click()
+        expect(two.get_by_role("alert")).to_contain_text("changed elsewhere")
+        two.get_by_role("button", name="Keep mine apart").click()
+        expect(two.get_by_text("kept as")).to_be_visible()
+        assert len(served.get(f"graphs/{graph.id}/views")) == 2  # type: ignore[arg-type]
+        one.reload()
+        expect(one.locator(".box")).to_have_count(1)
+        find(one, graph.features[0])
+        expect(one.get_by_role("button", name="Unpin from subgraph")).to_be_visible()
+
+
+def test_what_was_kept_outlives_a_killed_server(browser: Browser, root: Path, graph: Traced):
+    served = Served(root)
+    with profile(browser, served) as watched:
+        page = graph_page(watched, graph)
+        find(page, graph.features[0])
+        page.get_by_role("button", name="Pin to subgraph").click()
+        expect(page.get_by_text("kept", exact=True)).to_be_visible()
+        served.stop(signal.SIGKILL)
+        watched.page.context.set_offline(False)
+    served.start()
+    with profile(browser, served) as watched:
+        page = graph_page(watched, graph)
+        expect(page.locator(".box")).to_have_count(1)
+    served.stop()
+
+
+def test_a_job_is_stopped_from_the_page(visit: Watched, served: Served):
+    page = visit.open(f"bundle/{served.id('bundle')}/2/7")
+    page.get_by_label("Text").fill("def return")
+    page.route("**/events", lambda route: (time.sleep(0.2), route.continue_()))
+    page.get_by_role("button", name="How active is it?").click()
+    stop = page.get_by_role("button", name="Stop")
+    try:
+        stop.click(timeout=1500)
+    except Exception:  # noqa: BLE001
+        expect(page.get_by_text("highest here")).to_be_visible()
+        return
+    expect(page.get_by_text(re.compile("stopped|highest here"))).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_view_is_accessible(browser: Browser, served: Served, scheme: str):
+    bundle, graph = served.id("bundle"), served.id("graph", "one")
+    views = ["", f"run/{served.id('run')}", f"bundle/{bundle}", f"bundle/{bundle}/2/7", f"bundle/{bundle}/map", f"graph/{graph}?node=3", f"compare/{graph}/{graph}"]  # fmt: skip
+    with profile(browser, served, color_scheme=scheme) as watched:
+        for view in views:
+            page = watched.open(view)
+            page.wait_for_timeout(150)
+            found = Axe().run(page).response["violations"]
+            serious = [v for v in found if v["impact"] in ("serious", "critical")]
+            assert serious == [], (view, [(v["id"], v["nodes"][0]["html"]) for v in serious])
+
+
+def test_a_phone_reads_without_scrolling_sideways(browser: Browser, served: Served):
+    bundle = served.id("bundle")
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    for view in ("", f"bundle/{bundle}", f"bundle/{bundle}/2/7", f"graph/{served.id('graph', 'one')}"):
+        page.goto(f"{served.url}/#/{view}")
+        page.wait_for_selector("main:not([aria-busy])")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 391, view
+    context.close()
+
+
+def test_an_address_that_is_nothing(browser: Browser, served: Served):
+    with profile(browser, served, refusals=4) as watched:
+        for view in ("nowhere/x", "graph/none", "bundle/none", "run/%3Cb%3E"):
+            page = watched.open(view)
+            expect(page.get_by_role("heading", name="This cannot be shown")).to_be_visible()
+            expect(page.get_by_role("link", name="See what is here")).to_be_visible()

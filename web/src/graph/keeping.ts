@@ -1,0 +1,100 @@
+// What a person makes of a graph, kept on the server as one goes, under a name. A change made elsewhere is never written over unseen.
+import { get, Refused, send, type View } from "../api";
+import { later } from "../dom";
+
+export const FIRST_NAME = "default";
+
+export class Keeping {
+  view: View = { pins: [], supernodes: [], places: {}, node_threshold: 0.8, edge_threshold: 0.98, errors: true };
+  names: string[] = [];
+  private revision = "";
+  private busy = false;
+  private again = false;
+
+  constructor(
+    readonly graph: string,
+    public name: string,
+    private readonly told: (state: "kept" | "keeping" | "conflict" | "lost", message?: string) => void,
+  ) {}
+
+  private at(name: string): string {
+    return `graphs/${this.graph}/views/${encodeURIComponent(name)}`;
+  }
+
+  async open(name: string): Promise<boolean> {
+    const { value, revision } = await get<{ value: View | null; revision: string }>(this.at(name));
+    this.name = name;
+    this.revision = revision;
+    if (value) this.view = value;
+    this.names = await get<string[]>(`graphs/${this.graph}/views`);
+    return value !== null;
+  }
+
+  // Under another name, which is then the one that is kept on.
+  async as(name: string): Promise<void> {
+    const { revision } = await send<{ revision: string }>("PUT", this.at(name), { value: this.view, over: "" });
+    this.name = name;
+    this.revision = revision;
+    this.names = await get<string[]>(`graphs/${this.graph}/views`);
+    this.told("kept");
+  }
+
+  changed(): void {
+    this.told("keeping");
+    this.soon();
+  }
+
+  private readonly soon = later(() => void this.save(), 250);
+
+  private async save(): Promise<void> {
+    if (this.busy) {
+      this.again = true;
+      return;
+    }
+    this.busy = true;
+    try {
+      const body = { value: this.view, over: this.revision };
+      this.revision = (await send<{ revision: string }>("PUT", this.at(this.name), body)).revision;
+      if (!this.names.includes(this.name)) this.names.push(this.name);
+      this.told("kept");
+    } catch (error) {
+      this.told(error instanceof Refused && error.status === 409 ? "conflict" : "lost", (error as Error).message);
+    } finally {
+      this.busy = false;
+      if (this.again) {
+        this.again = false;
+        void this.save();
+      }
+    }
+  }
+
+  pin(node: number, on = !this.view.pins.includes(node)): void {
+    const { view } = this;
+    view.pins = view.pins.filter((n) => n !== node);
+    if (on) view.pins.push(node);
+    else this.regroup((members) => members.filter((n) => n !== node));
+    if (!on) delete view.places[String(node)];
+    this.changed();
+  }
+
+  // Members leave any supernode that they are in, and are pinned.
+  group(name: string, members: number[]): void {
+    this.regroup((some) => some.filter((n) => !members.includes(n)));
+    this.view.supernodes.push({ name, members });
+    for (const n of members) if (!this.view.pins.includes(n)) this.view.pins.push(n);
+    this.changed();
+  }
+
+  ungroup(name: string): void {
+    this.view.supernodes = this.view.supernodes.filter((x) => x.name !== name);
+    delete this.view.places[`s ${name}`];
+    this.changed();
+  }
+
+  // A place belongs to a supernode's name: numbers change when one goes.
+  private regroup(left: (members: number[]) => number[]): void {
+    this.view.supernodes = this.view.supernodes
+      .map((s) => ({ ...s, members: left(s.members) }))
+      .filter((s) => s.members.length);
+  }
+}

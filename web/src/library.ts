@@ -1,0 +1,84 @@
+// What is here, and a place to drop graphs of other tools.
+import { get, send, type Entry } from "./api";
+import { button, fill, h, notice, section } from "./dom";
+import { newGraph } from "./prompt";
+
+const KINDS = [
+  ["run", "Runs", "No runs here. Train one with: crosslayer quickstart"],
+  [
+    "bundle",
+    "Features",
+    "No features here. Collect a run's with: crosslayer features build --clt RUN --text TEXT -o RUN/features",
+  ],
+  ["graph", "Graphs", "No graphs here. Trace a prompt, or drop a graph file on this page."],
+] as const;
+
+export async function library(main: HTMLElement): Promise<() => void> {
+  const entries = await get<Entry[]>("library");
+  document.title = "crosslayer";
+  const list = (kind: Entry["kind"], empty: string): HTMLElement => {
+    const some = entries.filter((e) => e.kind === kind);
+    if (!some.length) return h("p", { class: "soft" }, empty);
+    return h(
+      "ul",
+      { class: "entries" },
+      ...some.map((e) => h("li", {}, h("a", { href: `#/${kind}/${e.id}` }, e.name))),
+    );
+  };
+  const file = h("input", {
+    type: "file",
+    accept: ".json,application/json",
+    "aria-label": "Graph file to import",
+    class: "hidden",
+    change: () => void take(file.files),
+  });
+  const runs = entries.filter((e) => e.kind === "run");
+  fill(
+    main,
+    h("h1", {}, "What is here"),
+    h("div", { class: "columns" }, ...KINDS.map(([kind, title, empty]) => section(title, list(kind, empty)))),
+    section("Trace a prompt", newGraph(runs)),
+    h(
+      "section",
+      { class: "card drop" },
+      h("h2", {}, "Import a graph"),
+      h(
+        "p",
+        { class: "soft" },
+        "Drop a graph file here: circuit-tracer's, Neuronpedia's, or one exported by this page.",
+      ),
+      button("Choose a file", () => file.click()),
+      file,
+    ),
+  );
+
+  async function take(files: FileList | null | undefined): Promise<void> {
+    for (const one of files ?? []) {
+      const stem = one.name.replace(/\.json$/, "").slice(0, 80) || "graph";
+      try {
+        const { id } = await send<{ id: string }>("POST", `graphs?name=${encodeURIComponent(stem)}`, await one.text());
+        location.hash = `#/graph/${id}`;
+      } catch (error) {
+        notice(`${one.name}: ${(error as Error).message}`);
+      }
+    }
+  }
+  const over = (event: DragEvent): void => {
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  };
+  const away = (): void => document.body.classList.remove("dropping");
+  const drop = (event: DragEvent): void => {
+    event.preventDefault();
+    away();
+    void take(event.dataTransfer?.files);
+  };
+  document.addEventListener("dragover", over);
+  document.addEventListener("dragleave", away);
+  document.addEventListener("drop", drop);
+  return () => {
+    document.removeEventListener("dragover", over);
+    document.removeEventListener("dragleave", away);
+    document.removeEventListener("drop", drop);
+  };
+}
