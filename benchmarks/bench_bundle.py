@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path, help="keep the synthetic bundle in this folder, as for bench_page.py")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--read", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -210,6 +211,8 @@ def main() -> None:
         found = json.loads(
             subprocess.run(command, capture_output=False, stdout=subprocess.PIPE, text=True, check=True).stdout
         )
+        if arguments.keep:
+            shutil.copytree(folder, arguments.keep)
         active = float(np.asarray(load_features(folder).array("example_active")).mean())
         results["bundle"] = {"features": layers * features, "size_gb": size / 1e9, "write_s": time.perf_counter() - began, "active_per_example": active} | found  # fmt: skip
     results["pass, quickstart"] = _pass(arguments.run, arguments.run / "features", repeats=3 if arguments.quick else 15)

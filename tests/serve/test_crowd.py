@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -58,3 +62,33 @@ def test_no_path_leads_out(crowded: Served, path: str):
     assert b"secret\n" not in answer
     with pytest.raises(urllib.error.HTTPError, match="404"):
         crowded.get("bundles/none")
+
+
+def test_killed_while_saving(root: Path):
+    """What the server said it kept is there, whole, whenever it is killed."""
+    for delay_s in (0.02, 0.05, 0.11):
+        served = Served(root)
+        at = f"graphs/{served.id('graph', 'one')}/views/killed"
+        kept: list[int] = []
+
+        def save(served: Served = served, at: str = at, kept: list[int] = kept) -> None:
+            for n in itertools.count():
+                try:
+                    served.put(at, {"value": {"pins": [n] * 50}})
+                except OSError:
+                    return
+                kept.append(n)
+
+        saving = threading.Thread(target=save)
+        saving.start()
+        while not kept:
+            time.sleep(0.001)
+        time.sleep(delay_s)
+        served.stop(signal.SIGKILL)
+        saving.join()
+        served.start()
+        pins = served.get(at)["value"]["pins"]  # type: ignore[index]
+        assert len(pins) == 50
+        assert len(set(pins)) == 1
+        assert pins[0] >= kept[-1]
+        served.stop()

@@ -1,6 +1,7 @@
-// What is here, and a place to drop graphs of other tools.
-import { get, send, type Entry } from "./api";
-import { button, fill, h, notice, section } from "./dom";
+// What is here.
+import { get, type Entry } from "./api";
+import { button, fill, h, section } from "./dom";
+import { take } from "./drop";
 import { newGraph } from "./prompt";
 
 const KINDS = [
@@ -13,7 +14,7 @@ const KINDS = [
   ["graph", "Graphs", "No graphs here. Trace a prompt, or drop a graph file on this page."],
 ] as const;
 
-export async function library(main: HTMLElement): Promise<() => void> {
+export async function library(main: HTMLElement): Promise<void> {
   const entries = await get<Entry[]>("library");
   document.title = "crosslayer";
   const list = (kind: Entry["kind"], empty: string): HTMLElement => {
@@ -51,34 +52,4 @@ export async function library(main: HTMLElement): Promise<() => void> {
       file,
     ),
   );
-
-  async function take(files: FileList | null | undefined): Promise<void> {
-    for (const one of files ?? []) {
-      const stem = one.name.replace(/\.json$/, "").slice(0, 80) || "graph";
-      try {
-        const { id } = await send<{ id: string }>("POST", `graphs?name=${encodeURIComponent(stem)}`, await one.text());
-        location.hash = `#/graph/${id}`;
-      } catch (error) {
-        notice(`${one.name}: ${(error as Error).message}`);
-      }
-    }
-  }
-  const over = (event: DragEvent): void => {
-    event.preventDefault();
-    document.body.classList.add("dropping");
-  };
-  const away = (): void => document.body.classList.remove("dropping");
-  const drop = (event: DragEvent): void => {
-    event.preventDefault();
-    away();
-    void take(event.dataTransfer?.files);
-  };
-  document.addEventListener("dragover", over);
-  document.addEventListener("dragleave", away);
-  document.addEventListener("drop", drop);
-  return () => {
-    document.removeEventListener("dragover", over);
-    document.removeEventListener("dragleave", away);
-    document.removeEventListener("drop", drop);
-  };
 }

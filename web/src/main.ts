@@ -1,6 +1,7 @@
 // The address after # names what is shown; each view is a function of its parts.
 import { compareView } from "./compare";
 import { fill, h, notice, type Child } from "./dom";
+import { takeDrops } from "./drop";
 import { oneFeature } from "./feature";
 import { featureList } from "./features";
 import { graphView } from "./graph/view";
@@ -59,4 +60,5 @@ window.addEventListener("unhandledrejection", (event) => {
   notice((event.reason as Error).message);
   event.preventDefault();
 });
+takeDrops();
 void show();

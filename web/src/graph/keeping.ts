@@ -1,5 +1,5 @@
 // What a person makes of a graph, kept on the server as one goes, under a name. A change made elsewhere is never written over unseen.
-import { get, Refused, send, type View } from "../api";
+import { get, Refused, send, type Supernode, type View } from "../api";
 import { later } from "../dom";
 
 export const FIRST_NAME = "default";
@@ -83,6 +83,17 @@ export class Keeping {
     this.view.supernodes.push({ name, members });
     for (const n of members) if (!this.view.pins.includes(n)) this.view.pins.push(n);
     this.changed();
+  }
+
+  rename(name: string, to: string): Supernode {
+    const { places, supernodes } = this.view;
+    const place = places[`s ${name}`];
+    if (place) places[`s ${to}`] = place;
+    delete places[`s ${name}`];
+    const renamed = supernodes.find((s) => s.name === name)!;
+    renamed.name = to;
+    this.changed();
+    return renamed;
   }
 
   ungroup(name: string): void {

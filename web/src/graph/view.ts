@@ -1,5 +1,5 @@
 // The graph view: columns of tokens and rows of layers, the chosen node beside them, the pinned subgraph below.
-import { get, send, type Entry, type Graph, type Interval, type Supernode } from "../api";
+import { get, send, type Entry, type Graph, type Interval } from "../api";
 import { button, field, fill, form, h, keep, later, notice, section } from "../dom";
 import { count, percent, short } from "../format";
 import { trail } from "../main";
@@ -12,6 +12,7 @@ import { Net } from "./net";
 import { coloursOf, paintBase, paintChosen } from "./paint";
 import { savePng, saveSvg, type Picture } from "./pictures";
 import { nodePane } from "./side";
+import { Supernodes } from "./supernodes";
 
 const STATES = { kept: "kept", keeping: "keeping …", conflict: "", lost: "" };
 
@@ -62,10 +63,8 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
   const stage = h("div", { class: "stage" }, base, over, tip);
   const side = h("aside", { class: "side", "aria-label": "Chosen node" });
   const below = h("div", {});
-  const suggested = h("div", {});
   const scores = h("p", { class: "soft" });
   const pinnedScores = h("p", { class: "soft", role: "status" });
-  const grouping = h("div", {});
   const slider = (label: string, key: "node_threshold" | "edge_threshold"): HTMLElement => {
     const value = h("output", {}, keeping.view[key].toFixed(2));
     const input = h("input", { type: "range", min: 0.1, max: 1, step: 0.01, value: keeping.view[key] });
@@ -103,6 +102,12 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
   });
   find.addEventListener("change", () => findNode(find.value));
   const changes = new Changes(() => net, keeping, !net.graph.imported && entry.run !== null);
+  const groups = new Supernodes(() => net, keeping, {
+    choose,
+    hover,
+    redraw,
+    controls: (members) => changes.controls(members),
+  });
   const facts = h("p", { class: "soft" });
   const runs = entries.filter((e) => e.kind === "run");
   const exported = h(
@@ -135,12 +140,12 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
         {},
         stage,
         h("div", { class: "row between" }, facts, legend()),
-        section("Pinned subgraph", scores, pinnedScores, grouping, h("div", { class: "scroll" }, below)),
+        section("Pinned subgraph", scores, pinnedScores, groups.grouping, h("div", { class: "scroll" }, below)),
         section(
           "Suggested supernodes",
           h("p", { class: "soft" }, "Features at neighbouring tokens whose edges are alike."),
-          button("Suggest", () => void suggest()),
-          suggested,
+          button("Suggest", () => void groups.suggest()),
+          groups.suggested,
         ),
         section("Another prompt", newGraph(runs, net.graph.header.prompt)),
       ),
@@ -213,14 +218,14 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     const c = circuit(net, keeping, Math.max(320, stage.clientWidth - 36));
     drawCircuit(below, c, chosen, {
       choose,
-      chooseGroup,
+      chooseGroup: (s) => groups.pane(side, s),
       moved: (key, x, y) => {
         keeping.view.places[key] = [x, y];
         keeping.changed();
         drawBelow();
       },
     });
-    showGrouping();
+    groups.show();
     pinnedScore();
   }
 
@@ -337,134 +342,6 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     work();
   });
 
-  // -- supernodes ------------------------------------------------------------------------------------------------------
-  function showGrouping(): void {
-    const { pins, supernodes } = keeping.view;
-    const grouped = new Set(supernodes.flatMap((s) => s.members));
-    const free = pins.filter((n) => !grouped.has(n) && net.at.has(n));
-    if (!free.length && !supernodes.length) return fill(grouping);
-    const boxes = free.map((n) => h("input", { type: "checkbox", value: n }));
-    const called = h("input", { size: 18, maxlength: 200, placeholder: "name", "aria-label": "Name of the supernode" });
-    const make = (): void => {
-      const members = boxes.filter((b) => b.checked).map((b) => Number(b.value));
-      if (!members.length || !called.value.trim()) return notice("choose pinned nodes and give a name first");
-      keeping.group(unused(called.value.trim()), members);
-      redraw();
-    };
-    fill(
-      grouping,
-      h(
-        "details",
-        {},
-        h("summary", {}, "Group pinned nodes"),
-        form(make, called, h("button", {}, "Group")),
-        h(
-          "ul",
-          { class: "list" },
-          ...boxes.map((b) =>
-            h(
-              "li",
-              {},
-              h(
-                "label",
-                {},
-                b,
-                ` ${net.label(net.at.get(Number(b.value))!)} `,
-                h("span", { class: "soft" }, net.graph.nodes.name[net.at.get(Number(b.value))!]),
-              ),
-            ),
-          ),
-        ),
-      ),
-    );
-  }
-
-  const unused = (name: string): string => {
-    const names = new Set(keeping.view.supernodes.map((s) => s.name));
-    let [free, n] = [name, 2];
-    while (names.has(free)) free = `${name} ${n++}`;
-    return free;
-  };
-
-  function chooseGroup(s: Supernode): void {
-    const called = h("input", { value: s.name, size: 20, maxlength: 200, "aria-label": "Name of the supernode" });
-    const rename = (): void => {
-      const name = called.value.trim();
-      if (!name || name === s.name) return;
-      const free = unused(name);
-      const kept = keeping.view.places[`s ${s.name}`];
-      if (kept) keeping.view.places[`s ${free}`] = kept;
-      delete keeping.view.places[`s ${s.name}`];
-      keeping.view.supernodes.find((x) => x.name === s.name)!.name = free;
-      keeping.changed();
-      redraw();
-      chooseGroup(keeping.view.supernodes.find((x) => x.name === free)!);
-    };
-    const members = s.members.map((n) => net.at.get(n)).filter((i): i is number => i !== undefined);
-    const apart = button("Ungroup", () => {
-      keeping.ungroup(s.name);
-      redraw();
-      choose(-1);
-    });
-    fill(
-      side,
-      h("h2", {}, s.name),
-      form(rename, called, h("button", {}, "Rename"), apart),
-      changes.controls(s.members),
-      h("h3", {}, "Members"),
-      h(
-        "ul",
-        { class: "list" },
-        ...members.map((i) =>
-          h(
-            "li",
-            { mouseenter: () => hover(i), mouseleave: () => hover(-1) },
-            button(net.label(i), () => choose(i), { class: "plain label" }),
-            h("span", { class: "soft" }, net.graph.nodes.name[i]),
-          ),
-        ),
-      ),
-    );
-  }
-
-  async function suggest(): Promise<void> {
-    const { node_threshold, supernodes } = keeping.view;
-    const found = await get<{ nodes: number[]; likeness: number }[]>(
-      `graphs/${id}/suggestions?node_threshold=${node_threshold}`,
-    );
-    const taken = new Set(supernodes.flatMap((s) => s.members));
-    const free = found
-      .map((s) => ({ ...s, nodes: s.nodes.filter((n) => !taken.has(n) && net.at.has(n)) }))
-      .filter((s) => s.nodes.length > 1);
-    const lines = free.slice(0, 20).map((s) => {
-      const names = s.nodes.map((n) => net.label(net.at.get(n)!));
-      const line = h("li", {});
-      const take = (): void => {
-        keeping.group(unused(commonest(names)), s.nodes);
-        line.remove();
-        redraw();
-      };
-      fill(
-        line,
-        button("Take", take),
-        button("Leave", () => line.remove()),
-        h(
-          "span",
-          { class: "label" },
-          `${s.nodes.length} features: ${[...new Set(names)].slice(0, 3).join("; ")}${names.length > 3 ? " …" : ""}`,
-        ),
-        h("span", { class: "soft" }, `likeness ${s.likeness.toFixed(2)}`),
-      );
-      return line;
-    });
-    fill(
-      suggested,
-      lines.length
-        ? h("ul", { class: "list" }, ...lines)
-        : h("p", { class: "soft" }, "None: no two features shown are alike enough."),
-    );
-  }
-
   // -- scores ----------------------------------------------------------------------------------------------------------
   const told = (x: Interval): string =>
     x.high - x.low > 0.005 ? `${percent(x.value)} (${percent(x.low)} to ${percent(x.high)})` : percent(x.value);
@@ -559,10 +436,4 @@ function legend(): HTMLElement {
     h("span", { class: "cold" }, "— lowers"),
     "● feature  ◇ error  □ token, target",
   );
-}
-
-function commonest(names: string[]): string {
-  const counts = new Map<string, number>();
-  for (const n of names) counts.set(n, (counts.get(n) ?? 0) + 1);
-  return [...counts].sort((a, b) => b[1] - a[1])[0]![0].slice(0, 60);
 }
