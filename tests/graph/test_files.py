@@ -251,3 +251,12 @@ def test_a_folder_of_graphs_lists_them(graph: xl.Graph, tmp_path: Path):
     with pytest.raises(ConfigError, match="slug 'a b' may hold letters"):
         to_file(graph, "a b")
     assert slug_of("x/a b.json") == "a-b"
+
+
+def test_an_imported_file_comes_whole(graph: xl.Graph):
+    """Nodes without edges too, which pruning would drop."""
+    file = to_file(graph, "one", 0.9, 0.9)
+    file.links = file.links[::3]
+    again = to_graph(file).prune(1.0, 1.0)
+    assert int(again.node_N.sum()) == len(file.nodes)
+    assert len(again.weight_E) == len(file.links)

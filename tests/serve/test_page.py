@@ -449,7 +449,7 @@ def test_what_was_kept_outlives_a_killed_server(browser: Browser, root: Path, gr
         find(page, graph.features[1])
         page.get_by_role("button", name="Pin to subgraph").click()
         expect(page.get_by_role("alert")).to_contain_text("is it still running?")
-        watched.complaints = [c for c in watched.complaints if "CONNECTION_REFUSED" not in c]
+        watched.complaints = [c for c in watched.complaints if "ERR_CONNECTION" not in c]
     served.start()
     with profile(browser, served) as watched:
         page = graph_page(watched, graph)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -25,7 +25,7 @@ from scipy.sparse import csr_array
 
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError
 from crosslayer.core.files import read_json, replacing, require_writable, write_text
-from crosslayer.graph.influence import Pruned, Scores, normalised, prune, scores, subgraph_scores
+from crosslayer.graph.influence import Pruned, Scores, normalised, prune, scores, subgraph_scores, unpruned
 from crosslayer.records.graph import FORMAT, VERSION, GraphHeader
 
 DENSE_NODES = 30_000
@@ -63,10 +63,13 @@ class Graph:
     Attributes:
         header: prompt, targets, settings, the bound, where it came from.
         arrays: nodes and rows.
+        present_N: nodes that an imported file has; None for a graph of our own, which has all.
     """
 
-    def __init__(self, header: GraphHeader, arrays: GraphArrays) -> None:
-        self.header, self.arrays = header, arrays
+    def __init__(
+        self, header: GraphHeader, arrays: GraphArrays, present_N: Bool[np.ndarray, " N"] | None = None
+    ) -> None:
+        self.header, self.arrays, self.present_N = header, arrays, present_N
 
     def __repr__(self) -> str:
         known = "imported, pruned" if self.imported else f"{1 - self.unexpanded:.1%} of influence accounted for"
@@ -203,12 +206,16 @@ class Graph:
         Args:
             wanted: nodes that stay whatever their influence, with their edges.
 
+        An imported graph, pruned before it came, stays as it came when both thresholds are 1.
+
         Raises:
             ConfigError: for a threshold outside 0 to 1.
         """
         for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value} must be between 0 and 1")
+        if self.present_N is not None and node_threshold == edge_threshold == 1:
+            return unpruned(self.edges, self.influence_N, self.present_N)
         return prune(
             self.edges, self.weight_N, n_features=self.n_features, first_token=self.first_token,
             influence_N=self.influence_N, node_threshold=node_threshold, edge_threshold=edge_threshold,

@@ -117,6 +117,13 @@ def cumulative(score_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     return shares
 
 
+def unpruned(weight_NN: csr_array, influence_N: Float[np.ndarray, " N"], present_N: Bool[np.ndarray, " N"]) -> Pruned:
+    """All of these nodes, and all edges, as they are."""
+    coo = weight_NN.tocoo()
+    score_E = normalised(weight_NN).tocoo().data * influence_N[coo.row]
+    return Pruned(present_N, coo.row, coo.col, coo.data, score_E, cumulative(influence_N), influence_N)
+
+
 def prune(
     weight_NN: csr_array,
     weight_N: Float[np.ndarray, " N"],

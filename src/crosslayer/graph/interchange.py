@@ -368,6 +368,7 @@ def to_graph(file: GraphFile) -> Graph:
             ints(_depth), ints(lambda n: n.ctx_idx), ints(_index), np.array([n.activation or 0.0 for n in features], dtype=np.float32),
             influence_N, row_R, np.concatenate([[0], np.cumsum(count_R)]), source_E[order], weight_E[order], zero_R, zero_R, zero_R, mass_R4,
         ),
+        np.isin(np.arange(n_nodes), list(place.values())),
     )  # fmt: skip
 
 
