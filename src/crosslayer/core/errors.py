@@ -6,6 +6,7 @@
     ├── SourceError      text that cannot be found or read, or is empty
     ├── FormatError      a file or folder that is not what its format says
     ├── ResourceError    not enough memory or disk for what was asked
+    ├── EndpointError    a language model's server that cannot be reached, or that refuses
     └── RunError         a run folder in use, or a resume that does not fit it
 
 The command line prints the message and exits with 2. Invariants of our own are `assert`s, not these.
@@ -34,6 +35,10 @@ class FormatError(CrosslayerError):
 
 class ResourceError(CrosslayerError):
     """Not enough memory or disk for what was asked."""
+
+
+class EndpointError(CrosslayerError):
+    """A language model's server that cannot be reached, or that refuses."""
 
 
 class RunError(CrosslayerError):
