@@ -60,10 +60,12 @@ def write_bundle(
     *,
     most: int = 1000,
     prepend: bool = True,
+    n_near: int = 4,
+    n_top: int = 0,
 ) -> FeatureBundle:
     """Rows of the documents, and the features' examples: one a row, around a firing, all that there are up to `most`.
 
-    Every feature is the neighbour of every other. One layer.
+    One layer. The neighbours of a feature are those that follow it, `n_near` of them at most. `n_top` of the examples are top ones, half of them unless given.
     """
     words = sorted({*WORDS, *(w for d in documents for w in d)}, key=lambda w: (w != EOT, w))
     ids = {w: i for i, w in enumerate(words)}
@@ -73,8 +75,8 @@ def write_bundle(
     rows_BT = np.concatenate([np.full((len(rows_BT), 1), ids[EOT]), rows_BT], axis=1)
     tokens, n = rows_BT.ravel(), len(features)
     fires = np.array([[bool(f(p, words[t])) and p % CONTEXT != 0 for p, t in enumerate(tokens)] for f in features])
-    arrays = _examples(fires, len(rows_BT), most)
-    near = np.array([[g for g in range(n) if g != f] for f in range(n)])
+    arrays = _examples(fires, len(rows_BT), most, n_top)
+    near = np.array([[(f + k) % n for k in range(1, min(n, n_near + 1))] for f in range(n)], int).reshape(n, -1)
     both = (fires.astype(int) @ fires.T.astype(int))[np.arange(n)[:, None], near]
     arrays |= {
         "count": fires.sum(axis=1, keepdims=True), "max": fires.any(axis=1) * 4.0, "min": np.zeros(n), "mean": fires.any(axis=1) * 4.0,
@@ -95,14 +97,14 @@ def write_bundle(
     manifest = BundleManifest(
         whole=True, created="2026-01-01T00:00:00+00:00", host="made-up", host_hash="", clt="", scan="made-up", clt_hash="", tokenizer_hash="",
         text=[Stream(name="words", n_rows=len(rows_BT), digest="")], policy=FirstPosition(prepend=prepend, n_skip=1), n_layers=1, n_features=n,
-        context=CONTEXT, n_tokens=len(rows_BT) * (CONTEXT - 1), settings={}, sample_tokens=len(tokens),
+        context=CONTEXT, n_tokens=len(rows_BT) * (CONTEXT - 1), settings={"n_top": n_top, "n_reservoir": n_top + 1} if n_top else {}, sample_tokens=len(tokens),
         files={p.name: p.stat().st_size for p in sorted(folder.iterdir())}, versions={},
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return FeatureBundle(folder)
 
 
-def _examples(fires: np.ndarray, n_rows: int, most: int) -> dict[str, np.ndarray]:
+def _examples(fires: np.ndarray, n_rows: int, most: int, n_top: int) -> dict[str, np.ndarray]:
     """An example of each row in which a feature fires, half of them top ones, the others of bins 1 and 2 in turn."""
     columns: dict[str, list[int]] = {
         k: [] for k in ("start", "length", "peak", "bin", "active")
@@ -114,7 +116,7 @@ def _examples(fires: np.ndarray, n_rows: int, most: int) -> dict[str, np.ndarray
             peak = int(np.flatnonzero(row_of_feature[row])[0])
             first = max(0, min(peak - WINDOW // 2, CONTEXT - WINDOW))
             at = [int(i) - first for i in np.flatnonzero(row_of_feature[row]) if first <= i < first + WINDOW]
-            top = k < (len(rows) + 1) // 2
+            top = k < (n_top or (len(rows) + 1) // 2)
             values = (row * CONTEXT + first, WINDOW, peak - first, 0 if top else 2 - k % 2, len(at))
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)

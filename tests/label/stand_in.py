@@ -8,9 +8,10 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 MARKED = re.compile("«(.*?)»")
@@ -21,7 +22,7 @@ class Reply(NamedTuple):
 
     status: int = 200
     content: str = ""
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
     finish: str = "stop"
     raw: bytes | None = None
     """In place of all else."""
@@ -82,7 +83,7 @@ class StandIn:
                         said = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
                     sent = json.dumps(said).encode()
                 self.send_response(reply.status)
-                for name, value in ({"Content-Length": str(len(sent))} | reply.headers).items():
+                for name, value in ({"Content-Length": str(len(sent))} | dict(reply.headers)).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(sent)

@@ -11,7 +11,9 @@ from rich.text import Text
 
 from crosslayer.label.cache import Known
 from crosslayer.label.estimate import Estimate
-from crosslayer.label.summary import FIGURE
+from crosslayer.label.summary import FIGURE, OF_RULED
+
+_NAMES = {OF_RULED: "label*"}
 
 
 def print_estimate(
@@ -58,6 +60,8 @@ def print_summary(console: Console, s: Mapping[str, Any]) -> None:
     console.print(Text("; ".join(parts)), soft_wrap=True)
     if s["scores"]:
         console.print(_table(s["scores"]))
+        if any(x["of"] == OF_RULED for x in s["scores"]):
+            console.print(Text("* on the features that a rule names, as the line below it"))
     for x in s["scores"]:
         c = x.get("contamination")
         if c and x["of"] == "label" and c["random"] is not None:
@@ -76,15 +80,14 @@ def print_summary(console: Console, s: Mapping[str, Any]) -> None:
 
 
 def _table(lines: list[dict[str, Any]]) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
-    for name in ("method", "what is judged", "accuracy", "AUROC", "features", "texts", "failed"):
-        table.add_column(name, justify="left" if name in ("method", "what is judged") else "right", no_wrap=True)
+    # Without lines between columns it is narrow enough for a file.
+    table = Table(box=None, pad_edge=False)
+    for name in ("method", "judged", "accuracy", "AUROC", "features", "texts", "failed"):
+        table.add_column(name, justify="left" if name in ("method", "judged") else "right", no_wrap=True)
     for x in lines:
-        figure = FIGURE[x["method"]]
-        chance = f" (chance {x['chance']:.2f})" if "chance" in x else ""
         row = (
-            x["method"], "no label" if x["method"] == "intruder" else x["of"], _interval(x, figure) + chance,
-            _interval(x, "auroc") if "auroc" in x else "", f"{x['features']:,}", f"{x['n']:,}", f"{x['failed']:,}",
+            x["method"], _NAMES.get(x["of"], x["of"]) if "chance" not in x else f"chance {x['chance']:.2f}", _interval(x, FIGURE[x["method"]]),
+            f"{x['auroc']:.3f}" if "auroc" in x else "", f"{x['features']:,}", f"{x['n']:,}", f"{x['failed']:,}",
         )  # fmt: skip
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -10,6 +10,7 @@ from crosslayer.label.ask import Spent
 from crosslayer.label.estimate import Prices
 from crosslayer.label.measures import mean_interval
 
+OF_RULED = "label, where a rule names it"
 FIGURE = {"detection": "balanced_accuracy", "fuzzing": "balanced_accuracy", "intruder": "accuracy"}
 
 
@@ -57,7 +58,7 @@ def _scores(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     baseline = lambda name: [s["baselines"][name] for s in found if name in s.get("baselines", {})]  # noqa: E731
     with_rule = [s for s in found if "rule" in s.get("baselines", {})]
     whose = {
-        "label": found, "label, where a rule names it": with_rule if len(with_rule) < len(found) else [], "rule": baseline("rule"),
+        "label": found, OF_RULED: with_rule if len(with_rule) < len(found) else [], "rule": baseline("rule"),
         "shuffled": baseline("shuffled"),
     }  # fmt: skip
     return [
