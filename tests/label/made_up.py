@@ -26,7 +26,8 @@ Text = list[list[str]]
 def text(n_documents: int = 60, length: int = 60, special: Mapping[str, float] | None = None, seed: int = 0) -> Text:
     """Documents of plain words, with special ones strewn in at given rates, but never at the beginning."""
     rng = np.random.default_rng(seed)
-    rates = special or {" zebra": 0.02, " red": 0.01, " green": 0.01, " blue": 0.01, " whale": 0.02}
+    usual = {" zebra": 0.02, " red": 0.01, " green": 0.01, " blue": 0.01, " whale": 0.02}
+    rates = usual if special is None else special
     documents = []
     for _ in range(n_documents):
         words = [PLAIN[i] for i in rng.integers(len(PLAIN), size=length)]
@@ -41,9 +42,9 @@ def by_words(*words: str) -> Callable[[int, str], bool]:
     return lambda position, word: word in words
 
 
-def by_chance(rate: float) -> Callable[[int, str], bool]:
+def by_chance(rate: float, which: int = 0) -> Callable[[int, str], bool]:
     """Fires on nothing sensible."""
-    return lambda position, word: draw("by chance", position) % 10_000 < rate * 10_000
+    return lambda position, word: draw("by chance", which, position) % 10_000 < rate * 10_000
 
 
 FEATURES: dict[str, Callable[[int, str], bool]] = {
@@ -55,8 +56,8 @@ RULES = [Row("“ zebra”", "token", "[1]"), Row(None, None, None), Row(None, N
 def write_bundle(
     folder: Path,
     documents: Text,
-    features: Sequence[Callable[[int, str], bool]] = tuple(FEATURES.values()),
-    rules: Sequence[Row] = tuple(RULES),
+    features: Sequence[Callable[[int, str], bool]],
+    rules: Sequence[Row] = (),
     *,
     most: int = 1000,
     prepend: bool = True,
@@ -78,11 +79,12 @@ def write_bundle(
     arrays = _examples(fires, len(rows_BT), most, n_top)
     near = np.array([[(f + k) % n for k in range(1, min(n, n_near + 1))] for f in range(n)], int).reshape(n, -1)
     both = (fires.astype(int) @ fires.T.astype(int))[np.arange(n)[:, None], near]
+    listed = np.where(both > 0, near, -1)
     arrays |= {
         "count": fires.sum(axis=1, keepdims=True), "max": fires.any(axis=1) * 4.0, "min": np.zeros(n), "mean": fires.any(axis=1) * 4.0,
-        "encoder_id": near, "encoder": np.full(near.shape, 0.5), "own_id": near, "own_count": both, "other_id": np.full((n, 1), -1),
+        "encoder_id": near, "encoder": np.full(near.shape, 0.5), "own_id": listed, "own_count": both, "other_id": np.full((n, 1), -1),
         "other_count": np.zeros((n, 1)), "sample_count": fires.sum(axis=1), "top_id": np.full((n, 1), ids[" zebra"]), "top": np.ones((n, 1)),
-        "logit_mean": np.zeros(n), "logit_std": np.ones(n), "group": np.stack([np.arange(n) // 2, np.zeros(n, int)], axis=1),
+        "logit_mean": np.zeros(n), "quantile_edge": np.tile([1.0, 2.0, 4.0], (n, 1)), "logit_std": np.ones(n), "group": np.stack([np.arange(n) // 2, np.zeros(n, int)], axis=1),
         "token_at": np.full((n, 4, 5), -1), "token_at_count": np.zeros((n, 4, 5)),
     }  # fmt: skip
     folder.mkdir(parents=True)
@@ -93,7 +95,15 @@ def write_bundle(
     write_json(folder / VOCABULARY, words)
     density = fires.mean(axis=1)
     groups = [Group(0, k, 2, f"tokens {k}", []) for k in range(-(-n // 2))] + [Group(1, 0, n, "all", [])]
-    write_index(folder / INDEX, n, {"density": density, "max": arrays["max"]}, rules[:n], [""] * n, [""] * n, groups)
+    write_index(
+        folder / INDEX,
+        n,
+        {"density": density, "max": arrays["max"]},
+        rules or [Row(None, None, None)] * n,
+        [""] * n,
+        [""] * n,
+        groups,
+    )
     manifest = BundleManifest(
         whole=True, created="2026-01-01T00:00:00+00:00", host="made-up", host_hash="", clt="", scan="made-up", clt_hash="", tokenizer_hash="",
         text=[Stream(name="words", n_rows=len(rows_BT), digest="")], policy=FirstPosition(prepend=prepend, n_skip=1), n_layers=1, n_features=n,
@@ -102,6 +112,11 @@ def write_bundle(
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return FeatureBundle(folder)
+
+
+def write_usual(folder: Path, documents: Text | None = None) -> FeatureBundle:
+    """The features of `FEATURES` with their rules, on documents of `text`."""
+    return write_bundle(folder, documents or text(120), tuple(FEATURES.values()), RULES)
 
 
 def _examples(fires: np.ndarray, n_rows: int, most: int, n_top: int) -> dict[str, np.ndarray]:

@@ -7,21 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crosslayer.features.packed import import_packed, write_packed
 from crosslayer.features.store import FeatureBundle
 from crosslayer.label import choose
 from crosslayer.label.documents import Documents, runs
 from crosslayer.label.examples import REPEATED, Material, Sides, assert_disjoint, material, spread
 from crosslayer.label.settings import LabelSettings
-from features.conftest import Made, clt_folder, made, texts
-from label.made_up import CONTEXT, EOT, FEATURES, by_words, text, write_bundle
+from label.made_up import CONTEXT, EOT, FEATURES, by_words, text, write_bundle, write_usual
 
-__all__ = ["clt_folder", "made", "texts"]
 SETTINGS = LabelSettings()
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> FeatureBundle:
-    return write_bundle(tmp_path_factory.mktemp("made-up") / "bundle", text(120))
+    return write_usual(tmp_path_factory.mktemp("made-up") / "bundle")
 
 
 def every_material(bundle: FeatureBundle, settings: LabelSettings = SETTINGS) -> list[Material]:
@@ -39,15 +38,12 @@ def documents_by_reading(bundle: FeatureBundle) -> dict[int, int]:
     return found
 
 
-def test_no_document_explains_and_scores(bundle: FeatureBundle, made: Made):
+def test_no_document_explains_and_scores(bundle: FeatureBundle):
     documents_of = documents_by_reading(bundle)
     for m in every_material(bundle):
         sides = [{documents_of[p] for w in some for p in range(w.start, w.start + len(w.tokens))} for some in (m.shown + m.contrast, m.positives + m.negatives)]  # fmt: skip
         assert not sides[0] & sides[1]
         assert min(map(len, sides)) > 3
-    small = LabelSettings(n_positive=2, n_negative=2, window=8, before=4)
-    for m in every_material(made.bundle, small):
-        assert not {w.document for w in m.shown + m.contrast} & {w.document for w in m.positives + m.negatives}
 
 
 def test_the_assertion_catches_an_overlap(bundle: FeatureBundle):
@@ -86,7 +82,7 @@ def test_positives_fire_on_their_marks_and_negatives_nowhere(bundle: FeatureBund
 
 def test_copies_of_a_document_are_on_one_side(tmp_path: Path):
     documents = text(40)
-    bundle = write_bundle(tmp_path / "twice", documents + documents)
+    bundle = write_usual(tmp_path / "twice", documents + documents)
     for m in every_material(bundle):
         explain = {
             h for w in m.shown for h in runs(np.asarray(bundle.tokens[w.start : w.start + len(w.tokens)]), REPEATED)
@@ -100,8 +96,9 @@ def test_passages_that_were_shown_are_not_judged(tmp_path: Path):
     licence = [" zebra", *text(1, 30, {})[0]]
     bundle = write_bundle(tmp_path / "licence", [licence + d for d in text(40, 70, {})], [by_words(" zebra")])
     m = every_material(bundle)[0]
-    assert m.shown
-    assert m.positives == []
+    assert any(len(w.tokens) > REPEATED + 2 for w in m.shown)
+    # What is left are those that the end of a row cuts short.
+    assert all(len(w.tokens) <= REPEATED + 2 for w in m.positives)
 
 
 def test_sides_are_even_and_the_same_each_time():
@@ -119,7 +116,7 @@ def test_contamination_bounds_what_is_not_known(tmp_path: Path):
     documents = text(120, special={" zebra": 0.05, " whale": 0.01})
     features = [by_words(" zebra"), by_words(" whale")]
     few = write_bundle(tmp_path / "few", documents, features, most=20, n_near=1)
-    found = lambda b: [m for seed in range(12) for m in every_material(b, LabelSettings(seed=seed)) if m.feature == 0]  # noqa: E731
+    found = lambda b: [m for seed in range(6) for m in every_material(b, LabelSettings(seed=seed)) if m.feature == 0]  # noqa: E731
     bound = np.mean([m.contamination["detection"].random for m in found(few)])
     true = np.mean([" zebra" in w.tokens for m in found(few) for w in m.random])
     assert 0.3 < true <= bound < 1.0
@@ -139,18 +136,16 @@ def test_all_rows_known_is_no_contamination(tmp_path: Path):
     assert not any(" zebra" in w.tokens for w in rare.negatives)
 
 
-def test_text_without_marks_is_cut_into_blocks_and_an_import_by_example(tmp_path: Path, made: Made):
-    from crosslayer.features.packed import import_packed, write_packed
-
-    bundle = write_bundle(tmp_path / "plain", text(60), prepend=False)
+def test_text_without_marks_is_cut_into_blocks_and_an_import_by_example(tmp_path: Path):
+    bundle = write_bundle(tmp_path / "plain", text(60), [by_words(" zebra"), by_words(" whale")], prepend=False)
     documents = Documents(bundle)
     assert documents.told == "as blocks of 8 rows"
     assert [documents.number(p) for p in (0, 8 * CONTEXT - 1, 8 * CONTEXT)] == [0, 0, 1]
-    back = import_packed("x", write_packed(made.bundle, tmp_path).joinpath, tmp_path / "back")
+    back = import_packed("x", write_packed(bundle, tmp_path).joinpath, tmp_path / "back")
     documents = Documents(back)
     assert documents.told == "by example"
-    for f in choose.of_all(back):
-        m = material(back, documents, f, LabelSettings(n_positive=2, n_negative=2, window=8, before=4))
+    for m in every_material(back):
+        assert m.shown
         assert m.contamination["detection"] == (None, None)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from crosslayer.core.errors import EndpointError
 from crosslayer.label.cache import AnswerCache
 from crosslayer.label.endpoint import Answer, Endpoint, Request, RequestFailed
 from crosslayer.label.reply import Unusable
-
-T = TypeVar("T")
 
 ATTEMPTS = 2
 """Times that a question is asked if the answer cannot be used."""
@@ -22,10 +20,10 @@ CHARACTERS_A_TOKEN = 3.0
 """Of prompts, to estimate before anything was asked; code and JSON have fewer than prose."""
 
 
-class Usable(NamedTuple, Generic[T]):
+class Usable(NamedTuple):
     """What was made of an answer."""
 
-    value: T
+    value: Any
     answer: Answer
 
 
@@ -74,7 +72,7 @@ class Asker:
         self._failed_in_a_row = 0
         self._lock = threading.Lock()
 
-    def ask(self, request: Request, parse: Callable[[Answer], T]) -> Usable[T] | Failure:
+    def ask(self, request: Request, parse: Callable[[Answer], Any]) -> Usable | Failure:
         """What `parse` makes of the answer; asked again where it raises Unusable.
 
         Raises:

@@ -226,9 +226,9 @@ class Labelling:
 
     def _ask(
         self, jobs: Sequence[tuple[Request, Parse]], on_progress: Callable[[float], None]
-    ) -> list[Usable[Any] | Failure | None]:
+    ) -> list[Usable | Failure | None]:
         """The answers in order, None for what the budget does not reach."""
-        found: list[Usable[Any] | Failure | None] = [None] * len(jobs)
+        found: list[Usable | Failure | None] = [None] * len(jobs)
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = {pool.submit(self.asker.ask, request, parse): i for i, (request, parse) in enumerate(jobs)}
             try:
@@ -269,7 +269,7 @@ def _share(update: Update, figures: Callable[[], str], at: int, n: int, n_all: i
     update((at + share * n) / n_all, figures())
 
 
-def _collated(m: Material, asked: Sequence[tuple[_Judge | _Search, Usable[Any] | Failure]]) -> dict[str, Any]:
+def _collated(m: Material, asked: Sequence[tuple[_Judge | _Search, Usable | Failure]]) -> dict[str, Any]:
     """A feature's scores, as they are kept."""
     value = lambda answer: answer.value if isinstance(answer, Usable) else None  # noqa: E731
     by: dict[tuple[str, str], list[tuple[Question, Any]]] = {}
