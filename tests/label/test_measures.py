@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslayer.label.measures import Judged, auroc, balanced_accuracy, mean_interval, wilson
+from crosslayer.label.measures import Interval, Judged, auroc, balanced_accuracy, mean_interval, wilson
 
 YES, NO, FAILED = (
     (lambda fires: Judged(fires, True, 0.9)),
@@ -75,7 +75,11 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 def test_the_mean_over_features():
-    x = mean_interval([0.5, 0.7, 0.9])
+    many = [Interval(v, v - 0.01, v + 0.01) for v in (0.5, 0.7, 0.9) * 30]
+    x = mean_interval(many)
     assert x.value == pytest.approx(0.7)
-    assert 0.5 <= x.low < 0.7 < x.high <= 0.9
-    assert mean_interval([0.4]) == (0.4, 0.4, 0.4)
+    assert x.high - x.value == pytest.approx(1.96 * 0.1633 / 90**0.5, rel=0.15)
+    # Few features are no surer than each of them is.
+    one = Interval(1.0, 0.8, 1.0)
+    assert mean_interval([one]) == pytest.approx(one)
+    assert mean_interval([one, one]) == pytest.approx((1.0, 1 - 0.2 / 2**0.5, 1.0))

@@ -10,8 +10,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import pytest
 from cli.test_graph_commands import run as cli
 from crosslayer.core.errors import ConfigError, EndpointError
 from crosslayer.features.store import FeatureBundle, load_features
+from crosslayer.features.user import GroupLabel
 from crosslayer.label import choose
 from crosslayer.label.ask import Asker
 from crosslayer.label.cache import CACHE, AnswerCache
@@ -45,6 +47,22 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_usual(tmp_path_factory.mktemp("made-up") / "bundle").path
 
 
+class Run(NamedTuple):
+    """A whole run with all that it asked."""
+
+    bundle: FeatureBundle
+    found: dict[str, Any]
+    bodies: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def labelled(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    bundle = load_features(shutil.copytree(built, tmp_path_factory.mktemp("labelled") / "bundle"))
+    bundle.set_label(0, FEATURE["nothing"], "chance")
+    found, s = label(bundle, well)
+    return Run(bundle, found, s.bodies)
+
+
 @pytest.fixture
 def bundle(built: Path, tmp_path: Path) -> FeatureBundle:
     shutil.copytree(built, tmp_path / "bundle")
@@ -64,15 +82,15 @@ def label(
 
 
 def scores(bundle: FeatureBundle, feature: int) -> dict[str, Any]:
-    found = bundle.user.labels([feature])[feature][0].scores
+    found = next(x.scores for x in bundle.user.labels([feature])[feature] if x.source == "stand-in")
     assert found is not None
     return found
 
 
-def test_scores_of_features_of_known_truth(bundle: FeatureBundle):
+def test_scores_of_features_of_known_truth(labelled: Run):
     """One token: 1.0. A set of tokens: 1.0. Nothing sensible: what the answers give, and about 0.5 over several."""
-    found, s = label(bundle, well)
-    assert found["features"] == {
+    bundle = labelled.bundle
+    assert labelled.found["features"] == {
         "chosen": 4, "labelled": 4, "failed": 0, "no_examples": 0, "not_asked": 0, "scored": 4, "too_few_texts": 0, "not_reached": 0,
     }  # fmt: skip
     for name, words in (("zebra", "zebra"), ("colour", "blue, green, red"), ("whale", "whale")):
@@ -90,7 +108,7 @@ def test_scores_of_features_of_known_truth(bundle: FeatureBundle):
         ] == [1.0, 1.0]
     m = material(bundle, Documents(bundle), FEATURE["nothing"], LabelSettings())
     for method in ("detection", "fuzzing"):
-        asked = [(user_of(b)["texts"], json.loads(well(b).content)) for b in s.bodies if about(b, "nothing that can be named") and marks(b) == (method == "fuzzing")]  # fmt: skip
+        asked = [(user_of(b)["texts"], json.loads(well(b).content)) for b in labelled.bodies if about(b, "nothing that can be named") and marks(b) == (method == "fuzzing")]  # fmt: skip
         answers = {v: bool(a[k]) for texts, a in asked for k, v in texts.items()}
         by_hand = [Judged(fires, answers[shown(w, method)], None) for q in questions(m, method, LabelSettings()) for w, fires in zip(q.texts, q.fires, strict=True)]  # fmt: skip
         assert scores(bundle, FEATURE["nothing"])[method]["balanced_accuracy"] == pytest.approx(
@@ -268,56 +286,70 @@ def test_orders_in_the_texts_give_at_most_a_wrong_label(tmp_path: Path):
     assert scores(fresh, 0)["detection"]["balanced_accuracy"] == 1.0
 
 
-def test_a_person_comes_first_and_everything_is_shown_and_found(bundle: FeatureBundle):
-    bundle.set_label(0, FEATURE["zebra"], "stripes")
-    label(bundle, well)
-    assert bundle.labels([0])[0] == ("stripes", "person")
-    x = bundle.user.labels([0])[0][1]
-    assert (x.source, x.label, x.explanation) == ("stand-in", "the words zebra", "It fires on the words zebra.")
+def test_a_person_comes_first_and_everything_is_shown_and_found(labelled: Run):
+    bundle, n = labelled.bundle, FEATURE["nothing"]
+    assert bundle.labels([n])[n] == ("chance", "person")
+    x = bundle.user.labels([n])[n][1]
+    assert (x.source, x.label, x.explanation) == (
+        "stand-in",
+        "nothing that can be named",
+        "It fires on nothing that can be named.",
+    )
     assert x.provenance is not None
     assert x.provenance["model"] == "stand-in"
     assert x.provenance["endpoint"].startswith("127.0.0.1:")
     assert x.provenance["prompt_version"] == "1"
     assert x.provenance["documents"] == "by their first token"
     assert x.provenance["time"] == x.time
-    code, out, error = cli("features", "show", "L0/0", "--bundle", bundle.path)
+    code, out, error = cli("features", "show", f"L0/{n}", "--bundle", bundle.path)
     assert (code, error) == (0, "")
     for words in (
-        "L0/0  stripes",
-        "person: stripes",
-        "stand-in: the words zebra: It fires on",
+        f"L0/{n}  chance",
+        "person: chance",
+        "stand-in: nothing that can be named: It fires on",
+        "(detection 0.",
+        "intruder 0.",
+    ):
+        assert words in out
+    out = cli("features", "show", "L0/0", "--bundle", bundle.path)[1]
+    for words in (
+        "L0/0  the words zebra",
+        "label from stand-in",
         "detection 1.00 [0.80, 1.00]",
         "intruder 1.00",
         "rule: “ zebra”",
     ):
         assert words in out
-    code, out, _ = cli("features", "search", "whale", "--bundle", bundle.path)
+    out = cli("features", "search", "whale", "--bundle", bundle.path)[1]
     assert ("the words whale" in out, "1.00 1.00 1.00" in out) == (True, True)
     assert [(f.layer, f.index) for f in bundle.search("label:green")] == [(0, FEATURE["colour"])]
     assert bundle.search("promotes:green") == []
 
 
-def test_groups_are_named_from_their_members(bundle: FeatureBundle):
-    bundle.set_label(0, FEATURE["dead"], "")
-    found, s = label(bundle, well, **SMALL)
-    asked = [user_of(b)["members"] for b in s.bodies if "members" in user_of(b)]
-    assert found["groups"] == {"labelled": 3, "failed": 0}
+def test_groups_are_named_from_their_members(labelled: Run):
+    asked = [user_of(b)["members"] for b in labelled.bodies if "members" in user_of(b)]
+    assert labelled.found["groups"] == {"labelled": 3, "failed": 0}
     assert sorted(map(len, asked)) == [2, 2, 4]
     assert {"the words zebra", "the words blue, green, red"} in [set(a.values()) for a in asked]
-    again = load_features(bundle.path)
+    assert {"chance", "the words whale"} in [set(a.values()) for a in asked]
+    again = load_features(labelled.bundle.path)
     assert [g.label for g in again.groups(0)] == ["a group of 2", "a group of 2", "tokens 2"]
     assert again.groups(1)[0].label == "a group of 4"
     x = again.user.group_labels(1)[0][0]
     assert x.provenance is not None
     assert (x.source, x.provenance["members"]) == ("stand-in", 4)
+    again.user.set_group_label(GroupLabel(1, 0, "person", "everything"))
+    assert again.groups(1)[0].label == "everything"
+    again.user.set_group_label(GroupLabel(1, 0, "person", ""))
+    assert again.groups(1)[0].label == "a group of 4"
 
 
 def test_killed_and_resumed_it_pays_for_nothing_twice(
-    bundle: FeatureBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: FeatureBundle, labelled: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """And the key, which is in the environment of the process, is in no file and in nothing that it prints."""
-    other = load_features(shutil.copytree(bundle.path, tmp_path / "whole"))
-    wanted, _ = label(other, well)
+    bundle.set_label(0, FEATURE["nothing"], "chance")
+    wanted = labelled.found
     monkeypatch.setenv("SOME_KEY", KEY)
     with serving(slowly(well, 0.01)) as s:
         arguments = ["label", str(bundle.path), "--endpoint", s.url, "--model", "stand-in", "--concurrency", "3", "--key-env", "SOME_KEY", "--out", str(tmp_path / "out.json")]  # fmt: skip
@@ -346,8 +378,8 @@ def test_killed_and_resumed_it_pays_for_nothing_twice(
     assert len(asked) == wanted["calls"]
     resumed = load_features(bundle.path)
     for f in range(4):
-        assert scores(resumed, f) == scores(other, f)
-        assert resumed.labels([f]) == other.labels([f])
+        assert scores(resumed, f) == scores(labelled.bundle, f)
+        assert resumed.labels([f]) == labelled.bundle.labels([f])
     assert report["scores"] == wanted["scores"]
     assert not any(KEY in printed for printed in (*killed, *finished, *again))
     assert "calls" in killed[1].splitlines()[0], "the estimate comes first"
@@ -355,20 +387,19 @@ def test_killed_and_resumed_it_pays_for_nothing_twice(
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
 
 
-def test_the_estimate_is_what_it_takes(bundle: FeatureBundle):
-    features = choose.of_all(bundle)
-    found, s = label(bundle, well, groups=False)
-    e = estimate(bundle, Documents(bundle), features, LabelSettings(), known=AnswerCache(bundle.path / CACHE).known("other"), concurrency=4, prices=Prices(2.0, 8.0))  # fmt: skip
-    assert e.calls == found["calls"] == len(s.bodies)
-    characters = sum(len(m["content"]) for b in s.bodies for m in b["messages"])
+def test_the_estimate_is_what_it_takes(labelled: Run):
+    bundle, cache = labelled.bundle, AnswerCache(labelled.bundle.path / CACHE)
+    count = partial(estimate, bundle, Documents(bundle), choose.of_all(bundle), LabelSettings(), concurrency=4)
+    e = count(known=cache.known("other"), prices=Prices(2.0, 8.0))
+    bodies = [b for b in labelled.bodies if "members" not in user_of(b)]
+    assert e.calls == len(bodies) == labelled.found["calls"] - 3
+    characters = sum(len(m["content"]) for b in bodies for m in b["messages"])
     assert e.prompt_tokens == pytest.approx(characters / 3 + 10 * e.calls, rel=0.1)
     assert e.cost == pytest.approx((2 * e.prompt_tokens + 8 * e.completion_tokens) / 1e6)
     assert (e.measured, e.wall_s) == (False, e.calls * 2.0 / 4)
-    known = AnswerCache(bundle.path / CACHE).known("stand-in")
-    assert known.n == found["calls"]
-    assert estimate(
-        bundle, Documents(bundle), features, LabelSettings(), known=known, concurrency=4, prices=None
-    ).measured
+    known = cache.known("stand-in")
+    assert known.n == labelled.found["calls"]
+    assert count(known=known, prices=None).measured
 
 
 def test_a_budget_ends_a_run_in_good_order(bundle: FeatureBundle):
@@ -402,6 +433,26 @@ def test_which_features(bundle: FeatureBundle, tmp_path: Path):
     for level, number in ((0, 9), (5, 0)):
         with pytest.raises(ConfigError, match="there is no group"):
             choose.of_group(bundle, level, number)
+
+
+def test_the_features_of_a_graph_by_influence(bundle: FeatureBundle, tmp_path: Path):
+    node = {"jsNodeId": "", "clerp": "", "ctx_idx": 0}
+    nodes = [
+        {**node, "node_id": f"0_{i}_0", "feature": i * (i + 1) // 2 + i, "layer": "0", "feature_type": "cross layer transcoder", "influence": share}
+        for i, share in ((1, 0.2), (3, 0.5), (4, 0.1))
+    ]  # fmt: skip
+    nodes.append({**node, "node_id": "2_5_0", "feature": 5, "layer": "2", "feature_type": "logit", "token_prob": 1.0})
+    metadata = {"slug": "x", "scan": "x", "prompt": "a", "prompt_tokens": ["a"]}
+    links = [{"source": n["node_id"], "target": "2_5_0", "weight": 1.0} for n in nodes[:3]]
+    (tmp_path / "g.json").write_text(json.dumps({"metadata": metadata, "qParams": {}, "nodes": nodes, "links": links}))
+    found = choose.of_graph(bundle, tmp_path / "g.json")
+    # The dead one has no examples. Shares here are cumulative: the smallest is the first.
+    assert sorted(found) == [1, 3]
+    nodes[0] |= {"node_id": "0_9_0", "feature": 54}
+    links[0]["source"] = "0_9_0"
+    (tmp_path / "h.json").write_text(json.dumps({"metadata": metadata, "qParams": {}, "nodes": nodes, "links": links}))
+    with pytest.raises(ConfigError, match="another shape"):
+        choose.of_graph(bundle, tmp_path / "h.json")
 
 
 def test_a_sample_is_even_over_layers_and_densities(tmp_path: Path):

@@ -19,6 +19,7 @@ import numpy as np
 from crosslayer.features.store import FeatureBundle
 from crosslayer.label.documents import Documents, draw, in_drawn_order, runs
 from crosslayer.label.settings import LabelSettings
+from crosslayer.records.bundle import Example
 
 REPEATED = 16
 """Tokens in a row that a text to judge may not share with one that was shown."""
@@ -132,22 +133,25 @@ def _contrasts(
     """
     show, judge, rows = list[Window](), list[tuple[Window, float]](), set[int]()
     for g, share in _neighbours(bundle, feature):
-        if len(show) >= s.n_contrast and len(judge) >= s.n_negative // 2:
-            break
-        n_shown, n_judged = 0, 0
-        for w in _own(bundle, documents, g, s).windows:
-            row = documents.row(w.start)
-            if row in rows or not _silent(own, documents, w):
+        highest, left, to_judge = float(bundle.at("max", g)), 1, 2
+        for e in bundle.examples(g):
+            more_shown, more_judged = left and len(show) < s.n_contrast, to_judge and len(judge) < s.n_negative // 2
+            if not (more_shown or more_judged):
+                break
+            if documents.row(e.position + e.peak) in rows:
+                continue
+            w = _window(documents, e, highest, s)
+            if not _silent(own, documents, w):
                 continue
             if sides.explains(w.document):
-                if n_shown < 1 and len(show) < s.n_contrast:
+                if more_shown:
                     show.append(w)
-                    rows.add(row)
-                    n_shown += 1
-            elif n_judged < 2 and len(judge) < s.n_negative // 2 and not repeated & _runs(bundle, w):
+                    left -= 1
+                    rows.add(documents.row(w.start))
+            elif more_judged and not repeated & _runs(bundle, w):
                 judge.append((w._replace(bin=-1), share))
-                rows.add(row)
-                n_judged += 1
+                to_judge -= 1
+                rows.add(documents.row(w.start))
     return show, judge
 
 
@@ -175,22 +179,27 @@ def _evenly(windows: Sequence[Window], n: int) -> list[Window]:
 
 
 def _own(bundle: FeatureBundle, documents: Documents, feature: int, s: LabelSettings) -> _Own:
-    windows, known, covered, rows = list[Window](), set[int](), set[int](), set[int]()
+    windows, known, covered = list[Window](), set[int](), set[int]()
     highest = float(bundle.at("max", feature))
     for e in bundle.examples(feature):
-        peak, stretch = e.position + e.peak, documents.stretch(e.position + e.peak)
         known.update(e.position + i for i, a in enumerate(e.activations) if a > 0)
         covered.update(range(e.position, e.position + len(e.tokens)))
-        rows.add(documents.row(peak))
-        # Inside the example, since beyond it activations are not known.
-        first, last = _around(peak, max(stretch.first, e.position), min(stretch.last, e.position + len(e.tokens)), s)
-        at = range(first - e.position, last - e.position)
-        active = [i - at[0] for i in at if e.activations[i] >= MARKED * e.value and e.activations[i] > 0]
-        strength = e.value / highest if highest > 0 else 0.0
-        windows.append(Window(first, [e.tokens[i] for i in at], active, strength, e.bin, documents.hash(peak)))
+        windows.append(_window(documents, e, highest, s))
+    rows = {documents.row(w.start) for w in windows}
     # More rows than there are top examples would have left some in the quantile bins.
     drawn = bundle.manifest.settings.get("n_reservoir", 0) > bundle.manifest.settings.get("n_top", 0)
     return _Own(windows, known, covered, rows, drawn and all(w.bin == 0 for w in windows))
+
+
+def _window(documents: Documents, e: Example, highest: float, s: LabelSettings) -> Window:
+    """The text around an example's peak."""
+    peak, stretch = e.position + e.peak, documents.stretch(e.position + e.peak)
+    # Inside the example, since beyond it activations are not known.
+    first, last = _around(peak, max(stretch.first, e.position), min(stretch.last, e.position + len(e.tokens)), s)
+    at = range(first - e.position, last - e.position)
+    active = [i - at[0] for i in at if e.activations[i] >= MARKED * e.value and e.activations[i] > 0]
+    strength = e.value / highest if highest > 0 else 0.0
+    return Window(first, [e.tokens[i] for i in at], active, strength, e.bin, documents.hash(peak))
 
 
 def _silent(own: _Own, documents: Documents, window: Window) -> bool:

@@ -80,9 +80,10 @@ def _auroc_deviation(value: float, n_positive: int, n_negative: int) -> float:
     return math.sqrt(value * (1 - value) * spread / (n_positive * n_negative))
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean over features, by bootstrap over them."""
-    found = np.asarray(values, np.float64)
+def mean_interval(found: Sequence[Interval]) -> Interval:
+    """The mean over features: by bootstrap over them, and no narrower than their own intervals allow, which counts where there are few."""
+    values = np.array([x.value for x in found])
     picks = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
-    low, high = np.quantile(found[picks].mean(axis=1), [0.025, 0.975])
-    return Interval(float(found.mean()), float(low), float(high))
+    value, (low, high) = float(values.mean()), np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    down, up = (math.hypot(*(x.value - edge for x, edge in zip(found, edges, strict=True))) / len(found) for edges in ([x.low for x in found], [x.high for x in found]))  # fmt: skip
+    return Interval(value, max(0.0, min(float(low), value - down)), min(1.0, max(float(high), value + up)))

@@ -86,7 +86,7 @@ def _table(lines: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name in ("method", "judged") else "right", no_wrap=True)
     for x in lines:
         row = (
-            x["method"], _NAMES.get(x["of"], x["of"]) if "chance" not in x else f"chance {x['chance']:.2f}", _interval(x, FIGURE[x["method"]]),
+            x["method"], _NAMES.get(str(x["of"]), str(x["of"])) if "chance" not in x else f"chance {x['chance']:.2f}", _interval(x, FIGURE[x["method"]]),
             f"{x['auroc']:.3f}" if "auroc" in x else "", f"{x['features']:,}", f"{x['n']:,}", f"{x['failed']:,}",
         )  # fmt: skip
         table.add_row(*(Text(cell) for cell in row))

@@ -107,13 +107,15 @@ class Labelling:
             EndpointError: where the endpoint answers nothing at all. What was answered is kept.
         """
         began = time.monotonic()
-        for at in range(0, len(features), AT_ONCE):
-            some = features[at : at + AT_ONCE]
+        n_parts = -(-len(features) // AT_ONCE)
+        for part in range(n_parts):
+            # Parts of one size, so that the last is not too small to shuffle labels in.
+            at, end = (len(features) * i // n_parts for i in (part, part + 1))
+            some = features[at:end]
             if self._over_budget:
                 self.tally.unasked += len(some)
                 continue
-            done = partial(_share, on_progress, self._figures, at, len(some), len(features))
-            self._some(some, done)
+            self._some(some, partial(_share, on_progress, self._figures, at, len(some), len(features)))
         if groups and not self._over_budget:
             self._groups(features)
         found = summary(

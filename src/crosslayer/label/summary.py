@@ -8,7 +8,7 @@ from typing import Any
 
 from crosslayer.label.ask import Spent
 from crosslayer.label.estimate import Prices
-from crosslayer.label.measures import mean_interval
+from crosslayer.label.measures import Interval, mean_interval
 
 OF_RULED = "label, where a rule names it"
 FIGURE = {"detection": "balanced_accuracy", "fuzzing": "balanced_accuracy", "intruder": "accuracy"}
@@ -75,7 +75,7 @@ def _line(method: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     line: dict[str, Any] = {"features": len(scores)}
     for name in (FIGURE[method], "auroc"):
-        values = [s[name] for s in scores if name in s]
+        values = [Interval(*(s[f"{name}{end}"] for end in ("", "_low", "_high"))) for s in scores if name in s]
         if values:
             x = mean_interval(values)
             line |= {name: round(x.value, 4), f"{name}_low": round(x.low, 4), f"{name}_high": round(x.high, 4)}
