@@ -63,6 +63,14 @@ def labelled(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(bundle, found, s.bodies)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small run that nothing went wrong in."""
+    bundle = load_features(shutil.copytree(built, tmp_path_factory.mktemp("undisturbed") / "bundle"))
+    found, s = label(bundle, well, **SMALL)
+    return Run(bundle, found, s.bodies)
+
+
 @pytest.fixture
 def bundle(built: Path, tmp_path: Path) -> FeatureBundle:
     shutil.copytree(built, tmp_path / "bundle")
@@ -131,16 +139,16 @@ def shown(window: Any, method: str) -> str:
 
 
 def test_nothing_sensible_and_shuffled_labels_score_about_a_half(tmp_path: Path):
-    """Ten features of one word each and ten of none."""
-    features = [f for i, w in enumerate(PLAIN[:10]) for f in (by_words(w), by_chance(0.013, i))]
-    bundle = write_bundle(tmp_path / "many", text(120, special={}), features, n_near=2)
+    """Eight features of one word each and eight of none."""
+    features = [f for i, w in enumerate(PLAIN[:8]) for f in (by_words(w), by_chance(0.013, i))]
+    bundle = write_bundle(tmp_path / "many", text(90, special={}), features, n_near=2)
     found, _ = label(bundle, well, groups=False, baselines=("shuffled",), methods=METHODS[:2], per_call=20)
-    assert found["features"]["scored"] == 20
-    own = {n: [scores(bundle, n)[m]["balanced_accuracy"] for m in METHODS[:2]] for n in range(20)}
-    assert {x for n in range(0, 20, 2) for x in own[n]} == {1.0}
-    assert np.mean([own[n] for n in range(1, 20, 2)]) == pytest.approx(0.5, abs=0.06)
+    assert found["features"]["scored"] == 16
+    own = {n: [scores(bundle, n)[m]["balanced_accuracy"] for m in METHODS[:2]] for n in range(16)}
+    assert {x for n in range(0, 16, 2) for x in own[n]} == {1.0}
+    assert np.mean([own[n] for n in range(1, 16, 2)]) == pytest.approx(0.5, abs=0.06)
     shuffled = [
-        scores(bundle, n)["baselines"]["shuffled"][m]["balanced_accuracy"] for n in range(20) for m in METHODS[:2]
+        scores(bundle, n)["baselines"]["shuffled"][m]["balanced_accuracy"] for n in range(16) for m in METHODS[:2]
     ]
     assert np.mean(shuffled) == pytest.approx(0.5, abs=0.06)
     lines = {(x["of"], x["method"]): x for x in found["scores"]}
@@ -155,7 +163,7 @@ def test_a_model_that_says_always_yes_or_always_no_scores_a_half(bundle: Feature
             user = user_of(body)
             return judged(dict.fromkeys(user["texts"], answer), logprobs=True) if "feature" in user else well(body)
 
-        label(bundle, always, [FEATURE["zebra"], FEATURE["colour"]])
+        label(bundle, always, [FEATURE["zebra"], FEATURE["colour"]], **SMALL)
         (bundle.path / CACHE).unlink()
         for name in ("zebra", "colour"):
             x = scores(bundle, FEATURE[name])["detection"]
@@ -198,13 +206,7 @@ def test_failures_are_counted_as_failures(bundle: FeatureBundle):
 
 
 @pytest.mark.parametrize("how", ["errors", "slowly", "truncated"])
-def test_what_passes_changes_nothing(bundle: FeatureBundle, tmp_path: Path, how: str):
-    wanted, _ = label(bundle, well, **SMALL)
-    kept = [scores(bundle, n) for n in range(4)]
-    other = load_features(
-        shutil.copytree(bundle.path, tmp_path / "other", ignore=shutil.ignore_patterns("user.sqlite*", f"{CACHE}*"))
-    )
-
+def test_what_passes_changes_nothing(bundle: FeatureBundle, undisturbed: Run, how: str):
     def answering(body: dict[str, Any], n: int) -> Reply:
         if how == "errors" and n % 3 == 0:
             return (Reply(429, headers={"Retry-After": "0.01"}), Reply(500), Reply(503))[n // 3 % 3]
@@ -212,9 +214,9 @@ def test_what_passes_changes_nothing(bundle: FeatureBundle, tmp_path: Path, how:
             return Reply(raw=json.dumps({"choices": [{"message": {"content": well(body).content}}]}).encode()[:-9])
         return slowly(well, 0.01)(body, n) if how == "slowly" else well(body)
 
-    found, s = label(other, answering, **SMALL)
-    assert [scores(other, n) for n in range(4)] == kept
-    assert found["scores"] == wanted["scores"]
+    found, s = label(bundle, answering, **SMALL)
+    assert [scores(bundle, n) for n in range(4)] == [scores(undisturbed.bundle, n) for n in range(4)]
+    assert found["scores"] == undisturbed.found["scores"]
     assert found["features"]["failed"] == 0
     assert s.most_at_once <= 4
 
@@ -390,6 +392,7 @@ def test_killed_and_resumed_it_pays_for_nothing_twice(
 def test_the_estimate_is_what_it_takes(labelled: Run):
     bundle, cache = labelled.bundle, AnswerCache(labelled.bundle.path / CACHE)
     count = partial(estimate, bundle, Documents(bundle), choose.of_all(bundle), LabelSettings(), concurrency=4)
+    assert count(known=cache.known("other"), prices=None, groups=True).calls == labelled.found["calls"]
     e = count(known=cache.known("other"), prices=Prices(2.0, 8.0))
     bodies = [b for b in labelled.bodies if "members" not in user_of(b)]
     assert e.calls == len(bodies) == labelled.found["calls"] - 3
@@ -408,7 +411,9 @@ def test_a_budget_ends_a_run_in_good_order(bundle: FeatureBundle):
         for budget in (3_000, None):
             asker = Asker(e, AnswerCache(bundle.path / CACHE), budget)
             found.append(
-                Labelling(bundle, asker, LabelSettings(), concurrency=4).run(choose.of_all(bundle), groups=False)
+                Labelling(bundle, asker, LabelSettings(per_call=10), concurrency=4).run(
+                    choose.of_all(bundle), groups=False
+                )
             )
         assert 0 < found[0]["prompt_tokens"] + found[0]["completion_tokens"] <= 3_000
         counts = found[0]["features"]

@@ -89,6 +89,7 @@ def command(
             known=known,
             concurrency=concurrency,
             prices=prices,
+            groups=groups,
         )
         expected = count(chosen)
         if budget is not None and expected.tokens > budget:

@@ -248,7 +248,7 @@ class Endpoint:
                 raw += part
                 if len(raw) > MOST_BYTES:
                     raise httpx.DecodingError("too long")
-            told = _retry_after_s(response.headers.get("Retry-After"))
+            told = retry_after_s(response.headers.get("Retry-After"))
         try:
             said = json.loads(bytes(raw))
         except (ValueError, RecursionError):
@@ -401,7 +401,7 @@ def _kind(error: httpx.HTTPError) -> str:
     return "the connection failed" if isinstance(error, httpx.ConnectError) else "the connection broke"
 
 
-def _retry_after_s(told: str | None) -> float:
+def retry_after_s(told: str | None) -> float:
     """Seconds, or a date, as RFC 9110 has it; 0 for neither."""
     if told is None:
         return 0.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from crosslayer.features.store import FeatureBundle
 from crosslayer.label.ask import estimated_tokens
 from crosslayer.label.cache import Known
@@ -13,6 +15,7 @@ from crosslayer.label.documents import Documents
 from crosslayer.label.endpoint import Request
 from crosslayer.label.examples import material
 from crosslayer.label.explain import explain_request
+from crosslayer.label.groups import MIN_MEMBERS
 from crosslayer.label.reply import Explanation
 from crosslayer.label.score import intruder_request, judge_request, questions, trials
 from crosslayer.label.settings import LabelSettings
@@ -21,6 +24,8 @@ COUNTED = 32
 """Features whose questions are written out."""
 EXPLAINED_TOKENS, JUDGED_TOKENS, NAMED_TOKENS = 80, 8, 8
 """Of an answer, about: a label with its sentence, one text judged, an intruder named."""
+GROUP_TOKENS = 500
+"""Of the question about a group, about."""
 SECONDS_A_CALL = 2.0
 """Taken where the model was not asked before."""
 MEASURED = 20
@@ -62,12 +67,13 @@ class Prices(NamedTuple):
 
 def estimate(
     bundle: FeatureBundle, documents: Documents, features: Sequence[int], settings: LabelSettings, *, known: Known, concurrency: int,
-    prices: Prices | None,
+    prices: Prices | None, groups: bool = False,
 ) -> Estimate:  # fmt: skip
     """What labelling and scoring the features takes if nothing is known yet.
 
     Args:
         known: what the cache holds of the model.
+        groups: whether those of the atlas are named.
     """
     step = max(1, len(features) // COUNTED)
     counted = features[::step][:COUNTED]
@@ -79,10 +85,25 @@ def estimate(
             completion += n_completion + settings.thinking
     share = len(features) / max(1, len(counted))
     calls, prompt, completion = (round(x * share) for x in (calls, prompt, completion))
+    n_groups = _shared_groups(bundle, features) if groups else 0
+    calls, prompt, completion = (
+        calls + n_groups,
+        prompt + GROUP_TOKENS * n_groups,
+        completion + EXPLAINED_TOKENS * n_groups,
+    )
     measured = known.n >= MEASURED and known.wall_s is not None
     seconds = known.wall_s if measured and known.wall_s is not None else SECONDS_A_CALL
     cost = prices.cost(prompt, completion) if prices else None
     return Estimate(len(features), calls, prompt, completion, cost, calls * seconds / concurrency, seconds, measured)
+
+
+def _shared_groups(bundle: FeatureBundle, features: Sequence[int]) -> int:
+    """Groups, of all levels, that hold enough of the features to be named."""
+    if not bundle.has("group"):
+        return 0
+    of_levels = np.asarray(bundle.array("group"))[np.asarray(features, np.int64)].T
+    counted = (np.unique(numbers[numbers >= 0], return_counts=True)[1] for numbers in of_levels)
+    return sum(int((n >= MIN_MEMBERS).sum()) for n in counted)
 
 
 def requests_of(
