@@ -111,10 +111,12 @@ def material(bundle: FeatureBundle, documents: Documents, feature: int, settings
     own = _own(bundle, documents, feature, s)
     sides = Sides(feature, [w.document for w in own.windows], s.seed)
     shown = spread([w for w in own.windows if sides.explains(w.document)], s.n_shown)
-    repeated = set().union(*(_runs(bundle, w) for w in shown)) if shown else set()
+    repeated = set[bytes]().union(*(_runs(bundle, w) for w in shown))
+    contrast, near = _contrasts(bundle, documents, feature, own, sides, repeated, s)
+    repeated = repeated.union(*(_runs(bundle, w) for w in contrast))
+    near = [(w, share) for w, share in near if not repeated & _runs(bundle, w)]
     judged = [w for w in own.windows if not sides.explains(w.document) and not repeated & _runs(bundle, w)]
     positives = _evenly(judged, s.n_positive)
-    contrast, near = _contrasts(bundle, documents, feature, own, sides, repeated, s)
     taken = {documents.row(w.start) for w in [*contrast, *(w for w, _ in near)]}
     marks = [len(w.active) for w in positives] or [1]
     random = _random(bundle, documents, feature, own, sides, repeated, taken, marks, s.n_negative - len(near), s)
@@ -227,7 +229,7 @@ def _neighbours(bundle: FeatureBundle, feature: int) -> list[tuple[int, float]]:
 
 
 def _coactive_shares(bundle: FeatureBundle, feature: int, others: Iterable[int]) -> dict[int, float]:
-    """Of the tokens on which another feature fires, the share on which this one does: counted if it is among the most coactive, else at most that."""
+    """Of the tokens on which another feature fires, about the share on which this one does: counted if it is listed, else taken at the smallest count listed."""
     if not bundle.has("own_id"):
         return dict.fromkeys(others, 0.0)
     counts, least = dict[int, int](), dict[str, int]()
