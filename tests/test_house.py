@@ -72,6 +72,9 @@ def test_shapes_use_one_alphabet():
         "crosslayer.features.packed",
         "crosslayer.features.parquet",
         "crosslayer.features.report",
+        "crosslayer.label.run",
+        "crosslayer.label.report",
+        "crosslayer.label.choose",
     ],
 )
 def test_imports_without_torch(module: str):

@@ -18,6 +18,7 @@ VERBS = {
     "convert": "Write a transcoder in another format or dtype.",
     "push": "Upload a transcoder with its model card to the Hugging Face hub.",
     "features": "What each feature means: examples, tokens, labels, neighbours.",
+    "label": "Let a language model label features, and score the labels.",
     "graph": "Trace a prompt into an attribution graph.",
     "graph-diff": "Compare two graphs by feature.",
     "intervene": "Change features of a prompt and see what the model does.",

@@ -7,6 +7,7 @@
     ├── FormatError      a file or folder that is not what its format says
     ├── ResourceError    not enough memory or disk for what was asked
     ├── ConflictError    what was to be replaced has been changed by another
+    ├── EndpointError    a language model's server that cannot be reached, or that refuses
     └── RunError         a run folder in use, or a resume that does not fit it
 
 The command line prints the message and exits with 2. Invariants of our own are `assert`s, not these.
@@ -39,6 +40,10 @@ class ResourceError(CrosslayerError):
 
 class ConflictError(CrosslayerError):
     """What was to be replaced has been changed by another in the meantime."""
+
+
+class EndpointError(CrosslayerError):
+    """A language model's server that cannot be reached, or that refuses."""
 
 
 class RunError(CrosslayerError):

@@ -96,8 +96,11 @@ def require_free_disk(folder: Path, needed_bytes: int, remedy: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, remedy: str = "wait for it, or give another --out") -> Iterator[None]:
     """Hold the folder for this process.
+
+    Args:
+        remedy: what to do where another process holds it.
 
     Raises:
         RunError: for a folder that another process holds.
@@ -110,5 +113,5 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"{folder} is in use by another process; wait for it, or give another --out") from error
+            raise RunError(f"{folder} is in use by another process; {remedy}") from error
         yield

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from crosslayer.features.store import NEIGHBOURS, FeatureBundle
+from crosslayer.features.user import Label
 from crosslayer.records.bundle import Example, Feature, Found, Logit
 
 BARS = " ▁▂▃▄▅▆▇█"
+METHODS = ("detection", "fuzzing", "intruder")
+SCORED = "det. fuz. int."
+"""The heading over the accuracies of a label by a model; see docs/labels.md."""
 AROUND = 12
 """Tokens shown before and after the peak of an example."""
 
@@ -24,9 +29,17 @@ def print_feature(
     title = f"L{f.layer}/{f.index}  {f.label or 'no rule names it'}"
     console.print(Text(title, style="bold"))
     if f.label_from:
-        console.print(Text(f"label from {f.label_from}{_figures(f)}", style="dim"))
+        console.print(Text(f"label from {f.label_from}{_figures(f) if f.label_from == 'rule' else ''}", style="dim"))
     elif f.rule:
         console.print(Text(f"best rule: {f.rule.kind}{_figures(f)}", style="dim"))
+    for x in bundle.user.labels([bundle.id(f.layer, f.index)]).get(bundle.id(f.layer, f.index), []):
+        console.print(Text(f"{x.source}: {_added(x)}"), soft_wrap=True)
+    if (
+        f.rule
+        and f.label_from not in (None, "rule")
+        and (by_rule := bundle.index.row(bundle.id(f.layer, f.index)).label)
+    ):
+        console.print(Text(f"rule: {by_rule}{_figures(f)}"), soft_wrap=True)
     said = f"fires on {f.density:.3%} of tokens" + (f" ({f.count:,} of {f.n_tokens:,})" if f.n_tokens else "")
     if f.density:
         said += f", at {f.mean:.3g} on average, {f.max:.3g} at most" if f.mean == f.mean else f", {f.max:.3g} at most"
@@ -58,6 +71,47 @@ def print_feature(
             if near:
                 said = ";  ".join(f"L{x.layer}/{x.index} {x.value:.2f} {x.label or ''}".rstrip() for x in near)
                 console.print(Text(f"{by:<12} {said}"), soft_wrap=True)
+
+
+def _added(x: Label) -> str:
+    """A label that was added, what was said with it, and how it was scored."""
+    said = f"{x.label}: {x.explanation}" if x.explanation else x.label
+    scored = scores_in_words(x.scores or {})
+    return f"{said} ({scored})" if scored else said
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    """Accuracies alone, in the order of `SCORED`."""
+    return (
+        ""
+        if not scores
+        else " ".join(f"{x:.2f}" if (x := _accuracy(scores, m)) is not None else "  – " for m in METHODS)
+    )
+
+
+def _accuracy(scores: Mapping[str, Any], method: str) -> float | None:
+    match scores.get(method):
+        case float() | int() as value:
+            return value
+        case {"balanced_accuracy": value} | {"accuracy": value}:
+            return value
+    return None
+
+
+def scores_in_words(scores: Mapping[str, Any]) -> str:
+    """`detection 0.85 [0.64, 0.95], fuzzing ...`; balanced accuracies and an intruder's accuracy, with 95 % intervals where there are any."""
+    parts = []
+    for method in METHODS:
+        value = _accuracy(scores, method)
+        match scores.get(method):
+            case {"balanced_accuracy_low": low, "balanced_accuracy_high": high} | {
+                "accuracy_low": low,
+                "accuracy_high": high,
+            }:
+                parts.append(f"{method} {value:.2f} [{low:.2f}, {high:.2f}]")
+            case _ if value is not None:
+                parts.append(f"{method} {value:.2f}")
+    return ", ".join(parts)
 
 
 def _figures(f: Feature) -> str:
@@ -105,14 +159,25 @@ def _example(example: Example, most: float) -> Text:
     return text.append("…" if last < len(example.tokens) else "")
 
 
-def print_found(console: Console, found: Sequence[Found]) -> None:
-    """A list of features."""
+def print_found(console: Console, bundle: FeatureBundle, found: Sequence[Found]) -> None:
+    """A list of features; with the scores of labels by models, where some of these have any."""
+    labels = bundle.user.labels([bundle.id(x.layer, x.index) for x in found])
+    # Those of the label that counts, and of no other.
+    scored = {f: some[0].scores for f, some in labels.items() if some[0].scores}
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("feature", "density", "AUROC", "label", "fires on", "promotes"):
+    for name in (
+        "feature",
+        "density",
+        "AUROC",
+        "label",
+        *([SCORED] if scored else []),
+        "fires on",
+        "promotes",
+    ):
         table.add_column(
             name,
             justify="right" if name in ("density", "AUROC") else "left",
-            no_wrap=name in ("feature", "density", "AUROC"),
+            no_wrap=name in ("feature", "density", "AUROC", SCORED),
         )
     for x in found:
         words = [" ".join(repr(visible(t)) for t in side[:3]) for side in (x.fires, x.promotes)]
@@ -121,6 +186,7 @@ def print_found(console: Console, found: Sequence[Found]) -> None:
             f"{x.density:.3%}",
             "" if x.auroc is None else f"{x.auroc:.3f}",
             x.label or "",
+            *([_scores(scored.get(bundle.id(x.layer, x.index), {}))] if scored else []),
             *words,
         )
         table.add_row(*(Text(cell) for cell in row))

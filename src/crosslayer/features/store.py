@@ -371,13 +371,15 @@ class FeatureBundle:
         """
         if limit < 1:
             raise ConfigError(f"limit={limit} must be at least 1")
-        plain = [p for p in text.split() if ":" not in p]
+        # Added labels are all labels: `label:` before a word asks for what they are searched by anyhow.
+        pieces = [p[6:] if p.lower().startswith("label:") and len(p) > 6 else p for p in text.split()]
+        plain = [p for p in pieces if ":" not in p]
         words = [
             w + "*" * (p.endswith("*") and w == words_of(p.rstrip("*"))[-1])
             for p in plain
             for w in words_of(p.rstrip("*"))
         ]
-        found = dict.fromkeys(self.user.search(words, limit) if len(plain) == len(text.split()) else [])
+        found = dict.fromkeys(self.user.search(words, limit) if len(plain) == len(pieces) else [])
         found.update(dict.fromkeys(self.index.search(text, limit)))
         return self.found(list(found)[:limit])
 
@@ -416,8 +418,11 @@ class FeatureBundle:
         return lines
 
     def groups(self, level: int) -> list[Group]:
-        """Groups of the atlas at one level, the finest being 0."""
-        return self.index.groups(level)
+        """Groups of the atlas at one level, the finest being 0; an added label counts before the one by its tokens."""
+        added = self.user.group_labels(level)
+        return [
+            g._replace(label=added[g.number][0].label) if g.number in added else g for g in self.index.groups(level)
+        ]
 
     def close(self) -> None:
         """Let files go."""

@@ -21,6 +21,10 @@ CREATE TABLE IF NOT EXISTS labels (
     feature INTEGER, source TEXT, label TEXT NOT NULL, explanation TEXT, scores TEXT, provenance TEXT, time TEXT NOT NULL,
     PRIMARY KEY (feature, source)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS group_labels (
+    level INTEGER, number INTEGER, source TEXT, label TEXT NOT NULL, explanation TEXT, provenance TEXT, time TEXT NOT NULL,
+    PRIMARY KEY (level, number, source)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pins (feature INTEGER PRIMARY KEY, time TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS views (kind TEXT, name TEXT, value TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (kind, name)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS label_words (word TEXT, feature INTEGER, source TEXT, PRIMARY KEY (word, feature, source)) WITHOUT ROWID;
@@ -37,6 +41,18 @@ class Label(NamedTuple):
     label: str
     explanation: str | None = None
     scores: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+    time: str = ""
+
+
+class GroupLabel(NamedTuple):
+    """What somebody says of a group of the atlas."""
+
+    level: int
+    number: int
+    source: str
+    label: str
+    explanation: str | None = None
     provenance: dict[str, Any] | None = None
     time: str = ""
 
@@ -120,6 +136,33 @@ class UserStore:
                 values.append(word)
         query = f"SELECT feature FROM ({' INTERSECT '.join(parts)}) ORDER BY feature LIMIT ?"
         return [f for (f,) in connection.execute(query, (*values, limit))]
+
+    def set_group_label(self, label: GroupLabel) -> None:
+        """Keep a group's label, in place of the same source's earlier one; an empty text takes it away."""
+        connection = self._open(write=True)
+        assert connection is not None
+        key = (label.level, label.number, label.source)
+        with self._writing, connection:
+            connection.execute("DELETE FROM group_labels WHERE level = ? AND number = ? AND source = ?", key)
+            if label.label.strip():
+                time = label.time or datetime.now(UTC).isoformat(timespec="seconds")
+                provenance = None if label.provenance is None else json.dumps(label.provenance)
+                connection.execute(
+                    "INSERT INTO group_labels VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*key, label.label.strip(), label.explanation, provenance, time),
+                )
+
+    def group_labels(self, level: int) -> dict[int, list[GroupLabel]]:
+        """All labels of the groups of a level, a person's first, then the newest."""
+        found: dict[int, list[GroupLabel]] = {}
+        connection = self._open(write=False)
+        if connection is None:
+            return found
+        query = f"SELECT * FROM group_labels WHERE level = ? ORDER BY source <> '{PERSON}', time DESC"
+        for _, number, source, label, explanation, provenance, time in connection.execute(query, (level,)):
+            said = None if provenance is None else json.loads(provenance)
+            found.setdefault(number, []).append(GroupLabel(level, number, source, label, explanation, said, time))
+        return found
 
     def pin(self, feature: int, *, pinned: bool = True) -> None:
         """Pin a feature, or take its pin away."""

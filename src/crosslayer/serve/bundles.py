@@ -75,7 +75,7 @@ def feature(request: Request, id: str, layer: int, index: int) -> dict[str, Any]
     found = _bundle(request, id)
     n = found.id(layer, index)
     near = {by: [x._asdict() for x in found.neighbours(layer, index, by)] for by in NEIGHBOURS}
-    given = [{"source": x.source, "label": x.label, "explanation": x.explanation, "scores": x.scores, "time": x.time} for x in found.user.labels([n]).get(n, [])]  # fmt: skip
+    given = [{"source": x.source, "label": x.label, "explanation": x.explanation, "scores": x.scores, "provenance": x.provenance, "time": x.time} for x in found.user.labels([n]).get(n, [])]  # fmt: skip
     return _plain(found.feature(layer, index)) | {"neighbours": near, "labels": given, "pinned": n in found.user.pins()}
 
 

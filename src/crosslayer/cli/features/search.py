@@ -19,8 +19,9 @@ def command(words: tuple[str, ...], bundle: Path | None, limit: int) -> None:
     from crosslayer.features.report import print_found
     from crosslayer.features.store import load_features
 
-    found = load_features(bundle_path(bundle)).search(" ".join(words), limit)
+    opened = load_features(bundle_path(bundle))
+    found = opened.search(" ".join(words), limit)
     if found:
-        print_found(Console(), found)
+        print_found(Console(), opened, found)
     else:
         click.echo("no feature matches; try fewer words, or the beginning of one with *")
