@@ -37,6 +37,8 @@ from crosslayer.train.clipping import gradient_norm
 from crosslayer.train.config import TrainConfig
 from crosslayer.train.loop import Trainer, train
 from crosslayer.train.objective import compute
+from crosslayer.train.plan import HostShape
+from crosslayer.train.share import plan_of_one_rank
 from ranks import run_on
 from train.test_losses import config as losses_config
 
@@ -353,5 +355,10 @@ def test_parts_of_different_transcoders_are_not_joined(tmp_path: Path):
 def test_settings_that_ranks_cannot_share_are_refused(tiny_config: TrainConfig):
     with pytest.raises(ConfigError, match="n_features=64 cannot be shared out evenly over feature_ranks=3; make --n-features a multiple"):  # fmt: skip
         replace(tiny_config, feature_ranks=3)
+    shape = HostShape(name="h", n_layers=3, d_model=16, n_parameters=1000, n_matrix_parameters=900)
+    alone, one_of_four = (plan_of_one_rank(replace(tiny_config, feature_ranks=n), shape) for n in (1, 4))
+    for part in ("transcoder weights", "gradients", "Adam moments", "transcoder as saved"):
+        assert one_of_four.memory_bytes[part] == pytest.approx(alone.memory_bytes[part] / 4, rel=0.05)
+    assert (one_of_four.n_parameters, one_of_four.disk_bytes) == (alone.n_parameters, alone.disk_bytes)
     with pytest.raises(ConfigError, match="batch=200 in accumulate=2 micro-batches cannot be shared out evenly over 8 ranks; make --batch a multiple of 16"):  # fmt: skip
         replace(tiny_config, feature_ranks=2, accumulate=2).share(data_ranks=4)

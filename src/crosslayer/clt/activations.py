@@ -75,17 +75,18 @@ def top_mask(score_XSF: Float[Tensor, "X S F"], k: int, group: Group = ALONE.fea
     Of equal scores the earlier segment's come first, then the lower rank's, then the earlier column's: the order in which
     one rank would hold them all.
     """
-    best = score_XSF.flatten(1).topk(min(k, score_XSF[0].numel()), dim=1).values
+    flat = score_XSF.flatten(1)
+    # One more than wanted, to see whether the last has its equals.
+    best, index = flat.topk(min(k + 1, flat.shape[1]), dim=1)
     cut_X = kth_largest(best, k, group)
+    kept = (best >= cut_X[:, None]) & (best > 0)
+    if not (group.sum_(kept.sum(1)) > k).any():
+        return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, kept).view_as(score_XSF)
     above = score_XSF > cut_X[:, None, None]
     tied = (score_XSF == cut_X[:, None, None]) & (cut_X > 0)[:, None, None]
-    n_tied_XS = tied.sum(2)
-    n_above_X, n_tied_X = group.sum_(torch.stack([above.sum((1, 2)), n_tied_XS.sum(1)]))
-    left_X = k - n_above_X
-    if not ((n_tied_X > left_X) & (cut_X > 0)).any():
-        return above | tied
-    every_XSR = torch.stack(group.gather(n_tied_XS), dim=2)
+    every_XSR = torch.stack(group.gather(tied.sum(2)), dim=2)
     before_XSR = (every_XSR.flatten(1).cumsum(1) - every_XSR.flatten(1)).view_as(every_XSR)
+    left_X = k - group.sum_(above.sum((1, 2)))
     first_XS = (left_X[:, None] - before_XSR[:, :, group.rank]).clamp(min=0)
     return above | (tied & (tied.cumsum(2) <= first_XS[:, :, None]))
 

@@ -191,4 +191,4 @@ def _talking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
-        raise LostRank(f"another rank ended or cannot be reached ({first_line}); see what it said, and start all of them again") from error  # fmt: skip
+        raise LostRank(f"rank {dist.get_rank()} waited for another, which ended or cannot be reached ({first_line}): see what that one said, if it could") from error  # fmt: skip

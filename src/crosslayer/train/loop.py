@@ -119,7 +119,7 @@ def train(
     except dist.LostRank as error:
         there = checkpoint.steps(Path(out))
         remedy = f"go on from the checkpoint of step {there[-1]} with --resume {out}, on as many ranks or others" if there else "there is no checkpoint yet, start again"  # fmt: skip
-        raise RunError(f"rank {dist.rank()} waited for {error}; {remedy}") from error
+        raise RunError(f"{error}; {remedy}") from error
 
 
 def _train(
