@@ -202,7 +202,7 @@ def same_run(folder: Path, one: Path) -> None:
 
 
 def test_every_mesh_trains_to_one_ranks_weights(tiny_config: TrainConfig, tmp_path: Path):
-    jumprelu = replace(tiny_config, batch=160, dead_after=1600, clip=0.5)
+    jumprelu = replace(tiny_config, batch=160, ring=256, scale_tokens=500, dead_after=1600, clip=0.5)
     batchtopk = replace(jumprelu, activation="batchtopk", accumulate=2, auxiliary_every=10)
     with mock.patch.dict(loop.DTYPES, fp32=torch.float64):
         expected = [(c, *fifty_steps(c, ALONE, tmp_path / c.activation)) for c in (jumprelu, batchtopk)]
@@ -304,6 +304,7 @@ def test_sharded_runs_save_resume_on_any_mesh_and_merge(tiny_config: TrainConfig
     config = replace(
         tiny_config,
         tokens=6000,
+        ring=512,
         checkpoint_every=10,
         scale_tokens=500,
         calibration_tokens=2000,

@@ -9,6 +9,7 @@ A group of one does nothing, and does it without a process group.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -190,5 +191,5 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first_line = str(error).strip().splitlines()[0]
+        first_line = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])  # less the place in the backend's source
         raise LostRank(f"rank {dist.get_rank()} waited for another, which ended or cannot be reached ({first_line}): see what that one said, if it could") from error  # fmt: skip
