@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from crosslayer.acts.rows import Cursor, Documents, RowStream, held_out_rows
+from crosslayer.acts.rows import Cursor, Documents, RowStream, dealt_anew, held_out_rows
 from crosslayer.acts.sources import open_sources
 from crosslayer.acts.stream import ActivationStream, StreamState, harvest
 from crosslayer.core.errors import SourceError
@@ -103,3 +103,27 @@ def test_reused_tokens_are_served_once_a_turn_in_another_order(host: Host, text_
     assert torch.equal(turns[2].sort().values, turns[3].sort().values)
     assert not torch.equal(turns[0], turns[1])
     assert not torch.equal(turns[0].sort().values, turns[2].sort().values)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 4), (4, 1)])
+def test_text_dealt_anew_leaves_no_document_out(text_folder: Path, before: int, after: int):
+    sources = open_sources([str(text_folder)])
+    whole = [d.text for d in sources[0].source.documents_of("train", 3, 0)]
+    cursors, finished = [], set[str]()
+    for rank in range(before):
+        documents = Documents(sources, "train", 3, rank, before)
+        read = [documents.read(0).text for _ in range(5 + rank)]
+        finished |= set(read[:-1])  # the last one is still open
+        cursors.append(Cursor(tuple(documents.places), open_source=0, used=7))
+    left = list[str]()
+    for rank in range(after):
+        documents = Documents(sources, "train", 3, rank, after)
+        documents.move(dealt_anew(cursors, rank, after).places)
+        while True:
+            text = documents.read(0).text
+            if documents.places[0].epoch:
+                break
+            left.append(text)
+    assert len(left) == len(set(left))
+    assert finished | set(left) == set(whole)
+    assert len(finished & set(left)) <= before * before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -23,6 +24,7 @@ from crosslayer.acts.sources import open_sources
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
 from crosslayer.core.files import locked
+from crosslayer.dist import ALONE
 from crosslayer.eval.api import evaluate
 from crosslayer.host.host import load_host
 from crosslayer.records.evaluation import Evaluation
@@ -200,10 +202,23 @@ def test_another_config_is_refused_on_resume(tiny_config, finished: Path):
         train(replace(tiny_config, lr=0.1), finished, resume=True)
 
 
-def test_another_number_of_ranks_is_refused_on_resume(tiny_config, finished: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("crosslayer.dist.world_size", lambda: 2)
-    with pytest.raises(RunError, match="trained by 1 ranks, not 2; resume it with as many"):
-        train(tiny_config, finished, resume=True)
+def test_a_checkpoint_of_another_transcoder_is_refused(tiny_config, finished: Path, tmp_path: Path):
+    other = replace(tiny_config, n_features=32, tokens=4000)
+    train(other, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(finished / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(
+        RunError, match="is of another transcoder, with n_features=64 and not 32; put back the run's own"
+    ):
+        train(other, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_read(tiny_config, finished: Path, tmp_path: Path):
+    step = tmp_path / "step"
+    shutil.copytree(finished / "checkpoints" / "step-00000060", step)
+    (step / ".metadata").write_bytes(pickle.dumps(Path.unlink))
+    with pytest.raises(RunError, match=r"its metadata names .*, which is not part of the format"):
+        checkpoint.load(step, lambda name: False, ALONE)
 
 
 def test_folders_in_use_finished_or_filled_are_refused(tiny_config, finished: Path, tmp_path: Path):
@@ -225,7 +240,7 @@ def test_a_damaged_checkpoint_offers_the_one_before(tiny_config, finished: Path,
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "clt")
-    state = run / "checkpoints" / "step-00000060" / "state.pt"
+    state = run / "checkpoints" / "step-00000060" / "__0_0.distcp"
     raw = bytearray(state.read_bytes())
     raw[len(raw) // 2] ^= 1
     state.write_bytes(raw)

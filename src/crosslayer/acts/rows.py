@@ -88,6 +88,25 @@ class Documents:
         self._open = [None] * len(self.places)
 
 
+def dealt_anew(cursors: Sequence[Cursor], rank: int, ranks: int) -> Cursor:
+    """Where one rank of `ranks` takes up text that as many ranks as there are cursors have read.
+
+    In each source, at the first document that one of them had not finished: none is left out, some are read again by
+    another rank.
+    """
+    before = len(cursors)
+    places = []
+    for i, of_source in enumerate(zip(*(c.places for c in cursors), strict=True)):
+        unread = [
+            (p.epoch, r + before * (p.document - (c.open_source == i)))
+            for r, (c, p) in enumerate(zip(cursors, of_source, strict=True))
+        ]
+        epoch, document = min(unread)
+        taken = sum(p.tokens for p in of_source) // ranks
+        places.append(Place(epoch, max(0, -(-(document - rank) // ranks)), taken))
+    return Cursor(tuple(places))
+
+
 class RowStream:
     """Endless rows of tokens from weighted sources; `cursor` may be read and set between rows."""
 

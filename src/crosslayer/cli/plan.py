@@ -21,14 +21,18 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     Ends with exit code 2 where the run would not fit here, naming the setting to change.
     """
     from crosslayer.train.loop import DTYPES
-    from crosslayer.train.plan import GIB, check_fits, host_shape, make_plan, measured_flops_per_s
+    from crosslayer.train.plan import GIB, check_fits, host_shape, measured_flops_per_s
+    from crosslayer.train.share import plan_of_one_rank
 
     config = config_from(flags, recipe)
     shape = host_shape(config.model)
-    plan = make_plan(config, shape)
+    plan = plan_of_one_rank(config, shape)
+    of = f"; what each of {config.feature_ranks} ranks takes" if config.feature_ranks > 1 else ""
     rate = flops or measured_flops_per_s(DTYPES[config.precision], "cpu")
     table = Table(
-        title=f"{shape.name}: {shape.n_layers} layers of width {shape.d_model}", title_justify="left", show_header=False
+        title=f"{shape.name}: {shape.n_layers} layers of width {shape.d_model}{of}",
+        title_justify="left",
+        show_header=False,
     )
     table.add_row("transcoder parameters", f"{plan.n_parameters:,}")
     table.add_section()

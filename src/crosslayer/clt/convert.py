@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from crosslayer.clt.transcoder import CLT
 from crosslayer.clt.weights import Weights
+from crosslayer.dist import Group
+from crosslayer.dist.select import kth_largest
 
 
 @torch.no_grad()
@@ -25,7 +27,7 @@ def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) 
     """A JumpReLU copy of a transcoder whose mean L0, summed over layers, is `l0` on these inputs.
 
     Args:
-        clt: of any activation.
+        clt: of any activation; of one whose features are shared out, each rank converts its own, by one cut for all.
         batches: MLP inputs in the units that it takes; some ten thousand tokens put the mean L0 within 1 %.
         l0: mean number of features with f > 0 per token, all layers together; with a ranking per layer, shared evenly.
     """
@@ -48,8 +50,9 @@ def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) 
         n_tokens += n
     assert n_tokens, "calibrating a threshold needs at least one batch"
     groups = [torch.cat(group) for group in (kept if apart else kept[:1])]
-    cuts = [_cut(group, l0 * n_tokens / len(groups)) for group in groups]
+    cuts = [_cut(group, l0 * n_tokens / len(groups), clt.mesh.features) for group in groups]
     out = CLT(replace(c, activation="jumprelu", k=None, k_per_batch=False), dtype=clt.dtype, device="meta")
+    out.mesh = clt.mesh
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
         setattr(out, name, copy.deepcopy(getattr(clt, name)))
     thresholds = [u * cuts[i if apart else 0] for i, u in enumerate(unit)]
@@ -63,7 +66,7 @@ def _largest(score: Tensor, n: float) -> Tensor:
     return positive if positive.numel() <= n else positive.topk(int(n), sorted=False).values
 
 
-def _cut(score: Tensor, wanted: float) -> float:
-    """The value that `wanted` of the scores exceed."""
-    rank = max(1, min(score.numel(), score.numel() - round(wanted)))
-    return score.kthvalue(rank).values.item() if score.numel() else 0.0
+def _cut(score: Tensor, wanted: float, group: Group) -> float:
+    """The value that `wanted` of the scores exceed, those of all ranks of the group together."""
+    there_are = int(group.total(score.numel()))
+    return kth_largest(score[None], min(round(wanted) + 1, there_are), group).item() if there_are else 0.0

@@ -1,6 +1,7 @@
 """Initial weights, vectorised: encoder U(-1/sqrt(F), 1/sqrt(F)), decoder U(-1/sqrt(n_layers D), 1/sqrt(n_layers D)).
 
-After Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units.
+After Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units. Each layer is drawn whole, and a rank
+that holds some of its features keeps their rows: so any number of ranks begins with the same weights.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from crosslayer.clt.transcoder import CLT
 @torch.no_grad()
 def initialise(clt: CLT, seed: int, threshold: float = 0.03) -> None:
     """Draw all weights from `seed`; biases zero, thresholds `threshold`."""
-    c = clt.config
+    c, group = clt.config, clt.mesh.features
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(parameter: Tensor, bound: float) -> None:
-        values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-        parameter.copy_(values)
+        shape = (len(parameter) * group.size, *parameter.shape[1:])
+        values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        parameter.copy_(values.chunk(group.size)[group.rank])
 
     for i in range(c.n_layers):
-        uniform(clt.W_enc[i], c.n_features**-0.5)
+        uniform(clt.W_enc[i], (c.n_features * group.size) ** -0.5)
         uniform(clt.W_dec[i], (c.n_layers * c.d_model) ** -0.5)
         clt.b_enc[i].zero_()
         clt.b_dec[i].zero_()

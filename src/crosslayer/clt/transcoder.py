@@ -5,7 +5,8 @@
     yhat_M = sum_{L<=M} W_dec_{L->M}^T f_L + b_dec_M  (+ x_M W_skip_M)
 
 `W_dec[L]` is (F, n_layers - L, D): all that a feature writes lies together, slot j going to layer L + j. A per-layer
-transcoder has one slot. Nothing here knows of ranks, of language models, or of normalisation, which is folded in.
+transcoder has one slot. Nothing here knows of language models, or of normalisation, which is folded in. Of ranks it knows
+that the features of each layer may be shared out: then what all of them write is summed, and all of them are ranked together.
 
 Arithmetic is done in the wider of the inputs' and the weights' dtypes, so a bfloat16 file serves float32 inputs in float32.
 
@@ -27,6 +28,7 @@ from crosslayer.clt.activations import batch_top, jumprelu, top_mask
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.sparse import Active, Entries, sparse_decode, sparse_pre, where
 from crosslayer.clt.weights import Weights
+from crosslayer.dist import ALONE, Mesh
 
 DEFAULT_EPS = 0.5
 """Width of the straight-through window, in units of normalised pre-activations."""
@@ -57,7 +59,10 @@ class CLT(nn.Module):
     Attributes (lists over the layer read):
         W_enc (F, D), b_enc (F), threshold (F; empty unless JumpReLU, always float32 while training),
         W_dec (F, slots, D), b_dec (D), W_skip (D, D; empty without skip).
+        mesh: the ranks that hold the other features of each layer (`crosslayer.clt.shard`); none unless set.
     """
+
+    mesh: Mesh = ALONE
 
     def __init__(self, config: CLTConfig, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         super().__init__()
@@ -188,7 +193,7 @@ class CLT(nn.Module):
         pre = [F.linear(x.to(half), w.to(half)).add_(b.to(half)) for x, w, b in layers]
         norms = [self.rank_norm(i) for i in range(self.config.n_layers)]
         exact = lambda i, e: sparse_pre(x_LBD[i], self.W_enc[i].to(x_LBD[i].dtype), self.b_enc[i], e)  # noqa: E731
-        return batch_top(pre, norms, self._per_token(chosen, pre[0]), exact)
+        return batch_top(pre, norms, self._per_token(chosen, pre[0]), exact, self.mesh)
 
     @torch.no_grad()
     def firing(self, pre: Sequence[Float[Tensor, "B F"]], k: float | None = None) -> list[Entries]:
@@ -211,9 +216,9 @@ class CLT(nn.Module):
         """The top k by value times norm, ranked over all these layers together."""
         assert k is not None
         if self.config.activation == "batchtopk":
-            return batch_top(pre, norms, self._per_token(k, pre[0]))
-        score = torch.cat([z * norm for z, norm in zip(pre, norms, strict=True)], dim=1)
-        return [where(mask) for mask in top_mask(score, round(k)).split(self.config.n_features, dim=1)]
+            return batch_top(pre, norms, self._per_token(k, pre[0]), mesh=self.mesh)
+        score = torch.stack([z * norm for z, norm in zip(pre, norms, strict=True)], dim=1)
+        return [where(mask) for mask in top_mask(score, max(1, round(k)), self.mesh.features).unbind(1)]
 
     def _per_token(self, k: float, pre_BF: Tensor) -> float:
         return k / pre_BF.shape[0] if self.config.k_per_batch else k
@@ -226,7 +231,7 @@ class CLT(nn.Module):
 
     def decoder_norm(self, layer: int) -> Float[Tensor, " F"]:
         """Norm of all that each feature writes, over all layers together; differentiable."""
-        return self.W_dec[layer].flatten(1).float().norm(dim=1)
+        return self.W_dec[layer].flatten(1).to(torch.promote_types(self.dtype, torch.float32)).norm(dim=1)
 
     def decode(
         self, f: Sequence[Float[Tensor, "B F"] | Active], x_BLD: Float[Tensor, "B L D"] | None = None
@@ -237,14 +242,18 @@ class CLT(nn.Module):
             f: activations of each layer, dense or sparse.
             x_BLD: MLP inputs, for the affine skip; needed if there is one.
         """
-        c = self.config
-        y: list[Tensor] = list(self.b_dec)
+        y_BLD = self.mesh.features.sum(self.written(f)) + torch.stack(list(self.b_dec))
+        if self.config.skip:
+            assert x_BLD is not None, "a transcoder with an affine skip needs its inputs to decode"
+            y_BLD = y_BLD + torch.stack([self.skip(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))], dim=1)
+        return y_BLD
+
+    def written(self, f: Sequence[Float[Tensor, "B F"] | Active]) -> Float[Tensor, "B L D"]:
+        """What the features held here write, without biases."""
+        y: list[Tensor] = [torch.zeros_like(b_D) for b_D in self.b_dec]
         for i, f_BF in enumerate(f):
             for slot, part_BD in enumerate(self.decode_layer(f_BF, i).unbind(1)):
                 y[i + slot] = y[i + slot] + part_BD
-        if c.skip:
-            assert x_BLD is not None, "a transcoder with an affine skip needs its inputs to decode"
-            y = [y_BD + self.skip(x_BD, i) for i, (y_BD, x_BD) in enumerate(zip(y, x_BLD.unbind(1), strict=True))]
         return torch.stack(y, dim=1)
 
     def skip(self, x_BD: Float[Tensor, "... D"], layer: int) -> Float[Tensor, "... D"]:

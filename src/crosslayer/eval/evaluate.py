@@ -32,7 +32,7 @@ def evaluate_rows(
     rows_at_once: int = 16,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Evaluation:
-    """All measures of a transcoder in the host's own units.
+    """All measures of a transcoder in the host's own units; of one whose features are shared out, on all of its ranks.
 
     Args:
         rows_BT: held-out rows, each beginning with the policy's special token.
@@ -58,6 +58,7 @@ def evaluate_rows(
     replacement = measure_replacement(
         host, clt, batches[:n_replaced], lambda done: on_progress((len(batches) + 3 * done) / work)
     )
+    firing = firing.joined(clt.mesh.features)
     l0_L, dead_L = firing.l0_L(), firing.dead_L()
     return Evaluation(
         n_tokens=fit.n_tokens,

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.clt.sparse import Active
+from crosslayer.dist import Group
 
 DEAD_TOKENS = 100_000
 DENSITY_EDGES = [-6.0 + 0.25 * i for i in range(25)]
@@ -63,6 +64,14 @@ class Firing:
             self.alive_LF[i, active.feature_K[(active.value_K > 0) & (active.token_K < early)].cpu()] = True
         self.n_tokens += n
         self.dead_tokens += early
+
+    def joined(self, group: Group) -> Firing:
+        """With the features that the other ranks of a group counted on the same tokens."""
+        whole = Firing(*self.count_LF.shape)
+        whole.n_tokens, whole.dead_tokens = self.n_tokens, self.dead_tokens
+        whole.count_LF = group.cat(self.count_LF, dim=1)
+        whole.alive_LF = group.cat(self.alive_LF, dim=1)
+        return whole
 
     def l0_L(self) -> Float[Tensor, " L"]:
         """Mean number of features that fire on a token, by layer."""

@@ -44,7 +44,7 @@ class Replace:
         active = self.clt.encode_layer_sparse(x_BD, layer)
         for slot, part_BD in enumerate(self.clt.decode_layer(active, layer).unbind(1)):
             self.pending[layer + slot] = self.pending.get(layer + slot, 0) + part_BD
-        out_BD = self.pending.pop(layer) + self.clt.b_dec[layer]
+        out_BD = self.clt.mesh.features.sum(self.pending.pop(layer)) + self.clt.b_dec[layer]
         if self.clt.config.skip:
             out_BD = out_BD + self.clt.skip(x_BD, layer)
         if layer not in self.layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from crosslayer.clt.config import Activation, CLTConfig, Scope
@@ -35,7 +35,7 @@ class TrainConfig:
     text: tuple[str, ...] = setting((), "source, repeatable: stdlib, PATH or hf:NAME[:CONFIG][:SPLIT], each with =WEIGHT", "data")  # fmt: skip
     tokens: int = setting(1_000_000, "tokens to train on, counted each time they are", "data")
     context: int = setting(256, "tokens of a row, the special token included", "data")
-    ring: int = setting(65_536, "tokens among which batches are shuffled", "data")
+    ring: int = setting(65_536, "tokens among which batches are shuffled, over all ranks", "data")
     reuse: int = setting(1, "times that each token's activations are trained on before they leave the ring", "data")
     rows_per_harvest: int = setting(32, "rows that go through the host at once", "data")
     scale_tokens: int = setting(1_000_000, "tokens from which norms and axes are estimated", "data")
@@ -61,7 +61,7 @@ class TrainConfig:
     auxiliary_k: int = setting(32, "dead features a token and layer that take part in it", "objective")
     auxiliary_every: int = setting(1, "steps from one such reconstruction to the next", "objective")
 
-    batch: int = setting(4096, "tokens a step and rank", "optimiser")
+    batch: int = setting(4096, "tokens a step, over all ranks", "optimiser")
     accumulate: int = setting(1, "micro-batches a step; each has batch / accumulate tokens", "optimiser")
     lr: float = setting(4e-4, "learning rate of the weights", "optimiser")
     threshold_lr: float = setting(1e-3, "learning rate of the thresholds", "optimiser")
@@ -74,6 +74,7 @@ class TrainConfig:
     host_precision: Precision = setting("fp32", "of the host", "optimiser")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "optimiser")
     seed: int = setting(0, "of initial weights and of the order of text", "optimiser")
+    feature_ranks: int = setting(1, "ranks, of those that torchrun starts, that share the features of each layer; groups of so many share the tokens", "optimiser")  # fmt: skip
 
     eval_tokens: int = setting(131_072, "held-out tokens measured at the end", "run")
     eval_every: int = setting(0, "steps between measures on held-out text while training; 0: only at the end", "run")
@@ -94,6 +95,7 @@ class TrainConfig:
             "n_features",
             "batch",
             "accumulate",
+            "feature_ranks",
         ):
             self._at_least(name, 1)
         for name in (
@@ -135,6 +137,8 @@ class TrainConfig:
             raise ConfigError(f"batch={self.batch} is no multiple of accumulate={self.accumulate}; change one of them")
         if self.batch // self.accumulate < 2:
             raise ConfigError(f"batch={self.batch} in {self.accumulate} micro-batches leaves one token in each; raise --batch or lower --accumulate")  # fmt: skip
+        if self.n_features % self.feature_ranks:
+            raise ConfigError(f"n_features={self.n_features} cannot be shared out evenly over feature_ranks={self.feature_ranks}; make --n-features a multiple of it, or change --feature-ranks")  # fmt: skip
         if self.batch > self.tokens:
             raise ConfigError(f"batch={self.batch} exceeds tokens={self.tokens}; lower --batch or raise --tokens")
         if self.ring < self.batch // self.accumulate:
@@ -148,6 +152,28 @@ class TrainConfig:
     def policy(self) -> FirstPosition:
         """The first-position policy these settings state."""
         return FirstPosition(prepend=self.prepend, n_skip=self.n_skip)
+
+    def share(self, data_ranks: int) -> TrainConfig:
+        """Of this run, what one rank of so many groups of `feature_ranks` takes upon itself, as a run of its own: for plans.
+
+        Raises:
+            ConfigError: for a batch that the ranks cannot share evenly.
+        """
+        ranks = data_ranks * self.feature_ranks
+        if self.batch % (self.accumulate * ranks):
+            raise ConfigError(f"batch={self.batch} in accumulate={self.accumulate} micro-batches cannot be shared out evenly over {ranks} ranks; make --batch a multiple of {self.accumulate * ranks}")  # fmt: skip
+        per_rank = {
+            name: None if (x := getattr(self, name)) is None else x / self.feature_ranks
+            for name in ("l0", "l0_per_layer")
+        }
+        return replace(
+            self,
+            n_features=self.n_features // self.feature_ranks,
+            batch=self.batch // data_ranks,
+            ring=max(self.ring // ranks, self.batch // data_ranks // self.accumulate),
+            feature_ranks=1,
+            **per_rank,
+        )
 
     def target_l0(self, n_layers: int) -> float:
         """Active features a token, summed over layers."""

@@ -2,7 +2,9 @@
 
     open the host and the text -> estimate normalisation -> fill the ring -> step, step, step -> convert, fold, save -> measure
 
-The same code runs in one process and under `torchrun`, where each rank trains on its own text and gradients are averaged.
+The same code runs in one process and under `torchrun`, on a mesh of ranks that share the tokens and ranks that share the
+features (docs/many-gpus.md). Each rank harvests its part of the batch; ranks that share features gather theirs, so that all of
+them see all their tokens; what their features write is summed; gradients are averaged over ranks that share the tokens.
 Killed at any step and resumed, a run ends bit-equal to one that was not.
 """
 
@@ -16,8 +18,8 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,34 +29,42 @@ from rich.console import Console
 from torch import Tensor
 
 from crosslayer import dist
-from crosslayer.acts.rows import Documents, RowStream, document_tokens, held_out_rows
+from crosslayer.acts.rows import Cursor, Documents, RowStream, dealt_anew, document_tokens, held_out_rows
 from crosslayer.acts.sources import ListedSource, Source, Weighted, open_sources
 from crosslayer.acts.stream import ActivationStream, StreamState, harvest
 from crosslayer.acts.units import Units, estimate_units
-from crosslayer.clt.config import Provenance
+from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.convert import to_jumprelu
 from crosslayer.clt.fold import fold
 from crosslayer.clt.formats import published
+from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.open import load_clt
+from crosslayer.clt.shard import by_feature, join, share_of
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, CrosslayerError, RunError
 from crosslayer.core.files import locked, write_json, write_text
 from crosslayer.core.progress import Update, track
+from crosslayer.dist import Mesh
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.report import model_card
 from crosslayer.host.host import Host, choose_device, load_host
 from crosslayer.records.evaluation import Evaluation
 from crosslayer.records.run import RunManifest
 from crosslayer.train import checkpoint
+from crosslayer.train.clipping import gradient_norm
 from crosslayer.train.config import TrainConfig
 from crosslayer.train.objective import SPARSE_BELOW, compute
 from crosslayer.train.optimiser import make_optimiser
-from crosslayer.train.plan import HostShape, check_fits, make_plan
+from crosslayer.train.plan import HostShape, check_fits
 from crosslayer.train.run_folder import Log, check_same_config, read_manifest, refuse_unless_new, write_manifest
 from crosslayer.train.schedule import Controller, l0_asked, learning_rate
+from crosslayer.train.share import plan_of_one_rank
 from crosslayer.train.sinks import open_sinks
 
-BIAS_TOKENS = 8_192
+BIAS_TOKENS, BIAS_STRIDE = 8_192, 8
+"""Tokens on which biases are set at the start, and how many lie from one to the next, so that they come from many documents."""
+FIGURES = ("reconstruction", "sparsity", "revival", "variance", "dead_share", "entries")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,6 +75,15 @@ class Trained(NamedTuple):
     clt: CLT
     """In the host's own units, as saved under `clt/`."""
     evaluation: Evaluation
+
+
+class _Loaded(NamedTuple):
+    """What of a checkpoint is not in the trainer's own state."""
+
+    units: Units
+    mesh: tuple[int, int]
+    """Data and feature ranks that saved it."""
+    streams: list[StreamState]
 
 
 class Stopped(CrosslayerError):
@@ -93,7 +112,19 @@ def train(
     Raises:
         CrosslayerError: for everything that a person can get wrong, before anything is written.
         Stopped: after Ctrl-C or SIGTERM, the state saved.
+        RunError: also where another rank was lost; it names the checkpoint to go on from.
     """
+    try:
+        return _train(config, out, resume, step, host, console)
+    except dist.LostRank as error:
+        there = checkpoint.steps(Path(out))
+        remedy = f"go on from the checkpoint of step {there[-1]} with --resume {out}, on as many ranks or others" if there else "there is no checkpoint yet, start again"  # fmt: skip
+        raise RunError(f"{error}; {remedy}") from error
+
+
+def _train(
+    config: TrainConfig, out: Path | str, resume: bool, step: int | None, host: Host | None, console: Console | None
+) -> Trained:
     run, console = Path(out), console or Console(quiet=True)
     dist.start()
     if not dist.is_first():
@@ -101,9 +132,10 @@ def train(
     if resume:
         manifest = read_manifest(run)
         check_same_config(manifest.config, config.as_dict())
-    elif dist.is_first():
-        refuse_unless_new(run)
+    else:
+        dist.world().by_first(lambda: refuse_unless_new(run))
     device = choose_device(config.device)
+    mesh = dist.lay_out(config.feature_ranks, torch.device(device).type)
     host = load_host(
         host or config.model,
         dtype=DTYPES[config.host_precision],
@@ -116,11 +148,11 @@ def train(
         raise ConfigError(
             f"context={config.context} exceeds that of {host.name}, {host.max_positions}; lower --context"
         )
-    check_fits(make_plan(config, _shape(host)), config, run)
+    check_fits(plan_of_one_rank(config, _shape(host), mesh.data.size), config, run)
     sources = open_sources(config.text)
     held_out = held_out_rows(host, sources, config.context, config.eval_tokens)
     with _locked_by_first(run):
-        trainer = Trainer(config, run, host, sources, device, console)
+        trainer = Trainer(config, run, host, sources, device, console, mesh)
         trainer.prepare(resume, step)
         trainer.run_steps(held_out)
         return trainer.finish(held_out)
@@ -130,13 +162,21 @@ class Trainer:
     """The state of a run, and what happens to it."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, host: Host, sources: Sequence[Weighted], device: str, console: Console
+        self,
+        config: TrainConfig,
+        run: Path,
+        host: Host,
+        sources: Sequence[Weighted],
+        device: str,
+        console: Console,
+        mesh: Mesh,
     ) -> None:
         self.config, self.run, self.host, self.sources = config, run, host, sources
-        self.device, self.console = device, console
-        documents = Documents(sources, "train", config.seed, dist.rank(), dist.world_size())
+        self.device, self.console, self.mesh = device, console, mesh
+        documents = Documents(sources, "train", config.seed, mesh.world.rank, mesh.world.size)
         self.rows = RowStream(host, documents, config.context)
-        self.clt = CLT(config.clt(host.n_layers, host.d_model), dtype=DTYPES[config.precision], device=device)
+        self.whole = config.clt(host.n_layers, host.d_model)
+        self.clt = share_of(self.whole, mesh, dtype=DTYPES[config.precision], device=device)
         thresholds = list(self.clt.threshold)
         weights = [p for name, p in self.clt.named_parameters() if not name.startswith("threshold")]
         groups = [{"params": weights, "lr": config.lr}]
@@ -144,48 +184,57 @@ class Trainer:
             groups.append({"params": thresholds, "lr": config.threshold_lr})
         self.base_lr = [config.lr, config.threshold_lr]
         self.optimiser = make_optimiser(groups, (config.beta1, config.beta2), config.seed)
-        self.steps = config.tokens // (config.batch * dist.world_size())
-        if not self.steps:
-            raise ConfigError(f"tokens={config.tokens} make no step of {config.batch} tokens on each of {dist.world_size()} ranks; raise --tokens")  # fmt: skip
+        self.steps = config.tokens // config.batch
         self.target = config.target_l0(host.n_layers)
         self.start_l0 = min(self.target * config.l0_start, 0.5 * host.n_layers * config.n_features)
         self.controller = Controller(integral=-7.0)
-        self.silent_LF = torch.zeros(host.n_layers, config.n_features, dtype=torch.int64, device=device)
+        self.silent_LF = torch.zeros(host.n_layers, self.clt.config.n_features, dtype=torch.int64, device=device)
         self.step, self.train_s, self.density = 0, 0.0, 1.0
         self.log = Log(run)
-        self.manifest = _new_manifest(config, host, self.clt, sources)
+        self.manifest = _new_manifest(config, host, self.whole, sources)
 
     def prepare(self, resume: bool, step: int | None) -> None:
         """Bring normalisation, ring and weights to where the run begins or goes on."""
-        state = checkpoint.load(self.run, step) if resume else None
-        if state and len(state["streams"]) != dist.world_size():
-            ranks = len(state["streams"])
-            raise RunError(f"{self.run} was trained by {ranks} ranks, not {dist.world_size()}; resume it with as many")
+        first, config = self.mesh.world.rank == 0, self.config
+        found = checkpoint.find(self.run, step, self.mesh) if resume else None
         if resume:
             self.manifest = read_manifest(self.run)
-            self.manifest.state = "training"
+            self.manifest.state, self.manifest.config = "training", config.as_dict()
             _check_same_text(self.manifest, self.sources)
-        self.sinks = open_sinks(self.config, self.run) if dist.is_first() else []
-        if dist.is_first():
+        saved = self._load(found) if found else None
+        self.sinks = self.mesh.world.by_first(lambda: open_sinks(config, self.run)) or []
+        if first:
             write_manifest(self.run, self.manifest)
             checkpoint.clear_unfinished(self.run)
-            self.log.cut_back(state["step"] if state else 0)
-            if state:
-                checkpoint.drop_after(self.run, state["step"])
-        self.units = (Units(*state["units"]) if state else self._estimate_units()).to(self.device)
-        stream_state = StreamState(*state["streams"][dist.rank()]) if state else None
-        config = self.config
+            self.log.cut_back(self.step)
+            if found:
+                checkpoint.drop_after(self.run, self.step)
+        self.mesh.world.barrier()
+        if not (self.run / "run.json").exists():
+            raise RunError(f"rank {self.mesh.world.rank} does not see {self.run}, which rank 0 has made; give --out on a file system that all nodes share")  # fmt: skip
+        self.units = saved.units if saved else self._estimate_units()
         self.stream = ActivationStream(
-            self.rows, config.ring, config.rows_per_harvest, reuse=config.reuse, state=stream_state
+            self.rows,
+            config.ring // self.mesh.world.size,
+            config.rows_per_harvest,
+            reuse=config.reuse,
+            state=self._stream_state(saved) if saved else None,
         )
-        if state:
-            self._load(state)
-        else:
-            initialise(self.clt, self.config.seed, self.config.threshold)
+        if not saved:
+            initialise(self.clt, config.seed, config.threshold)
             if not self.clt.config.ranks:
-                share = self.start_l0 / (self.host.n_layers * self.config.n_features)
-                set_bias_for_density(self.clt, self.units.inputs(self.stream.peek(BIAS_TOKENS).x_BLD), share)
-                dist.copy_from_first(self.clt.parameters())
+                share = self.start_l0 / (self.host.n_layers * config.n_features)
+                set_bias_for_density(self.clt, self._sample(), share)
+            self.mesh.data.copy_from_first(self.clt.parameters())
+
+    def _stream_state(self, saved: _Loaded) -> StreamState | None:
+        """Where this rank's stream goes on; on another mesh, the text that is left is dealt to the ranks anew."""
+        if saved.mesh == self.mesh.shape:
+            return saved.streams[self.mesh.world.rank]
+        self.console.print("the run was on {} x {} ranks (data x features) and goes on on {} x {}: weights and optimiser as they were, the text dealt out anew".format(*saved.mesh, *self.mesh.shape), highlight=False)  # fmt: skip
+        cursors = [Cursor.of(state.begun_at) for state in saved.streams]
+        self.rows.cursor = dealt_anew(cursors, self.mesh.world.rank, self.mesh.world.size)
+        return None
 
     def _estimate_units(self) -> Units:
         documents = Documents(self.sources, "train", self.config.seed)
@@ -197,8 +246,18 @@ class Trainer:
             )
         # Eigenvectors have no sign of their own: ranks must not differ in it.
         units = units.to(self.device)
-        dist.copy_from_first(units)
+        self.mesh.world.copy_from_first(units)
         return units
+
+    def _sample(self) -> Tensor:
+        """Inputs of some tokens of training text, the same on every rank, in the units of training."""
+        rows = RowStream(self.host, Documents(self.sources, "train", self.config.seed), self.config.context)
+        n_tokens, kept, passed = min(BIAS_TOKENS * BIAS_STRIDE, self.config.scale_tokens), list[Tensor](), 0
+        while passed < n_tokens:
+            x_BLD = harvest(self.host, rows.rows(self.config.rows_per_harvest)).x_BLD
+            kept.append(x_BLD[::BIAS_STRIDE])
+            passed += len(x_BLD)
+        return self.units.inputs(torch.cat(kept))
 
     def run_steps(self, held_out: Tensor) -> None:
         """Train until the last step.
@@ -219,7 +278,7 @@ class Trainer:
                     window.clear()
                 if config.eval_every and self.step % config.eval_every == 0 and self.step < self.steps:
                     self._evaluate_on_the_way(held_out)
-                stop = dist.any_(bool(asked))
+                stop = self.mesh.world.any_(bool(asked))
                 if stop or self.step % config.checkpoint_every == 0:
                     self.save()
                 if stop and self.step < self.steps:
@@ -238,55 +297,54 @@ class Trainer:
         revive_LF = dead_LF & (not self.clt.config.ranks or self.step % config.auxiliary_every == 0)
         sparse = self.clt.config.ranks or self.density < SPARSE_BELOW[torch.device(self.device).type]
         fired_LF = torch.zeros_like(self.silent_LF)
-        names = ("loss", "reconstruction", "sparsity", "revival", "variance")
-        figures: dict[str, float] = dict.fromkeys(names, 0.0)
-        micro, entries = config.batch // config.accumulate, torch.zeros((), dtype=torch.float64)
+        sums, micro = torch.zeros(len(FIGURES), dtype=torch.float64), config.batch // config.accumulate
+        features, data = self.mesh.features, self.mesh.data
         for _ in range(config.accumulate):
-            x_BLD, y_BLD = self._batch(micro)
+            x_BLD, y_BLD = self._batch(micro // self.mesh.world.size)
             terms = compute(
                 self.clt, x_BLD, y_BLD, config,
                 coefficient=coefficient, running_l0=self.controller.running_l0, asked_l0=asked, dead_LF=revive_LF, sparse=sparse,
             )  # fmt: skip
             (terms.total / config.accumulate).backward()
             fired_LF += terms.fired_LF
-            variance = (y_BLD - y_BLD.mean(0)).square().sum() / micro
-            values = (terms.total.detach(), terms.reconstruction, terms.sparsity, terms.revival, variance)
-            for name, value in zip(names, values, strict=True):
-                figures[name] += float(value) / config.accumulate
-            entries += terms.entries
+            mean_LD = data.sum_(y_BLD.mean(0)) / data.size
+            variance = (y_BLD - mean_LD).square().sum() / len(y_BLD)
+            # Ranks that share features have the same reconstruction, and each the penalties of its own features.
+            of_all = 1 / features.size
+            sums += torch.tensor([
+                terms.reconstruction * of_all, terms.sparsity, terms.revival * (of_all if self.clt.config.ranks else 1),
+                variance * of_all, dead_LF.double().mean() * of_all, terms.entries / len(x_BLD),
+            ], dtype=torch.float64)  # fmt: skip
+        self.mesh.world.sum_(sums)
+        figures: dict[str, float] = dict(zip(FIGURES, (sums / (config.accumulate * data.size)).tolist(), strict=True))
+        figures["loss"] = figures["reconstruction"] + coefficient * figures["sparsity"] + figures["revival"]
         if not math.isfinite(figures["loss"]):
             raise RunError(f"the loss of step {self.step + 1} is not finite; lower --lr in a new run, or go on from an earlier step with --resume {self.run} --step")  # fmt: skip
-        parameters = list(self.clt.parameters())
-        dist.mean_gradients(parameters)
+        data.mean_gradients(self.clt.parameters())
         if config.clip:
-            figures["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
+            norm = gradient_norm(self.clt)
+            torch.nn.utils.clip_grads_with_norm_(self.clt.parameters(), config.clip, norm)
+            figures["gradient_norm"] = float(norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if len(self.clt.threshold):
             for theta in self.clt.threshold:
                 theta.data.clamp_(min=1e-6)
-        dist.sum_(fired_LF)
-        n_tokens = config.batch * dist.world_size()
-        self.silent_LF = torch.where(fired_LF > 0, 0, self.silent_LF + n_tokens)
-        self.density = float(dist.sum_(entries)) / (n_tokens * fired_LF.numel())
-        l0 = float(fired_LF.sum()) / n_tokens
+        data.sum_(fired_LF)
+        self.silent_LF = torch.where(fired_LF > 0, 0, self.silent_LF + config.batch)
+        self.density = figures["entries"] / (self.host.n_layers * config.n_features)
+        l0 = features.total(float(fired_LF.sum())) / config.batch
         self.controller.observe(l0, asked)
-        return figures | {
-            "l0": l0,
-            "l0_asked": asked,
-            "lambda": coefficient,
-            "dead_share": float(dead_LF.double().mean()),
-        }
+        return figures | {"l0": l0, "l0_asked": asked, "lambda": coefficient}
 
     def _batch(self, n: int) -> tuple[Tensor, Tensor]:
-        x_BLD, y_BLD = self.stream.batch(n)
+        """Inputs and outputs of this rank's next `n` tokens, and of those of the ranks that share the features with it."""
+        x_BLD, y_BLD = (self.mesh.features.cat(a.to(self.device)) for a in self.stream.batch(n))
         return self.units.inputs(x_BLD), self.units.outputs(y_BLD)
 
     def _report(self, window: list[dict[str, float]], update: Update) -> None:
-        names = list(window[-1])
-        means = {name: sum(w[name] for w in window) / len(window) for name in names}
-        means = {name: float(v) for name, v in zip(names, dist.mean(list(means.values())), strict=True)}
-        tokens = self.step * self.config.batch * dist.world_size()
+        means = {name: sum(w[name] for w in window) / len(window) for name in window[-1]}
+        tokens = self.step * self.config.batch
         record = {
             "step": self.step,
             "tokens": tokens,
@@ -300,7 +358,7 @@ class Trainer:
             "train_s": round(self.train_s, 3),
             "tokens_per_s": tokens / self.train_s,
         }
-        if dist.is_first():
+        if self.mesh.world.rank == 0:
             self._record(record)
         update(
             self.step,
@@ -315,13 +373,10 @@ class Trainer:
             sink(record)
 
     def _evaluate_on_the_way(self, held_out: Tensor) -> None:
-        if dist.is_first():
-            clt = self.in_host_units()
-            e = evaluate_rows(
-                self.host, clt, held_out[:64], [s.source.name for s in self.sources], replacement_tokens=4096
-            )
+        clt = self.in_host_units()
+        e = evaluate_rows(self.host, clt, held_out[:64], [s.source.name for s in self.sources], replacement_tokens=4096)
+        if self.mesh.world.rank == 0:
             self._record({"step": self.step, "eval": e.model_dump(exclude={"density_log10_edges", "sources"})})
-        dist.barrier()
 
     def in_host_units(self) -> CLT:
         """The transcoder as it is now, as JumpReLU at the target L0 of training text, its units folded away."""
@@ -353,57 +408,105 @@ class Trainer:
         )
         with track(self.console, "measure", 1.0) as update:
             evaluation = evaluate_rows(self.host, clt, held_out, names, on_progress=update)
-        if dist.is_first():
+        self._publish(clt, provenance)
+        if self.mesh.world.rank == 0:
             trained = {
-                "training tokens": f"{self.steps * self.config.batch * dist.world_size():,}",
+                "training tokens": f"{self.steps * self.config.batch:,}",
                 "sources": ", ".join(f"{s.source.name} ({s.weight:g})" for s in self.sources),
                 "trained as": f"{self.clt.config.activation}, {self.config.precision}",
                 "training time": f"{self.train_s:.0f} s on {self.device}",
             }
-            if (self.run / "clt").exists():
-                shutil.rmtree(self.run / "clt")
-            published.save(clt, provenance, self.run / "clt")
-            write_text(self.run / "clt" / "README.md", model_card(clt.config, provenance, evaluation, trained))
+            config = replace(clt.config, n_features=self.config.n_features)
+            write_text(self.run / "clt" / "README.md", model_card(config, provenance, evaluation, trained))
             write_json(self.run / "eval.json", evaluation.model_dump())
             self._write_state("finished")
-        dist.barrier()
-        return Trained(self.run, clt, evaluation)
+        self.mesh.world.barrier()
+        return Trained(self.run, clt if self.mesh.features.size == 1 else load_clt(self.run).clt, evaluation)
+
+    def _publish(self, clt: CLT, provenance: Provenance) -> None:
+        """Write `clt/`: each rank the features that it holds, then the first all of them, some rows at a time."""
+        world, features, parts = self.mesh.world, self.mesh.features, self.run / ".clt-parts"
+        target = self.run / "clt"
+        if world.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(parts, ignore_errors=True)
+        world.barrier()
+        if features.size > 1 and self.mesh.data.rank == 0:
+            published.save(clt, provenance, parts / f"{features.rank:04d}")
+        world.barrier()
+        if world.rank == 0:
+            whole = join([load_clt(part) for part in sorted(parts.iterdir())]) if features.size > 1 else Opened(clt, provenance)  # fmt: skip
+            published.save(*whole, target)
+            shutil.rmtree(parts, ignore_errors=True)
+        world.barrier()
 
     def save(self) -> None:
         """Write the checkpoint of this step."""
-        streams = dist.gather_objects(self.stream.state.plain())
-        if dist.is_first():
-            state = {
-                "step": self.step,
-                "train_s": self.train_s,
-                "density": self.density,
-                "weights": self.clt.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "controller": asdict(self.controller),
-                "silent": self.silent_LF,
-                "units": tuple(self.units),
-                "streams": streams,
-            }
-            checkpoint.save(self.run, self.step, state, self.config.keep)
-            self._write_state("training")
-        dist.barrier()
+        tensors: dict[str, Tensor] = {f"silent.{i}": silent_F for i, silent_F in enumerate(self.silent_LF)}
+        tensors |= {f"units.{name}": t for name, t in zip(Units._fields, self.units, strict=True)}
+        for name, p in self.clt.named_parameters():
+            tensors[f"weights.{name}"] = p.data
+            tensors |= {f"moments.{key}.{name}": t for key, t in self.optimiser.state[p].items()}
+        numbers = {
+            "of": self._of(),
+            "step": self.step,
+            "train_s": self.train_s,
+            "density": self.density,
+            "controller": asdict(self.controller),
+            "streams": self.mesh.world.objects(self.stream.state.plain()),
+        }
+        split = frozenset(name for name in tensors if _by_feature(name))
+        checkpoint.save(self.run, self.step, checkpoint.Saved(tensors, split, numbers), self.config.keep, self.mesh)
+        self._write_state("training")
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self.step, self.train_s, self.density = state["step"], state["train_s"], state["density"]
-        self.clt.load_state_dict(state["weights"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.controller = Controller(**state["controller"])
-        self.silent_LF = state["silent"].to(self.device)
+    def _of(self) -> dict[str, Any]:
+        """What a checkpoint must be of, to be taken up by this run."""
+        return {"host": self.host.name, **asdict(self.whole), "precision": self.config.precision}
+
+    def _load(self, folder: Path) -> _Loaded:
+        """Take weights, optimiser and controller from a checkpoint.
+
+        Raises:
+            RunError: for a checkpoint of another transcoder.
+        """
+        numbers = checkpoint.numbers(folder)
+        for name, mine in self._of().items():
+            if numbers["of"].get(name) != mine:
+                raise RunError(f"checkpoint {folder} is of another transcoder, with {name}={numbers['of'].get(name)} and not {mine}; put back the run's own, or start a new run")  # fmt: skip
+        tensors = checkpoint.load(folder, _by_feature, self.mesh)
+        state: dict[int, dict[str, Tensor]] = {}
+        names = {p: name for name, p in self.clt.named_parameters()}
+        for number, p in enumerate(p for g in self.optimiser.param_groups for p in g["params"]):
+            p.data.copy_(tensors[f"weights.{names[p]}"])
+            of_it = {name.split(".")[1]: t for name, t in tensors.items() if name.startswith("moments.") and name.split(".", 2)[2] == names[p]}  # fmt: skip
+            if of_it:
+                state[number] = of_it
+        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.silent_LF = torch.stack([tensors[f"silent.{i}"] for i in range(self.host.n_layers)]).to(self.device)
+        self.step, self.train_s, self.density = (numbers[name] for name in ("step", "train_s", "density"))
+        self.controller = Controller(**numbers["controller"])
+        units = Units(*(tensors[f"units.{name}"] for name in Units._fields)).to(self.device)
+        rows, columns = numbers["mesh"]
+        return _Loaded(units, (rows, columns), [StreamState(*s) for s in numbers["streams"]])
 
     def _write_state(self, state: Any) -> None:
         self.manifest.state = state
         self.manifest.step, self.manifest.train_s = self.step, round(self.train_s, 3)
-        self.manifest.tokens = self.step * self.config.batch * dist.world_size()
-        if dist.is_first():
+        self.manifest.tokens = self.step * self.config.batch
+        if self.mesh.world.rank == 0:
             write_manifest(self.run, self.manifest)
 
 
-def _new_manifest(config: TrainConfig, host: Host, clt: CLT, sources: Sequence[Weighted]) -> RunManifest:
+def _by_feature(name: str) -> bool:
+    """Whether a tensor of a checkpoint has a row for each feature."""
+    kind, _, rest = name.partition(".")
+    if kind == "moments":
+        key, _, rest = rest.partition(".")
+        return key != "step" and by_feature(rest)
+    return kind == "silent" or (kind == "weights" and by_feature(rest))
+
+
+def _new_manifest(config: TrainConfig, host: Host, clt: CLTConfig, sources: Sequence[Weighted]) -> RunManifest:
     import transformers
 
     total = sum(s.weight for s in sources)
@@ -418,7 +521,7 @@ def _new_manifest(config: TrainConfig, host: Host, clt: CLT, sources: Sequence[W
             "d_model": host.d_model,
             "n_vocab": host.n_vocab,
         },
-        clt={**asdict(clt.config), "n_parameters": clt.config.n_parameters},
+        clt={**asdict(clt), "n_parameters": clt.n_parameters},
         policy=host.policy,
         sources=[{"name": s.name, "share": weight / total, "digest": _digest(s)} for s, weight in sources],
         versions={
@@ -467,10 +570,8 @@ def _tokens_there_are(host: Host, sources: Sequence[Weighted], most: int) -> int
 
 @contextmanager
 def _locked_by_first(run: Path) -> Iterator[None]:
-    if dist.is_first():
-        with locked(run):
-            yield
-    else:
+    with ExitStack() as held:
+        dist.world().by_first(lambda: held.enter_context(locked(run)))
         yield
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 def reconstruction(yhat_BLD: Float[Tensor, "B L D"], y_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, ""]:
     """sum over layers of ||yhat - y||^2."""
-    return (yhat_BLD.float() - y_BLD.float()).square().sum() / y_BLD.shape[0]
+    wide = torch.promote_types(yhat_BLD.dtype, torch.float32)
+    return (yhat_BLD.to(wide) - y_BLD.to(wide)).square().sum() / y_BLD.shape[0]
 
 
 def tanh_sparsity(f: Float[Tensor, ...], norm: Float[Tensor, ...], c: float, n_tokens: int) -> Float[Tensor, ""]:

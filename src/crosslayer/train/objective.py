@@ -25,7 +25,10 @@ SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006}
 
 
 class Terms(NamedTuple):
-    """The losses of a micro-batch, each a mean over its tokens, and what was counted."""
+    """The losses of a micro-batch, each a mean over its tokens, and what was counted.
+
+    Where features are shared out, `sparsity`, JumpReLU's `revival`, `fired_LF` and `entries` are those of the features held here.
+    """
 
     total: Float[Tensor, ""]
     reconstruction: Float[Tensor, ""]
@@ -71,13 +74,12 @@ def compute(
     sparsity = revival = fit.new_zeros(())
     if not clt.config.ranks:
         sparsity = _sparsity(clt, f, x_BLD, config, running_l0, asked_l0)
-    if dead_LF.any():
-        if clt.config.activation == "jumprelu":
+    if clt.config.activation == "jumprelu":
+        if dead_LF.any():
             revival = config.revive * _preactivation(clt, x_BLD, dead_LF)
-        elif clt.config.ranks and config.auxiliary:
-            revival = config.auxiliary * _auxiliary(
-                clt, x_BLD, (y_BLD - yhat_BLD).detach(), dead_LF, config.auxiliary_k
-            )
+    # Ranks that share the features reconstruct by dead ones together, or not at all.
+    elif clt.config.ranks and config.auxiliary and clt.mesh.features.any_(bool(dead_LF.any())):
+        revival = config.auxiliary * _auxiliary(clt, x_BLD, (y_BLD - yhat_BLD).detach(), dead_LF, config.auxiliary_k)
     with torch.no_grad():
         fired_LF = torch.stack([a.count() if isinstance(a, Active) else (a > 0).sum(0) for a in f])
     return Terms(
@@ -94,7 +96,7 @@ def _sparsity(
         if config.sparsity == "tanh" or clt.config.activation == "relu":
             norm_F = clt.decoder_norm(i)
             value, norm = (a.value_K, norm_F[a.feature_K]) if isinstance(a, Active) else (a, norm_F)
-            total = total + losses.tanh_sparsity(value.float(), norm, config.sparsity_c, n_tokens)
+            total = total + losses.tanh_sparsity(value.to(norm.dtype), norm, config.sparsity_c, n_tokens)
         else:
             with torch.no_grad():
                 z_BF = clt.pre(x_BLD[:, i], i)
@@ -111,8 +113,8 @@ def _preactivation(clt: CLT, x_BLD: Tensor, dead_LF: Tensor) -> Tensor:
         which = dead_F.nonzero()[:, 0]
         if len(which):
             W_FD = clt.W_enc[i][which]
-            pre_BF = F.linear(x_BLD[:, i], W_FD).float() + clt.b_enc[i][which]
-            norm_F = clt.W_dec[i].detach()[which].flatten(1).float().norm(dim=1)
+            pre_BF = F.linear(x_BLD[:, i], W_FD) + clt.b_enc[i][which]
+            norm_F = clt.W_dec[i].detach()[which].flatten(1).to(pre_BF.dtype).norm(dim=1)
             total = total + losses.preactivation(pre_BF, clt.threshold[i].detach()[which], norm_F)
     return total
 
@@ -122,15 +124,15 @@ def _auxiliary(clt: CLT, x_BLD: Tensor, residual_BLD: Tensor, dead_LF: Tensor, k
     left: list[Tensor] = list(torch.zeros_like(residual_BLD).unbind(1))
     for i, dead_F in enumerate(dead_LF):
         which = dead_F.nonzero()[:, 0]
-        if not len(which):
+        if not clt.mesh.features.any_(len(which) > 0):
             continue
         x_BD = x_BLD[:, i]
         with torch.no_grad():
             pre_BF = F.linear(x_BD, clt.W_enc[i][which]) + clt.b_enc[i][which]
-            token_K, row_K = where(top_mask(pre_BF, k))
+            token_K, row_K = where(top_mask(pre_BF[:, None], k, clt.mesh.features)[:, 0])
             entries = Entries(token_K, which[row_K])
         value_K = sparse_pre(x_BD, clt.W_enc[i], clt.b_enc[i], entries)
         active = Active(*entries, value_K, (x_BD.shape[0], clt.config.n_features))
         for slot, part_BD in enumerate(clt.decode_layer(active, i).unbind(1)):
             left[i + slot] = left[i + slot] + part_BD
-    return losses.reconstruction(torch.stack(left, dim=1), residual_BLD)
+    return losses.reconstruction(clt.mesh.features.sum(torch.stack(left, dim=1)), residual_BLD)

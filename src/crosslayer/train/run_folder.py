@@ -12,7 +12,7 @@ from crosslayer.core.errors import RunError
 from crosslayer.core.files import write_json, write_text
 from crosslayer.records.run import RunManifest
 
-MAY_CHANGE = frozenset({"checkpoint_every", "keep", "log_every", "tensorboard", "wandb"})
+MAY_CHANGE = frozenset({"checkpoint_every", "feature_ranks", "keep", "log_every", "tensorboard", "wandb"})
 """Settings that a resume may give anew: they change nothing that is trained."""
 
 

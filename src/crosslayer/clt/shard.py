@@ -1,0 +1,85 @@
+"""A transcoder whose features are shared out over ranks, and one put together again from what each rank wrote.
+
+A rank's share is a transcoder of its own, with F/N features a layer: encoder rows, biases, thresholds and decoder rows. The
+decoder's biases and the affine skip belong to no feature; every rank has them, and keeps them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosslayer.clt.config import CLTConfig
+from crosslayer.clt.formats.opened import Opened, Vectors, assemble
+from crosslayer.clt.transcoder import CLT
+from crosslayer.clt.weights import Reader
+from crosslayer.core.errors import FormatError
+from crosslayer.dist import Mesh
+
+
+def share_of(whole: CLTConfig, mesh: Mesh, *, dtype: torch.dtype, device: str) -> CLT:
+    """This rank's share of a transcoder, its weights not yet drawn."""
+    n_features = whole.n_features // mesh.features.size
+    assert n_features * mesh.features.size == whole.n_features, "TrainConfig refuses features that cannot be shared out"
+    most = n_features * (whole.n_layers if whole.scope == "all" else 1)
+    # The k of each step is of all the features, and is given to `encode`; a config must have one that its own can reach.
+    k = None if whole.k is None else min(whole.k, most)
+    clt = CLT(replace(whole, n_features=n_features, k=k), dtype=dtype, device=device)
+    clt.mesh = mesh
+    return clt
+
+
+def by_feature(name: str) -> bool:
+    """Whether a parameter of this name has a row for each feature, so that each rank has its own."""
+    return name.startswith(("W_enc", "b_enc", "W_dec", "threshold"))
+
+
+def join(parts: Sequence[Opened]) -> Opened:
+    """One transcoder of the features of several, in their order; read from them when it is itself read, some rows at a time.
+
+    Raises:
+        FormatError: for parts that are not of one transcoder.
+    """
+    first = parts[0].clt
+    each = [part.clt.config.n_features for part in parts]
+    for part in parts:
+        c = part.clt.config
+        same = replace(c, n_features=first.config.n_features) == first.config and part.provenance == parts[0].provenance
+        if not same or any(not torch.equal(a, b) for a, b in zip(part.clt.b_dec, first.b_dec, strict=True)):
+            raise FormatError(f"the parts of {parts[0].provenance.scan} are not of one transcoder; write them again")
+    ends = torch.tensor(each).cumsum(0)
+
+    def reader(name: Literal["W_enc", "W_dec"]) -> Reader:
+        def read(layer: int, rows: Tensor | None = None) -> Tensor:
+            wanted = torch.arange(int(ends[-1])) if rows is None else rows
+            owner = torch.bucketize(wanted, ends, right=True)
+            first_part = getattr(first, name)
+            out = torch.empty(len(wanted), *first_part.shape(layer)[1:], dtype=first_part.dtype)
+            for i in owner.unique().tolist():
+                mine = owner == i
+                out[mine] = getattr(parts[i].clt, name).rows(layer, wanted[mine] - (int(ends[i]) - each[i]))
+            return out
+
+        return read
+
+    def vectors(i: int) -> Vectors:
+        clts = [part.clt for part in parts]
+        theta = torch.cat([clt.threshold[i].detach() for clt in clts]) if len(first.threshold) else None
+        return Vectors(torch.cat([clt.b_enc[i].detach() for clt in clts]), first.b_dec[i].detach(), theta)
+
+    config = replace(first.config, n_features=sum(each))
+    skip: Reader | None = (lambda i, rows=None: first.W_skip[i] if rows is None else first.W_skip.rows(i, rows)) if len(first.W_skip) else None  # fmt: skip
+    clt = assemble(
+        config,
+        first.dtype,
+        [vectors(i) for i in range(config.n_layers)],
+        reader("W_enc"),
+        reader("W_dec"),
+        skip,
+        by_row=True,
+    )
+    return Opened(clt, parts[0].provenance)
