@@ -28,7 +28,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build dist

@@ -273,3 +273,25 @@ def test_parquet_holds_what_the_bundle_says(made: Made, tmp_path: Path):
         assert [(x["layer"], x["index"]) for x in row["upstream"]] == [(x.layer, x.index) for x in near]
     small = pq.read_table(write_parquet(made.bundle, tmp_path / "small.parquet", examples=False))
     assert "examples" not in small.column_names
+
+
+def test_damage_of_the_same_size_is_told(made: Made, tmp_path: Path):
+    copy = Path(shutil.copytree(made.bundle.path, tmp_path / "copy"))
+    shutil.copy(copy / "top_id.npy", copy / "top.npy")
+    with pytest.raises(FormatError, match=r"top\.npy holds int32 .* expected float32"):
+        load_features(copy).feature(2, 7)
+    index = copy / "features.sqlite"
+    whole = index.read_bytes()
+    index.write_bytes(whole[:8192] + b"\xaa" * (len(whole) - 8192))
+    with pytest.raises(FormatError, match=r"features\.sqlite"):
+        load_features(copy).search("self")
+    with pytest.raises(FormatError, match=r"features\.sqlite"):
+        load_features(copy).page()
+
+
+@pytest.mark.parametrize("label", ["   ", "x" * 501, "a\nb", "a\x1b[31mb", "a\u202eb", "\udcff"])
+def test_labels_that_cannot_be_shown_are_refused(made: Made, tmp_path: Path, label: str):
+    copy = load_features(shutil.copytree(made.bundle.path, tmp_path / "copy"))
+    with pytest.raises(ConfigError, match="label"):
+        copy.set_label(2, 7, label)
+    assert not copy.user.path.exists()

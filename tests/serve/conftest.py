@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +44,13 @@ def root(tmp_path_factory: pytest.TempPathFactory, made: Made) -> Path:
 def chromium() -> str:
     """Debian's Chromium, installed where it is missing."""
     names = ("chromium", "chromium-browser", "google-chrome")
+    with (Path(tempfile.gettempdir()) / "crosslayer-chromium.lock").open("w") as lock:
+        # Another process of the same test run may be at it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _found_or_installed(names)
+
+
+def _found_or_installed(names: tuple[str, ...]) -> str:
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None and shutil.which("apt-get"):
         sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]

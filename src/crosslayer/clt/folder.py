@@ -76,6 +76,8 @@ def clt_folder(path: Path) -> Path:
     """The transcoder's folder: the path itself, or `clt/` of a run."""
     if (path / "run.json").is_file():
         if not (path / "clt").is_dir():
+            if (path / "eval.json").is_file():
+                raise FormatError(f"{path} is a finished run whose clt/ is missing; put it back, or train it again")
             raise FormatError(f"{path} is a run that has not finished; go on with crosslayer train --resume {path}")
         return path / "clt"
     return path

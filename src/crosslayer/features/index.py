@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,17 +129,22 @@ class Index:
         except sqlite3.DatabaseError as error:
             raise FormatError(f"{path} cannot be read ({error}); build the bundle again") from error
 
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple]:
+        try:
+            return self.connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise FormatError(f"{self.path} is damaged ({error}); build the bundle again") from error
+
     def row(self, feature: int) -> Row:
         """Label and rule."""
-        found = self.connection.execute(
-            "SELECT label, rule, rule_values FROM features WHERE id = ?", (feature,)
-        ).fetchone()
-        return Row(*found)
+        return Row(*self._rows("SELECT label, rule, rule_values FROM features WHERE id = ?", (feature,))[0])
 
     def figures(self, feature: int) -> dict[str, Any]:
         """All columns of a feature."""
-        cursor = self.connection.execute("SELECT * FROM features WHERE id = ?", (feature,))
-        return dict(zip([c[0] for c in cursor.description], cursor.fetchone(), strict=True))
+        names = ("id", "layer", "rank", *_FIGURES, "label", "rule", "rule_values")
+        return dict(
+            zip(names, self._rows(f"SELECT {', '.join(names)} FROM features WHERE id = ?", (feature,))[0], strict=True)
+        )
 
     def labels(self, features: Iterable[int]) -> dict[int, str | None]:
         """Labels of several features."""
@@ -148,7 +153,7 @@ class Index:
         for at in range(0, len(wanted), 500):
             some = wanted[at : at + 500]
             marks = ", ".join("?" * len(some))
-            found.update(self.connection.execute(f"SELECT id, label FROM features WHERE id IN ({marks})", some))
+            found.update(self._rows(f"SELECT id, label FROM features WHERE id IN ({marks})", some))
         return found
 
     def page(
@@ -175,7 +180,7 @@ class Index:
         def ids(more: list[str], order: str, n: int, skipped: int) -> list[int]:
             where = f"WHERE {' AND '.join(conditions + more)}" if conditions + more else ""
             query = f"SELECT id FROM features {where} ORDER BY {order} LIMIT ? OFFSET ?"
-            return [i for (i,) in self.connection.execute(query, (*values, n, skipped))]
+            return [i for (i,) in self._rows(query, (*values, n, skipped))]
 
         direction = "DESC" if descending else "ASC"
         if sort in ("id", "rank"):
@@ -183,7 +188,7 @@ class Index:
         found = ids([f"{sort} IS NOT NULL"], f"{sort} {direction}, id {direction}", limit, offset)
         if len(found) < limit:
             where = f"WHERE {' AND '.join([*conditions, f'{sort} IS NOT NULL'])}"
-            n_known = self.connection.execute(f"SELECT COUNT(*) FROM features {where}", values).fetchone()[0]
+            n_known = self._rows(f"SELECT COUNT(*) FROM features {where}", values)[0][0]
             found += ids([f"{sort} IS NULL"], "id", limit - len(found), max(0, offset - n_known))
         return found
 
@@ -205,7 +210,7 @@ class Index:
                 "SELECT f.id FROM (SELECT rowid AS rank FROM words WHERE words MATCH ? ORDER BY rowid LIMIT ?) AS w "
                 "JOIN features AS f ON f.rank = w.rank ORDER BY w.rank"
             )
-            for (feature,) in self.connection.execute(query, (expression, limit)):
+            for (feature,) in self._rows(query, (expression, limit)):
                 found[feature] = None
             if len(found) >= limit:
                 break
@@ -213,7 +218,7 @@ class Index:
 
     def groups(self, level: int) -> list[Group]:
         """The groups of one level, by number."""
-        rows = self.connection.execute("SELECT * FROM groups WHERE level = ? ORDER BY number", (level,))
+        rows = self._rows("SELECT * FROM groups WHERE level = ? ORDER BY number", (level,))
         return [Group(a, b, c, d, _fed_by(e)) for a, b, c, d, e in rows]
 
     def close(self) -> None:

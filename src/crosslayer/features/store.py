@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +103,9 @@ ARRAYS = {
     "map": ArraySpec("float32", "N 2", "NaN for features that are not on it"),
 }
 NEIGHBOURS = ("encoder", "decoder", "coactivation", "upstream", "downstream")
+MOST_LABEL = 500
+JOINERS = "\u200c\u200d"
+"""Marks of scripts and emoji that are part of what is seen."""
 REBUILD = "build the bundle again with crosslayer features build"
 
 
@@ -361,7 +365,22 @@ class FeatureBundle:
         return found
 
     def set_label(self, layer: int, index: int, label: str) -> None:
-        """Keep a person's label of a feature; an empty one takes it away."""
+        """Keep a person's label of a feature, one line of at most 500 characters; an empty one takes it away.
+
+        Raises:
+            ConfigError: for a feature that is not there, and a label that cannot be shown.
+        """
+        if label and not label.strip():
+            raise ConfigError("the label is blank; write something, or give an empty one to take yours away")
+        if len(label) > MOST_LABEL:
+            raise ConfigError(f"the label has {len(label):,} characters; write {MOST_LABEL} at most")
+        hidden = next(
+            (c for c in label if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in JOINERS), None
+        )
+        if hidden is not None:
+            raise ConfigError(
+                f"the label holds U+{ord(hidden):04X}, which cannot be seen; write one line of plain text"
+            )
         self.user.set_label(Label(self.id(layer, index), PERSON, label))
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
@@ -493,6 +512,12 @@ class _RowFile:
 
 def _mapped(path: Path) -> NDArray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read ({error}); {REBUILD}") from error
+    spec = ARRAYS.get(path.stem)
+    if spec is not None and (mapped.dtype != spec.dtype or mapped.ndim != len(spec.axes.split())):
+        raise FormatError(
+            f"{path} holds {mapped.dtype} of {mapped.ndim} axes, expected {spec.dtype} by {spec.axes}; {REBUILD}"
+        )
+    return mapped

@@ -67,6 +67,8 @@ class UserStore:
         self._writing = Lock()
 
     def _open(self, *, write: bool) -> sqlite3.Connection | None:
+        if self.path.is_dir():
+            raise FormatError(f"{self.path} is a folder, where labels are kept in a file; move it away")
         if self._connection is None and (write or self.path.is_file()):
             try:
                 connection = sqlite3.connect(self.path, check_same_thread=False, timeout=10)

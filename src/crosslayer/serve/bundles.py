@@ -9,13 +9,12 @@ import numpy as np
 from fastapi import APIRouter, Body, Query, Request, Response
 
 from crosslayer.core.errors import ConfigError, ConflictError
-from crosslayer.features.store import NEIGHBOURS, FeatureBundle
+from crosslayer.features.store import MOST_LABEL, NEIGHBOURS, FeatureBundle
 from crosslayer.features.user import PERSON
 from crosslayer.serve.opened import library, opened
 
 router = APIRouter(tags=["features"])
 MOST = 500
-MOST_LABEL = 500
 
 
 def _bundle(request: Request, id: str) -> FeatureBundle:

@@ -79,7 +79,7 @@ def parse_feature(text: str) -> tuple[int, int]:
 
     from crosslayer.core.errors import ConfigError
 
-    match = re.fullmatch(r"[Ll]?([0-9]{1,9})/([0-9]{1,9})", text.strip())
+    match = re.fullmatch(r"[Ll]?([0-9]{1,30})/([0-9]{1,30})", text.strip())
     if match is None:
         raise ConfigError(f"{text!r} names no feature; write LAYER/INDEX, as in L3/1241")
     return int(match[1]), int(match[2])

@@ -40,4 +40,6 @@ def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> Non
             if out.is_dir() or not out.absolute().parent.is_dir():
                 what = "it is a folder" if out.is_dir() else f"there is no folder {out.absolute().parent}"
                 raise ConfigError(f"-o {out} cannot be written: {what}; give the name of a file")
+            if out.exists():
+                raise ConfigError(f"{out} is there already; remove it, or give another -o")
             click.echo(f"written to {write_parquet(opened, out, examples=examples, on_progress=update)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -16,12 +17,19 @@ from crosslayer.cli.features import bundle_option, bundle_path
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="features to print")
 def command(words: tuple[str, ...], bundle: Path | None, limit: int) -> None:
     """Features that all WORDS match, labels first; wid* matches beginnings, label:, fires: and promotes: look there alone."""
+    from crosslayer.core.errors import ConfigError
     from crosslayer.features.report import print_found
     from crosslayer.features.store import load_features
 
+    if not any(w.strip() for w in words):
+        raise ConfigError("the search is empty; give a word, or the beginning of one with *")
     opened = load_features(bundle_path(bundle))
     found = opened.search(" ".join(words), limit)
     if found:
         print_found(Console(), opened, found)
     else:
-        click.echo("no feature matches; try fewer words, or the beginning of one with *")
+        hint = next(
+            (f"; to see one feature: crosslayer features show {w}" for w in words if re.fullmatch(r"[Ll]?\d+/\d+", w)),
+            "",
+        )
+        click.echo(f"no feature matches; try fewer words, or the beginning of one with *{hint}")
