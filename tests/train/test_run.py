@@ -67,6 +67,10 @@ def test_a_run_leaves_what_it_says(finished: Path, tiny_config: TrainConfig):
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log] == list(range(5, 61, 5))
     assert log[-1]["fvu"] < log[0]["fvu"]
+    for line in log:
+        # The pooled one lies among those of the layers; harvest is part of training.
+        assert min(line["fvu_L"]) <= line["fvu"] <= max(line["fvu_L"])
+        assert 0 < line["harvest_s"] < line["train_s"]
     assert checkpoint.steps(finished) == [40, 60]
     e = Evaluation.model_validate_json((finished / "eval.json").read_text())
     card = (finished / "clt" / "README.md").read_text()

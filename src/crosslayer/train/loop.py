@@ -189,7 +189,9 @@ class Trainer:
         self.start_l0 = min(self.target * config.l0_start, 0.5 * host.n_layers * config.n_features)
         self.controller = Controller(integral=-7.0)
         self.silent_LF = torch.zeros(host.n_layers, self.clt.config.n_features, dtype=torch.int64, device=device)
-        self.step, self.train_s, self.density = 0, 0.0, 1.0
+        self.step, self.train_s, self.harvest_s, self.density = 0, 0.0, 0.0, 1.0
+        # Since the last report.
+        self.error_L = self.variance_L = torch.zeros(host.n_layers, dtype=torch.float64)
         self.log = Log(run)
         self.manifest = _new_manifest(config, host, self.whole, sources)
 
@@ -298,6 +300,7 @@ class Trainer:
         sparse = self.clt.config.ranks or self.density < SPARSE_BELOW[torch.device(self.device).type]
         fired_LF = torch.zeros_like(self.silent_LF)
         sums, micro = torch.zeros(len(FIGURES), dtype=torch.float64), config.batch // config.accumulate
+        layers_2L = torch.zeros(2, self.host.n_layers, dtype=torch.float64)
         features, data = self.mesh.features, self.mesh.data
         for _ in range(config.accumulate):
             x_BLD, y_BLD = self._batch(micro // self.mesh.world.size)
@@ -308,14 +311,17 @@ class Trainer:
             (terms.total / config.accumulate).backward()
             fired_LF += terms.fired_LF
             mean_LD = data.sum_(y_BLD.mean(0)) / data.size
-            variance = (y_BLD - mean_LD).square().sum() / len(y_BLD)
+            variance_L = (y_BLD - mean_LD).square().sum(dim=(0, 2)) / len(y_BLD)
             # Ranks that share features have the same reconstruction, and each the penalties of its own features.
             of_all = 1 / features.size
             sums += torch.tensor([
                 terms.reconstruction * of_all, terms.sparsity, terms.revival * (of_all if self.clt.config.ranks else 1),
-                variance * of_all, dead_LF.double().mean() * of_all, terms.entries / len(x_BLD),
+                variance_L.sum() * of_all, dead_LF.double().mean() * of_all, terms.entries / len(x_BLD),
             ], dtype=torch.float64)  # fmt: skip
+            layers_2L += torch.stack([terms.error_L, variance_L]).double().cpu() * of_all
         self.mesh.world.sum_(sums)
+        self.mesh.world.sum_(layers_2L)
+        self.error_L, self.variance_L = self.error_L + layers_2L[0], self.variance_L + layers_2L[1]
         figures: dict[str, float] = dict(zip(FIGURES, (sums / (config.accumulate * data.size)).tolist(), strict=True))
         figures["loss"] = figures["reconstruction"] + coefficient * figures["sparsity"] + figures["revival"]
         if not math.isfinite(figures["loss"]):
@@ -339,8 +345,11 @@ class Trainer:
 
     def _batch(self, n: int) -> tuple[Tensor, Tensor]:
         """Inputs and outputs of this rank's next `n` tokens, and of those of the ranks that share the features with it."""
+        began = time.perf_counter()
         x_BLD, y_BLD = (self.mesh.features.cat(a.to(self.device)) for a in self.stream.batch(n))
-        return self.units.inputs(x_BLD), self.units.outputs(y_BLD)
+        x_BLD, y_BLD = self.units.inputs(x_BLD), self.units.outputs(y_BLD)
+        self.harvest_s += time.perf_counter() - began
+        return x_BLD, y_BLD
 
     def _report(self, window: list[dict[str, float]], update: Update) -> None:
         means = {name: sum(w[name] for w in window) / len(window) for name in window[-1]}
@@ -350,20 +359,23 @@ class Trainer:
             "tokens": tokens,
             **{k: means[k] for k in ("loss", "reconstruction", "sparsity", "revival")},
             "fvu": means["reconstruction"] / means["variance"],
+            "fvu_L": (self.error_L / self.variance_L).tolist(),
             "l0": means["l0"],
             "l0_per_layer": means["l0"] / self.host.n_layers,
             **{k: means[k] for k in ("l0_asked", "lambda", "dead_share")},
             "gradient_norm": means.get("gradient_norm"),
             "lr": self.optimiser.param_groups[0]["lr"],
             "train_s": round(self.train_s, 3),
+            "harvest_s": round(self.harvest_s, 3),
             "tokens_per_s": tokens / self.train_s,
         }
+        self.error_L = self.variance_L = torch.zeros_like(self.error_L)
         if self.mesh.world.rank == 0:
             self._record(record)
         update(
             self.step,
             f"loss {record['loss']:.1f}  FVU {record['fvu']:.3f}  L0 {record['l0']:.1f} ({record['l0_per_layer']:.1f} a layer)  "
-            f"dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s",
+            f"dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s, {self.harvest_s / self.train_s:.0%} of it harvest",
         )
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -451,6 +463,7 @@ class Trainer:
             "of": self._of(),
             "step": self.step,
             "train_s": self.train_s,
+            "harvest_s": self.harvest_s,
             "density": self.density,
             "controller": asdict(self.controller),
             "streams": self.mesh.world.objects(self.stream.state.plain()),
@@ -483,7 +496,9 @@ class Trainer:
                 state[number] = of_it
         self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
         self.silent_LF = torch.stack([tensors[f"silent.{i}"] for i in range(self.host.n_layers)]).to(self.device)
-        self.step, self.train_s, self.density = (numbers[name] for name in ("step", "train_s", "density"))
+        self.step, self.train_s, self.harvest_s, self.density = (
+            numbers[name] for name in ("step", "train_s", "harvest_s", "density")
+        )
         self.controller = Controller(**numbers["controller"])
         units = Units(*(tensors[f"units.{name}"] for name in Units._fields)).to(self.device)
         rows, columns = numbers["mesh"]

@@ -32,6 +32,8 @@ class Terms(NamedTuple):
 
     total: Float[Tensor, ""]
     reconstruction: Float[Tensor, ""]
+    error_L: Float[Tensor, " L"]
+    """Its parts, by layer written."""
     sparsity: Float[Tensor, ""]
     revival: Float[Tensor, ""]
     fired_LF: Int[Tensor, "L F"]
@@ -81,9 +83,16 @@ def compute(
     elif clt.config.ranks and config.auxiliary and clt.mesh.features.any_(bool(dead_LF.any())):
         revival = config.auxiliary * _auxiliary(clt, x_BLD, (y_BLD - yhat_BLD).detach(), dead_LF, config.auxiliary_k)
     with torch.no_grad():
+        error_L = (yhat_BLD.float() - y_BLD.float()).square().sum(dim=(0, 2)) / len(y_BLD)
         fired_LF = torch.stack([a.count() if isinstance(a, Active) else (a > 0).sum(0) for a in f])
     return Terms(
-        fit + coefficient * sparsity + revival, fit.detach(), sparsity.detach(), revival.detach(), fired_LF, entries
+        fit + coefficient * sparsity + revival,
+        fit.detach(),
+        error_L,
+        sparsity.detach(),
+        revival.detach(),
+        fired_LF,
+        entries,
     )
 
 
