@@ -1,0 +1,248 @@
+"""A whole training step (forward, backward, clip, Adam) against the plain dense one, alternating in one run.
+
+    python benchmarks/bench_train.py [--quick] [--json FILE]
+    python benchmarks/bench_train.py --reference --device cuda --json benchmarks/results/train-h200.json
+
+The first is at the shape at which other tools were measured: 12 layers x 256, 4,096 features a layer, random activations, an L0 of 64 in all. The plain step is written
+here as anyone would write it: dense products, `topk` or JumpReLU on matrices, one product a layer for all layers written. Peak memory is that of a process that does nothing else.
+The second is the reference's shape, 28 x 20,480 x 1024 in bfloat16, sparse alone (the dense one at an L0 of 115 is asked for with --dense).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crosslayer.clt.config import Activation
+from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.transcoder import CLT
+from crosslayer.train.config import TrainConfig
+from crosslayer.train.objective import compute
+from crosslayer.train.optimiser import make_optimiser
+
+PEERS = (12, 256, 4096)
+REFERENCE = (28, 1024, 20_480)
+L0, CLIP = 64, 1.0
+FASTEST_PEER = {"jumprelu": 188 / 163, "topk": 188 / 190, "batchtopk": 188 / 190}
+"""Tokens per second of the fastest peer, as a multiple of the plain dense step's, in a table measured on another machine."""
+
+
+def ours(
+    shape: tuple[int, int, int], activation: Activation, tokens: int, l0: float, device: str, dtype: torch.dtype, sparse: bool
+) -> Callable[[], Any]:  # fmt: skip
+    """A step of ours, on the same batch each time."""
+    n_layers, width, n_features = shape
+    config = TrainConfig(
+        text=("none",), n_features=n_features, activation=activation, l0=l0, batch=tokens, tokens=tokens
+    )
+    clt = CLT(config.clt(n_layers, width), dtype=dtype, device=device)
+    initialise(clt, seed=0)
+    x_BLD, y_BLD = torch.randn(2, tokens, n_layers, width, device=device)
+    if activation == "jumprelu":
+        set_bias_for_density(clt, x_BLD[:2048], l0 / (n_layers * n_features))
+    optimiser = make_optimiser([{"params": list(clt.parameters()), "lr": 1e-6}], (0.9, 0.999), 0)
+    dead_LF = torch.zeros(n_layers, n_features, dtype=torch.bool, device=device)
+
+    def step() -> Any:
+        terms = compute(
+            clt, x_BLD, y_BLD, config, coefficient=0.01, running_l0=l0, asked_l0=l0, dead_LF=dead_LF, sparse=sparse
+        )
+        terms.total.backward()
+        torch.nn.utils.clip_grad_norm_(clt.parameters(), CLIP)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return terms
+
+    return step
+
+
+class _Plain(torch.nn.Module):
+    """A dense cross-layer transcoder without any thought for speed."""
+
+    def __init__(self, shape: tuple[int, int, int], activation: str, l0: float) -> None:
+        super().__init__()
+        n_layers, width, n_features = shape
+        self.activation, self.l0 = activation, l0
+        make = lambda *size: torch.nn.Parameter(torch.randn(*size) / width**0.5)  # noqa: E731
+        self.W_enc = torch.nn.ParameterList([make(n_features, width) for _ in range(n_layers)])
+        self.W_dec = torch.nn.ParameterList([make(n_features, (n_layers - i) * width) for i in range(n_layers)])
+        self.b_enc = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(n_features)) for _ in range(n_layers)])
+        self.theta = torch.nn.ParameterList([torch.nn.Parameter(torch.full((n_features,), 3.0)) for _ in range(n_layers)])  # fmt: skip
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        n_layers, width = x_BLD.shape[1:]
+        pre = [F.linear(x_BLD[:, i], self.W_enc[i], self.b_enc[i]) for i in range(n_layers)]
+        if self.activation == "jumprelu":
+            f = [_jump(z, theta) for z, theta in zip(pre, self.theta, strict=True)]
+        else:
+            z = torch.cat(pre, 1)
+            if self.activation == "topk":
+                values, index = z.topk(round(self.l0), dim=1)
+                z = torch.zeros_like(z).scatter(1, index, values.relu())
+            else:
+                flat = z.flatten()
+                values, index = flat.topk(round(self.l0 * len(z)))
+                z = torch.zeros_like(flat).scatter(0, index, values.relu()).view_as(z)
+            f = z.split(pre[0].shape[1], dim=1)
+        y = [x_BLD.new_zeros(len(x_BLD), width) for _ in range(n_layers)]
+        for i, f_BF in enumerate(f):
+            for slot, part in enumerate((f_BF @ self.W_dec[i]).split(width, dim=1)):
+                y[i + slot] = y[i + slot] + part
+        return torch.stack(y, 1)
+
+
+def _jump(z: Tensor, theta: Tensor) -> Tensor:
+    """JumpReLU with the rectangle's straight-through gradient, by plain operations."""
+    fires = (z > theta).float()
+    window = ((z - theta).abs() < 0.25).float()
+    through = -(theta.detach() / 0.5) * window * theta
+    return z * fires + through - through.detach()
+
+
+def plain(shape: tuple[int, int, int], activation: str, tokens: int, l0: float) -> Callable[[], Any]:
+    """The plain dense step."""
+    torch.manual_seed(0)
+    model = _Plain(shape, activation, l0)
+    x_BLD, y_BLD = torch.randn(2, tokens, *shape[:2])
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-6)
+
+    def step() -> None:
+        ((model(x_BLD) - y_BLD).square().sum() / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def encoder_s(shape: tuple[int, int, int], tokens: int, device: str, dtype: torch.dtype) -> float:
+    """Seconds of the encoder's products alone."""
+    n_layers, width, n_features = shape
+    x_LBD = torch.randn(n_layers, tokens, width, device=device, dtype=dtype)
+    W_FD = torch.randn(n_features, width, device=device, dtype=dtype)
+    return median(timed(lambda: [F.linear(x, W_FD) for x in x_LBD], device) for _ in range(5))
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_mib(which: str, activation: str, tokens: int) -> float:
+    """Peak memory of a process with two steps, less that of one that has imported the same."""
+    command = [sys.executable, __file__, "--peak", which, activation, str(tokens)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def _peak(which: str, activation: Activation, tokens: int) -> None:
+    before = _highest_kib()
+    step = plain(PEERS, activation, tokens, L0) if which == "plain" else ours(PEERS, activation, tokens, L0, "cpu", torch.float32, True)  # fmt: skip
+    for _ in range(2):
+        step()
+    print((_highest_kib() - before) / 1024)
+
+
+def _highest_kib() -> int:
+    """Highest resident size of this process; `ru_maxrss` would be that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def compare(activation: Activation, tokens: int, repeats: int) -> dict[str, float]:
+    """Tokens per second of both, alternating."""
+    both = {
+        "ours": ours(PEERS, activation, tokens, L0, "cpu", torch.float32, True),
+        "plain": plain(PEERS, activation, tokens, L0),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in both}
+    entries = 0.0
+    for turn in range(repeats + 1):
+        for name, step in both.items():
+            began = time.perf_counter()
+            terms = step()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+            entries = terms.entries / tokens if name == "ours" else entries
+    del both
+    ours_s, plain_s = (median(seconds[name]) for name in ("ours", "plain"))
+    return {
+        "entries_a_token": entries,
+        "ours_tokens_per_s": tokens / ours_s,
+        "plain_tokens_per_s": tokens / plain_s,
+        "ratio": plain_s / ours_s,
+        "ratio_to_fastest_peer": plain_s / ours_s / FASTEST_PEER[activation],
+        "encoder_share": encoder_s(PEERS, tokens, "cpu", torch.float32) / ours_s,
+        "ours_peak_mib": peak_mib("ours", activation, tokens),
+        "plain_peak_mib": peak_mib("plain", activation, tokens),
+    }
+
+
+def reference(device: str, tokens: int, dense: bool) -> dict[str, Any]:
+    """Steps at the reference's shape, L0 115 in all and 115 a layer."""
+    found = {}
+    for name, l0 in (("115 in all", 115), ("115 a layer", 115 * REFERENCE[0])):
+        step = ours(REFERENCE, "jumprelu", tokens, l0, device, torch.bfloat16, not dense)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        step_s = median([timed(step, device) for _ in range(6)][1:])
+        found[name] = {
+            "tokens_per_s": tokens / step_s,
+            "hours_for_750M": 750e6 * step_s / tokens / 3600,
+            "encoder_share": encoder_s(REFERENCE, tokens, device, torch.bfloat16) / step_s,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+        }
+        del step
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="512 tokens and two repeats")
+    parser.add_argument("--reference", action="store_true", help="the reference's shape; needs a large GPU")
+    parser.add_argument("--dense", action="store_true", help="with --reference: the dense path")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=4096, help="with --reference: tokens a step")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        _peak(args.peak[0], args.peak[1], int(args.peak[2]))
+        return
+    machine = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor()}, {os.cpu_count()} cores"
+    )
+    rows: dict[str, Any] = {}
+    if args.reference:
+        rows = reference(args.device, args.tokens, args.dense)
+    else:
+        for tokens in (512,) if args.quick else (512, 4096):
+            for activation in ("topk", "batchtopk", "jumprelu"):
+                rows[f"{activation}, {tokens} tokens"] = compare(
+                    activation, tokens, 2 if args.quick or tokens > 512 else 5
+                )
+                print(f"{activation}, {tokens} tokens:", {k: round(v, 3) for k, v in rows[f"{activation}, {tokens} tokens"].items()}, flush=True)  # fmt: skip
+    result = {"machine": machine, "torch": torch.__version__, "rows": rows}
+    if args.reference:
+        print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
