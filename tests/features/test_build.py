@@ -20,6 +20,7 @@ from crosslayer.core.errors import ConfigError, CrosslayerError, FormatError, Re
 from crosslayer.features import build as build_module
 from crosslayer.features import scan as scan_module
 from crosslayer.features.build import build_features
+from crosslayer.features.sketch import LayerSketch
 from crosslayer.features.store import building_folder, load_features
 from features.conftest import CONTEXT, SETTINGS, TOKENS, Made, contents, write_clt
 
@@ -73,6 +74,22 @@ def test_stopped_anywhere_in_the_pass_and_gone_on(made: Made, tmp_path: Path, mo
     monkeypatch.setattr(scan_module, "take", take)
     assert contents(build(made, tmp_path / "cut")) == contents(made.bundle.path)
     assert not building_folder(tmp_path / "cut").exists()
+
+
+def test_stopped_within_a_batch_counts_no_token_twice(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    added, add = [], LayerSketch.add
+
+    def fragile(*args: object) -> None:
+        added.append(0)
+        if len(added) == 3 * 4 + 2:  # the second layer of the fifth batch
+            raise Killed
+        add(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerSketch, "add", fragile)
+        with pytest.raises(Killed):
+            build(made, tmp_path / "cut")
+    assert contents(build(made, tmp_path / "cut")) == contents(made.bundle.path)
 
 
 @pytest.mark.parametrize("stage", ["coactivation", "rules", "write_index", "shutil.rmtree"])

@@ -295,3 +295,12 @@ def test_labels_that_cannot_be_shown_are_refused(made: Made, tmp_path: Path, lab
     with pytest.raises(ConfigError, match="label"):
         copy.set_label(2, 7, label)
     assert not copy.user.path.exists()
+
+
+def test_added_labels_are_searched_as_others_are(made: Made, tmp_path: Path):
+    copy = load_features(shutil.copytree(made.bundle.path, tmp_path / "copy"))
+    copy.set_label(0, 3, "capital city")
+    for text in ("capital", '"capital city"', "label:capital", "cap*", "label:cap*"):
+        assert [(f.layer, f.index) for f in copy.search(text)][:1] == [(0, 3)], text
+    with pytest.raises(ConfigError, match="600 words; give 64"):
+        copy.search("a " * 600)

@@ -325,11 +325,17 @@ def _finish(
             ).model_dump(),
         )  # fmt: skip
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    (folder / PLAN).unlink(missing_ok=True)
-    (folder / ".lock").unlink(missing_ok=True)
+    for left in folder.glob(".*.tmp"):
+        # Of a process that was killed while it wrote.
+        left.unlink()
     if out.is_dir():
+        if any(out.iterdir()):
+            raise RunError(f"{out} has been filled by another in the meantime; empty it, then run the build again")
         out.rmdir()
+    # The plan goes with the rename: without it the folder would be taken for another's.
     os.replace(folder, out)
+    (out / PLAN).unlink(missing_ok=True)
+    (out / ".lock").unlink(missing_ok=True)
 
 
 _FROM_TEXT = (

@@ -198,12 +198,12 @@ class Index:
         A word that ends in `*` matches the beginnings of words; `label:`, `fires:` and `promotes:` before a word look there alone.
         Everything else is taken literally, quotes and operators too.
         """
-        terms = _terms(text)
+        terms = terms_of(text)
         if not terms:
             return []
         found: dict[int, None] = {}
-        in_labels = " AND ".join(f"{{label}} : {term}" for column, term in terms if column in (None, "label"))
-        anywhere = " AND ".join(f"{{{column or ' '.join(COLUMNS)}}} : {term}" for column, term in terms)
+        in_labels = " AND ".join(f"{{label}} : {_quoted(term)}" for column, term in terms if column in (None, "label"))
+        anywhere = " AND ".join(f"{{{column or ' '.join(COLUMNS)}}} : {_quoted(term)}" for column, term in terms)
         expressions = [in_labels] if all(column in (None, "label") for column, _ in terms) else []
         for expression in [*expressions, anywhere]:
             query = (
@@ -230,8 +230,12 @@ def _fed_by(text: str) -> list[tuple[int, float]]:
     return [(int(number), float(share)) for number, share in pairs]
 
 
-def _terms(text: str) -> list[tuple[str | None, str]]:
-    """(column or None, quoted term) of each word of a search."""
+def _quoted(term: str) -> str:
+    return f'"{term.rstrip("*")}"*' if term.endswith("*") else f'"{term}"'
+
+
+def terms_of(text: str) -> list[tuple[str | None, str]]:
+    """(column or None, word) of each word of a search; one that asks for beginnings ends in `*`."""
     terms = []
     for piece in text.split():
         column: str | None = None
@@ -243,5 +247,5 @@ def _terms(text: str) -> list[tuple[str | None, str]]:
         words = [w for w in words if w not in ("x22", "x27", "x201c", "x201d")] or words
         for n, word in enumerate(words):
             last = n == len(words) - 1 and piece.endswith("*") and piece != "*" * len(piece)
-            terms.append((column, f'"{word}"{"*" if last else ""}'))
+            terms.append((column, f"{word}*" if last else word))
     return terms

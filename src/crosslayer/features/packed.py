@@ -273,7 +273,11 @@ def import_packed(
         for i, record in enumerate(layer.records()):
             gathered.take(record, f"{layer.path.name}, record {i}")
         on_progress(0.9 * (number + 1) / len(layers))
-    folder = building_folder(out)
+    folder = out.with_name(f".{out.name}.import")
+    if building_folder(out).exists():
+        raise RunError(
+            f"a build of {out} was stopped and can go on; finish it, remove {building_folder(out)}, or give another -o"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)

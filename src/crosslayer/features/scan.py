@@ -113,13 +113,18 @@ def scan(
     for name in found:
         saved.update(load_file(folder / name)["done"].tolist())
     left = [i for i in range(len(batches)) if i not in saved]
-    mine, path = nothing(), folder / f"part-{len(found) + dist.rank():05d}.safetensors"
+    # Numbers may have gaps, where a rank died before its first part.
+    first = 1 + max((int(name[5:10]) for name in found), default=-1)
+    mine, path = nothing(), folder / f"part-{first + dist.rank():05d}.safetensors"
     _keep_encoders(clt, tokens=len(left) * rows_at_once * context)
     saved_at, pause_s = time.monotonic(), SAVE_EVERY_S
     share = left[dist.rank() :: dist.world_size()]
+    whole_batches = True
     try:
         for n, i in enumerate(share, 1):
+            whole_batches = False
             take(mine, host, clt, tokens_BT, batches[i], i)
+            whole_batches = True
             on_progress((len(saved) + n * dist.world_size()) / len(batches))
             if time.monotonic() - saved_at > pause_s:
                 began = time.monotonic()
@@ -127,8 +132,8 @@ def scan(
                 saved_at = time.monotonic()
                 pause_s = max(SAVE_EVERY_S, (saved_at - began) / SAVE_SHARE)
     finally:
-        # Also where a person interrupts: what was seen is not lost.
-        if mine.done:
+        # Also where a person interrupts: what was seen is not lost, but for a batch half taken, which would count twice.
+        if mine.done and whole_batches:
             mine.save(path)
     dist.barrier()
     whole = nothing()

@@ -49,6 +49,11 @@ class ScanSettings:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.window > 255:
             raise ConfigError(f"window={self.window} exceeds 255, the longest example a bundle can hold; lower it")
+        for name, most in (("n_quantiles", 255), ("n_reservoir", 65_535)):
+            if getattr(self, name) > most:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} exceeds {most}, the most that a bundle can hold; lower it"
+                )
         if self.before >= self.window:
             raise ConfigError(f"before={self.before} must be less than window={self.window}; lower it")
         if self.n_reservoir < self.n_quantiles * self.per_quantile:

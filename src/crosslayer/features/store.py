@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from crosslayer.core.errors import ConfigError, FormatError
 from crosslayer.core.files import read_json, replacing
-from crosslayer.features.index import Group, Index, words_of
+from crosslayer.features.index import Group, Index, terms_of
 from crosslayer.features.settings import LINEAR_BINS, log_edges
 from crosslayer.features.user import PERSON, Label, UserStore
 from crosslayer.records.bundle import (
@@ -104,6 +104,7 @@ ARRAYS = {
 }
 NEIGHBOURS = ("encoder", "decoder", "coactivation", "upstream", "downstream")
 MOST_LABEL = 500
+MOST_WORDS = 64
 JOINERS = "\u200c\u200d"
 """Marks of scripts and emoji that are part of what is seen."""
 REBUILD = "build the bundle again with crosslayer features build"
@@ -364,11 +365,12 @@ class FeatureBundle:
                 found[f] = (rule, "rule" if rule else None)
         return found
 
-    def set_label(self, layer: int, index: int, label: str) -> None:
+    def set_label(self, layer: int, index: int, label: str, *, over: str | None = None) -> None:
         """Keep a person's label of a feature, one line of at most 500 characters; an empty one takes it away.
 
         Raises:
             ConfigError: for a feature that is not there, and a label that cannot be shown.
+            ConflictError: if `over` is given and another label is there.
         """
         if label and not label.strip():
             raise ConfigError("the label is blank; write something, or give an empty one to take yours away")
@@ -381,7 +383,7 @@ class FeatureBundle:
             raise ConfigError(
                 f"the label holds U+{ord(hidden):04X}, which cannot be seen; write one line of plain text"
             )
-        self.user.set_label(Label(self.id(layer, index), PERSON, label))
+        self.user.set_labels([Label(self.id(layer, index), PERSON, label)], over=over)
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
         """Features that all words match: added labels first, then labels by rule, then tokens that they fire on or promote.
@@ -390,15 +392,12 @@ class FeatureBundle:
         """
         if limit < 1:
             raise ConfigError(f"limit={limit} must be at least 1")
+        terms = terms_of(text)
+        if len(terms) > MOST_WORDS:
+            raise ConfigError(f"the search has {len(terms)} words; give {MOST_WORDS} at most")
         # Added labels are all labels: `label:` before a word asks for what they are searched by anyhow.
-        pieces = [p[6:] if p.lower().startswith("label:") and len(p) > 6 else p for p in text.split()]
-        plain = [p for p in pieces if ":" not in p]
-        words = [
-            w + "*" * (p.endswith("*") and w == words_of(p.rstrip("*"))[-1])
-            for p in plain
-            for w in words_of(p.rstrip("*"))
-        ]
-        found = dict.fromkeys(self.user.search(words, limit) if len(plain) == len(pieces) else [])
+        words = [word for column, word in terms if column in (None, "label")]
+        found = dict.fromkeys(self.user.search(words, limit) if len(words) == len(terms) else [])
         found.update(dict.fromkeys(self.index.search(text, limit)))
         return self.found(list(found)[:limit])
 
@@ -492,6 +491,7 @@ class _RowFile:
     """Rows of a `.npy` file, read without mapping it."""
 
     def __init__(self, path: Path) -> None:
+        self.file = -1
         mapped = _mapped(path)
         self.dtype, self.shape, self.begin = mapped.dtype, mapped.shape[1:], int(mapped.offset)  # type: ignore[attr-defined]
         self.n, self.path = len(mapped), path
@@ -507,7 +507,13 @@ class _RowFile:
         return rows[0] if last is None else rows
 
     def close(self) -> None:
-        os.close(self.file)
+        """Also when nobody holds it any more, as where a bundle was built anew."""
+        if self.file >= 0:
+            os.close(self.file)
+        self.file = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _mapped(path: Path) -> NDArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -71,9 +72,15 @@ class UserStore:
             raise FormatError(f"{self.path} is a folder, where labels are kept in a file; move it away")
         if self._connection is None and (write or self.path.is_file()):
             try:
-                connection = sqlite3.connect(self.path, check_same_thread=False, timeout=10)
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.executescript(_SCHEMA)
+                if not write and not os.access(self.path.parent, os.W_OK):
+                    # On a disk that takes no files there is no journal, and nobody who writes.
+                    where = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+                    connection = sqlite3.connect(where, uri=True, check_same_thread=False)
+                    connection.execute("SELECT 1 FROM labels LIMIT 1")
+                else:
+                    connection = sqlite3.connect(self.path, check_same_thread=False, timeout=10)
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.executescript(_SCHEMA)
             except sqlite3.DatabaseError as error:
                 raise FormatError(
                     f"{self.path} cannot be used ({error}); move it away to begin without its labels"
@@ -85,13 +92,26 @@ class UserStore:
         """Keep a label, in place of the same source's earlier one; an empty text takes it away."""
         self.set_labels([label])
 
-    def set_labels(self, labels: Iterable[Label]) -> None:
-        """Several at once, all or none."""
+    def set_labels(self, labels: Iterable[Label], *, over: str | None = None) -> None:
+        """Several at once, all or none.
+
+        Args:
+            over: the text that each is to replace, empty for none; whatever is there by default.
+
+        Raises:
+            ConflictError: if another is there.
+        """
         connection = self._open(write=True)
         assert connection is not None
         with self._writing, connection:
+            connection.execute("BEGIN IMMEDIATE")
             for x in labels:
                 key = (x.feature, x.source)
+                there = connection.execute("SELECT label FROM labels WHERE feature = ? AND source = ?", key).fetchone()
+                if over is not None and over.strip() != (there[0] if there else ""):
+                    raise ConflictError(
+                        f"the label was changed elsewhere to {there[0] if there else ''!r}; look at it, then keep yours again"
+                    )
                 connection.execute("DELETE FROM label_words WHERE feature = ? AND source = ?", key)
                 connection.execute("DELETE FROM labels WHERE feature = ? AND source = ?", key)
                 if not x.label.strip():

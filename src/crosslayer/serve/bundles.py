@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import Path as PathParameter
 
-from crosslayer.core.errors import ConfigError, ConflictError
+from crosslayer.core.errors import ConfigError
 from crosslayer.features.store import MOST_LABEL, NEIGHBOURS, FeatureBundle
-from crosslayer.features.user import PERSON
 from crosslayer.serve.opened import library, opened
 
 router = APIRouter(tags=["features"])
@@ -39,7 +39,7 @@ def features(
     sort: str = "rank",
     descending: bool = False,
     limit: Annotated[int, Query(ge=1, le=MOST)] = 100,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
     filters: Annotated[list[str], Query(alias="filter", max_length=20)] = [],  # noqa: B006
 ) -> list[dict[str, Any]]:
     """A page of the list. A filter is `column:least:greatest`, either of which may be empty."""
@@ -114,10 +114,7 @@ def set_label(
     """Keep a person's label, in place of the one `over` if that is given; an empty one takes it away. Gives the label that counts now; 409 if another is there."""
     found = _bundle(request, id)
     n = found.id(layer, index)
-    there = next((x.label for x in found.user.labels([n]).get(n, []) if x.source == PERSON), "")
-    if over is not None and over.strip() != there:
-        raise ConflictError(f"the label was changed elsewhere to {there!r}; look at it, then keep yours again")
-    found.set_label(layer, index, label)
+    found.set_label(layer, index, label, over=over)
     shown, source = found.labels([n])[n]
     return {"label": shown, "label_from": source}
 
@@ -140,13 +137,13 @@ def pins(request: Request, id: str) -> list[dict[str, Any]]:
 
 
 @router.get("/bundles/{id}/groups/{level}")
-def groups(request: Request, id: str, level: int) -> list[dict[str, Any]]:
+def groups(request: Request, id: str, level: Annotated[int, PathParameter(ge=0, le=100)]) -> list[dict[str, Any]]:
     """Groups of the atlas at one level, the largest first."""
     return [x._asdict() for x in _bundle(request, id).groups(level)]
 
 
 @router.get("/bundles/{id}/map")
-def atlas(request: Request, id: str, level: Annotated[int, Query(ge=0)] = 0) -> Response:
+def atlas(request: Request, id: str, level: Annotated[int, Query(ge=0, le=100)] = 0) -> Response:
     """The map as bytes, little-endian: a count n, then n ids (uint32), x (float32), y (float32), groups (int32), densities (float32)."""
     found = _bundle(request, id)
     if not found.has("map") or level >= _levels(found):

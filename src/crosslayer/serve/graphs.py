@@ -12,7 +12,7 @@ from fastapi import Path as PathParameter
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from crosslayer.core.errors import ConfigError
+from crosslayer.core.errors import ConfigError, FormatError
 from crosslayer.core.files import replacing
 from crosslayer.features.store import USER
 from crosslayer.features.user import UserStore
@@ -130,7 +130,11 @@ def _bundle_of(request: Request, entry: Entry, g: Graph) -> Entry | None:
     """The bundle of the run that the graph lies in, if it is of the graph's shape."""
     for other in library(request).entries():
         if entry.run is not None and (other.kind, other.run) == ("bundle", entry.run):
-            bundle, a = opened(request).bundle(other.path), g.arrays
+            try:
+                bundle, a = opened(request).bundle(other.path), g.arrays
+            except FormatError:
+                # A damaged bundle is no reason to hide the graph.
+                return None
             if bundle.n_layers == g.header.n_layers and (not g.n_features or int(a.index_F.max()) < bundle.n_features):
                 return other
     return None
@@ -162,12 +166,13 @@ def add(
         raise ConfigError(f"there is a graph {path.stem!r} already; give another name")
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(file), encoding="utf-8")
+        temporary.write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
         to_graph(read_graph_file(temporary))
     for entry in library(request).entries():
         if entry.path == path:
             return {"id": entry.id}
-    raise ConfigError(f"{name!r} was kept but holds no graph that can be shown")
+    path.unlink()
+    raise ConfigError(f"{root} is no folder in which graphs can be shown; serve the folder above it")
 
 
 @router.get("/graphs/{id}/suggestions")

@@ -77,6 +77,9 @@ class Guard:
         cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/" if self.token and given else None
 
         async def dressed(message: Any) -> None:
+            if seen > most:
+                # Whatever the route made of a body that was cut off.
+                raise _TooLarge
             if message["type"] == "http.response.start":
                 own = {k.lower() for k, _ in message["headers"]}
                 more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in own]

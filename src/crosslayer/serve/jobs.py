@@ -40,6 +40,8 @@ class Job:
         self._changed = asyncio.Event()
 
     def tell(self, **event: Any) -> None:
+        if self.state in FINAL:
+            return
         self.state = event.get("state", self.state)
         self.events.append({"state": self.state, **event})
         changed, self._changed = self._changed, asyncio.Event()
@@ -116,6 +118,8 @@ class Jobs:
 
     async def _do(self, job: Job) -> None:
         process = await self._worker()
+        if job.state in FINAL:
+            return
         assert process.stdin is not None
         assert process.stdout is not None
         job.tell(state="running", stage="starting")
@@ -149,7 +153,9 @@ class Jobs:
         return self._process
 
     async def close(self) -> None:
-        """End the worker and its queue."""
+        """End the worker, its queue, and the streams of events."""
+        for job in self.jobs.values():
+            job.tell(state="cancelled", error="the server was stopped")
         if self._runner is not None:
             self._runner.cancel()
         if self._process is not None and self._process.returncode is None:

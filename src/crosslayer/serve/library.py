@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -85,7 +86,7 @@ def _walk(root: Path, path: Path, run: str | None, depth: int) -> Iterator[Entry
     name = str(path.relative_to(root)) if path != root else root.name
     entry = lambda kind: Entry(id_of(path), kind, name, path, run)  # noqa: E731
     if path.is_file():
-        if path.suffix == ".json" and _is_graph(path):
+        if path.suffix == ".json" and _is_graph_cached(path):
             yield entry("graph")
         return
     if (path / "run.json").is_file():
@@ -105,6 +106,20 @@ def _walk(root: Path, path: Path, run: str | None, depth: int) -> Iterator[Entry
         # What a link points to may lie anywhere.
         if not child.name.startswith(".") and child.name not in SKIPPED and not child.is_symlink():
             yield from _walk(root, child, run, depth + 1)
+
+
+def _is_graph_cached(path: Path) -> bool:
+    """By what was found when it was last changed."""
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    return _known_graph(path, now.st_mtime_ns, now.st_size, path.with_suffix(".safetensors").is_file())
+
+
+@lru_cache(maxsize=10_000)
+def _known_graph(path: Path, changed: int, size: int, has_arrays: bool) -> bool:
+    return _is_graph(path)
 
 
 def _is_graph(path: Path) -> bool:

@@ -40,7 +40,7 @@ def listen(roots: Sequence[Path], *, host: str, port: int, show: bool = False) -
     if show and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         webbrowser.open(f"http://{shown}:{port}/" + (f"?token={token}" if token else ""))
     with bound:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
         server.run(sockets=[bound])
 
 

@@ -25,16 +25,23 @@ def run(request: Request, id: str) -> dict[str, Any]:
     card = path / CARD
     return {
         "manifest": manifest,
-        "evaluation": read_json(measures, missing="", remedy="look again in a moment") if measures.is_file() else None,
-        "card": card.read_text(encoding="utf-8") if card.is_file() else None,
+        "evaluation": read_json(measures, missing="", remedy="look again in a moment")
+        if measures.is_file() and not measures.is_symlink()
+        else None,
+        "card": card.read_text(encoding="utf-8") if card.is_file() and not _linked(path, card) else None,
     }
+
+
+def _linked(run: Path, path: Path) -> bool:
+    """Whether a file of a run lies elsewhere: what a link points to may be anything."""
+    return path.resolve() != run.resolve() / path.relative_to(run)
 
 
 @router.get("/runs/{id}/log")
 def log(request: Request, id: str, after: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
     """Lines of `log.jsonl` from byte `after` on, and where to ask from next. A line that is still being written waits."""
     path = library(request).find("run", id).path / "log.jsonl"
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         return {"lines": [], "next": 0, "restarted": False}
     size = path.stat().st_size
     # A resume cuts the log back; then all of it is new.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from crosslayer.core.errors import ConfigError
 from crosslayer.graph.circuit import predicted_changes
 from crosslayer.graph.graph import Graph
-from crosslayer.graph.interchange import slug_of
-from crosslayer.serve.jobs import MOST_STREAMS, Busy, Jobs
+from crosslayer.serve.jobs import FINAL, MOST_STREAMS, Busy, Jobs
 from crosslayer.serve.library import Entry, id_of
 from crosslayer.serve.opened import library, opened
 
@@ -73,11 +73,17 @@ def _jobs(request: Request) -> Any:
 async def trace(request: Request, asked: Trace) -> dict[str, Any]:
     """Trace a prompt; `graph` is the id that the graph will have."""
     run = library(request).find("run", asked.run)
-    out = run.path / "graphs" / slug_of(f"{asked.name}.json")
-    if out.with_suffix(".json").exists():
+    jobs: Jobs = _jobs(request)
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", asked.name).strip(".-")
+    if not slug:
+        raise ConfigError(f"{asked.name!r} is no name for a graph; use letters, digits, '_' and '-'")
+    # A dot would be taken for the beginning of a suffix.
+    out = run.path / "graphs" / slug.replace(".", "-")
+    waiting = {j.arguments.get("out") for j in jobs.jobs.values() if j.kind == "trace" and j.state not in FINAL}
+    if out.with_suffix(".json").exists() or str(out) in waiting:
         raise ConfigError(f"the run has a graph {out.name!r} already; give another name")
     arguments = asked.model_dump(exclude={"run", "name"}) | {"clt": str(run.path), "out": str(out)}
-    number = _jobs(request).add("trace", arguments).number
+    number = jobs.add("trace", arguments).number
     return {"job": number, "graph": id_of(out.with_suffix(".json"))}
 
 
