@@ -19,6 +19,8 @@ from playwright.sync_api import Browser, Page, expect
 
 import crosslayer
 import crosslayer as xl
+from crosslayer.features.store import load_features
+from crosslayer.features.user import Label
 from crosslayer.graph.interchange import read_graph_file, to_file, write_graph_file
 from serve.served import Served
 
@@ -159,6 +161,23 @@ def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: W
         other.get_by_label("Your label").fill("")
         other.get_by_role("button", name="Keep label").click()
         expect(other.locator("#label")).not_to_have_text(HARM)
+
+
+def test_a_models_label_is_shown_with_its_scores_beside_ones_own(visit: Watched, served: Served, root: Path):
+    scores = {"detection": {"balanced_accuracy": 0.85, "balanced_accuracy_low": 0.64, "balanced_accuracy_high": 0.95}}
+    bundle = load_features(root / "runs" / "mine" / "features")
+    bundle.user.set_label(Label(bundle.id(1, 2), "some-model", "says zebra", "Fires on stripes.", scores))
+    bundle.close()
+    page = visit.open(f"bundle/{served.id('bundle')}/1/2")
+    expect(page.locator("#label")).to_have_text("says zebra")
+    expect(page.get_by_text("by some-model (detection 0.85 [0.64, 0.95])")).to_be_visible()
+    expect(page.get_by_text("Fires on stripes.")).to_be_visible()
+    page.get_by_label("Your label").fill("mine")
+    page.get_by_role("button", name="Keep label").click()
+    expect(page.locator("#label")).to_have_text("mine")
+    page.reload()
+    expect(page.locator("#label")).to_have_text("mine")
+    expect(page.get_by_text("says zebra")).to_be_visible()
 
 
 def test_which_features_fire_on_a_text(visit: Watched, served: Served):

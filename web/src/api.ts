@@ -42,7 +42,8 @@ export interface GivenLabel {
   source: string;
   label: string;
   explanation: string | null;
-  scores: Record<string, unknown> | null;
+  // Its scores in words, empty for none.
+  scored: string;
 }
 export interface Feature {
   layer: number;

@@ -150,13 +150,11 @@ const source = (from: string | null): string =>
   from === null ? "no rule names it" : from === "person" ? "labelled by you" : `labelled by ${from}`;
 
 function given(x: GivenLabel): HTMLElement {
-  const flat = Object.entries(x.scores ?? {}).filter(([, v]) => typeof v === "number");
-  const scores = flat.map(([k, v]) => `${k.replaceAll("_", " ")} ${short(v as number)}`).join(", ");
   return h(
     "p",
     {},
     h("b", {}, x.label),
-    h("span", { class: "soft" }, ` by ${x.source}${scores ? ` (${scores})` : ""}`),
+    h("span", { class: "soft" }, ` by ${x.source}${x.scored ? ` (${x.scored})` : ""}`),
     x.explanation && h("span", {}, `: ${x.explanation}`),
   );
 }

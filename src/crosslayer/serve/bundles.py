@@ -10,6 +10,7 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi import Path as PathParameter
 
 from crosslayer.core.errors import ConfigError
+from crosslayer.features.report import scores_in_words
 from crosslayer.features.store import MOST_LABEL, NEIGHBOURS, FeatureBundle
 from crosslayer.serve.opened import library, opened
 
@@ -74,7 +75,8 @@ def feature(request: Request, id: str, layer: int, index: int) -> dict[str, Any]
     found = _bundle(request, id)
     n = found.id(layer, index)
     near = {by: [x._asdict() for x in found.neighbours(layer, index, by)] for by in NEIGHBOURS}
-    given = [{"source": x.source, "label": x.label, "explanation": x.explanation, "scores": x.scores, "provenance": x.provenance, "time": x.time} for x in found.user.labels([n]).get(n, [])]  # fmt: skip
+    labels = found.user.labels([n]).get(n, [])
+    given = [_plain(x) | {"scored": scores_in_words(x.scores or {})} for x in labels]
     return _plain(found.feature(layer, index)) | {"neighbours": near, "labels": given, "pinned": n in found.user.pins()}
 
 
