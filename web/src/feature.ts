@@ -51,7 +51,7 @@ export async function oneFeature(main: HTMLElement, id: string, layer: number, i
     h("a", { href: `#/bundle/${id}/${layer}/${i}` }, i < index ? `← ${i}` : `${i} →`);
   const groups = await Promise.all(
     f.groups.map(async (g, level) =>
-      g < 0 ? null : (await get<Group[]>(`bundles/${id}/groups/${level}`)).find((x) => x.number === g),
+      g < 0 ? null : (await get<Group[]>(`bundles/${id}/groups/${level}?only=${g}`))[0],
     ),
   );
   fill(

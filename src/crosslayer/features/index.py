@@ -216,9 +216,12 @@ class Index:
                 break
         return list(found)[:limit]
 
-    def groups(self, level: int) -> list[Group]:
-        """The groups of one level, by number."""
-        rows = self._rows("SELECT * FROM groups WHERE level = ? ORDER BY number", (level,))
+    def groups(self, level: int, only: int | None = None) -> list[Group]:
+        """The groups of one level, by number; or one of them."""
+        if only is None:
+            rows = self._rows("SELECT * FROM groups WHERE level = ? ORDER BY number", (level,))
+        else:
+            rows = self._rows("SELECT * FROM groups WHERE level = ? AND number = ?", (level, only))
         return [Group(a, b, c, d, _fed_by(e)) for a, b, c, d, e in rows]
 
     def close(self) -> None:

@@ -435,11 +435,12 @@ class FeatureBundle:
             )
         return lines
 
-    def groups(self, level: int) -> list[Group]:
-        """Groups of the atlas at one level, the finest being 0; an added label counts before the one by its tokens."""
+    def groups(self, level: int, only: int | None = None) -> list[Group]:
+        """Groups of the atlas at one level, the finest being 0, or one of them; an added label counts before the one by its tokens."""
         added = self.user.group_labels(level)
         return [
-            g._replace(label=added[g.number][0].label) if g.number in added else g for g in self.index.groups(level)
+            g._replace(label=added[g.number][0].label) if g.number in added else g
+            for g in self.index.groups(level, only)
         ]
 
     def close(self) -> None:

@@ -139,9 +139,14 @@ def pins(request: Request, id: str) -> list[dict[str, Any]]:
 
 
 @router.get("/bundles/{id}/groups/{level}")
-def groups(request: Request, id: str, level: Annotated[int, PathParameter(ge=0, le=100)]) -> list[dict[str, Any]]:
-    """Groups of the atlas at one level, the largest first."""
-    return [x._asdict() for x in _bundle(request, id).groups(level)]
+def groups(
+    request: Request,
+    id: str,
+    level: Annotated[int, PathParameter(ge=0, le=100)],
+    only: Annotated[int | None, Query(ge=0, le=2**40)] = None,
+) -> list[dict[str, Any]]:
+    """Groups of the atlas at one level, the largest first, or one of them."""
+    return [x._asdict() for x in _bundle(request, id).groups(level, only)]
 
 
 @router.get("/bundles/{id}/map")
