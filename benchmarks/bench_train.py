@@ -30,7 +30,7 @@ from crosslayer.clt.config import Activation
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
 from crosslayer.train.config import TrainConfig
-from crosslayer.train.objective import compute
+from crosslayer.train.objective import SPARSE_BELOW, compute
 from crosslayer.train.optimiser import make_optimiser
 
 PEERS = (12, 256, 4096)
@@ -41,9 +41,9 @@ FASTEST_PEER = {"jumprelu": 188 / 163, "topk": 188 / 190, "batchtopk": 188 / 190
 
 
 def ours(
-    shape: tuple[int, int, int], activation: Activation, tokens: int, l0: float, device: str, dtype: torch.dtype, sparse: bool
+    shape: tuple[int, int, int], activation: Activation, tokens: int, l0: float, device: str, dtype: torch.dtype, sparse: bool | None = None
 ) -> Callable[[], Any]:  # fmt: skip
-    """A step of ours, on the same batch each time."""
+    """A step of ours, on the same batch each time; sparse or dense by the density of the step before, as in training, unless given."""
     n_layers, width, n_features = shape
     config = TrainConfig(
         text=("none",), n_features=n_features, activation=activation, l0=l0, batch=tokens, tokens=tokens
@@ -56,10 +56,15 @@ def ours(
     optimiser = make_optimiser([{"params": list(clt.parameters()), "lr": 1e-6}], (0.9, 0.999), 0)
     dead_LF = torch.zeros(n_layers, n_features, dtype=torch.bool, device=device)
 
+    density = l0 / (n_layers * n_features) if clt.config.ranks else 1.0
+
     def step() -> Any:
+        nonlocal density
+        path = density < SPARSE_BELOW[device] if sparse is None else sparse
         terms = compute(
-            clt, x_BLD, y_BLD, config, coefficient=0.01, running_l0=l0, asked_l0=l0, dead_LF=dead_LF, sparse=sparse
+            clt, x_BLD, y_BLD, config, coefficient=0.01, running_l0=l0, asked_l0=l0, dead_LF=dead_LF, sparse=path
         )
+        density = terms.entries / (tokens * n_layers * n_features)
         terms.total.backward()
         torch.nn.utils.clip_grad_norm_(clt.parameters(), CLIP)
         optimiser.step()
@@ -152,7 +157,7 @@ def peak_mib(which: str, activation: str, tokens: int) -> float:
 
 def _peak(which: str, activation: Activation, tokens: int) -> None:
     before = _highest_kib()
-    step = plain(PEERS, activation, tokens, L0) if which == "plain" else ours(PEERS, activation, tokens, L0, "cpu", torch.float32, True)  # fmt: skip
+    step = plain(PEERS, activation, tokens, L0) if which == "plain" else ours(PEERS, activation, tokens, L0, "cpu", torch.float32)  # fmt: skip
     for _ in range(2):
         step()
     print((_highest_kib() - before) / 1024)
@@ -167,7 +172,7 @@ def _highest_kib() -> int:
 def compare(activation: Activation, tokens: int, repeats: int) -> dict[str, float]:
     """Tokens per second of both, alternating."""
     both = {
-        "ours": ours(PEERS, activation, tokens, L0, "cpu", torch.float32, True),
+        "ours": ours(PEERS, activation, tokens, L0, "cpu", torch.float32),
         "plain": plain(PEERS, activation, tokens, L0),
     }
     seconds: dict[str, list[float]] = {name: [] for name in both}
