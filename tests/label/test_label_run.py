@@ -502,6 +502,15 @@ def test_bad_input_is_one_sentence(bundle: FeatureBundle, tmp_path: Path, monkey
     assert "move it away" in cli("label", *base, *here, "--model", "m")[2]
 
 
+def test_a_model_that_labels_nothing_is_said_to_have_failed(bundle: FeatureBundle, tmp_path: Path):
+    with serving(lambda body, n: Reply(content="As a language model, I")) as s:
+        code, out, error = cli("label", bundle.path, "--endpoint", s.url, "--model", "m", "-o", tmp_path / "said.json")
+    assert code == 2
+    assert "0 of 4 features labelled by m" in out
+    assert "m labelled none of 4 features (no JSON); see whether" in error
+    assert json.loads((tmp_path / "said.json").read_text())["features"]["failed"] == 4
+
+
 def test_a_dry_run_asks_nothing(bundle: FeatureBundle):
     with serving(well) as s:
         code, out, error = cli(

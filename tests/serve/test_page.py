@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 import crosslayer
 import crosslayer as xl
@@ -178,6 +178,27 @@ def test_a_models_label_is_shown_with_its_scores_beside_ones_own(visit: Watched,
     page.reload()
     expect(page.locator("#label")).to_have_text("mine")
     expect(page.get_by_text("says zebra")).to_be_visible()
+
+
+def test_tokens_of_many_blanks_do_not_widen_the_page(visit: Watched, served: Served):
+    def widened(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(
+            response=answer, json=answer.json() | {"suppresses": [{"token": " " * 60, "value": -3.0, "z": -2.0}]}
+        )
+
+    visit.page.route("**/features/2/7", widened)
+    page = visit.open(f"bundle/{served.id('bundle')}/2/7")
+    expect(page.get_by_text("z -2.0")).to_be_visible()
+    wide, seen = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert wide <= seen
+
+
+@pytest.mark.parametrize("at", ["nonsense", "run/..%2f..", "run/..", "bundle/%2e%2e/0/1", "graph/..%5c.."])
+def test_an_odd_address_says_that_there_is_no_such_page(visit: Watched, at: str):
+    page = visit.open(at)
+    expect(page.get_by_role("heading", name="This cannot be shown")).to_be_visible()
+    expect(page.get_by_text("There is no page #/")).to_be_visible()
 
 
 def test_which_features_fire_on_a_text(visit: Watched, served: Served):

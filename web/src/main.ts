@@ -39,6 +39,8 @@ async function show(): Promise<void> {
 async function view(main: HTMLElement, parts: string[], query: URLSearchParams): Promise<Leave> {
   const [kind, id, a, b] = parts;
   if (!kind) return library(main);
+  // Parts of addresses become parts of requests.
+  if (parts.some((part) => /^\.{1,2}$|[/\\?#]/.test(part))) throw new Error(`There is no page ${location.hash}.`);
   if (kind === "run" && id) return runView(main, id);
   if (kind === "graph" && id) return graphView(main, id, query);
   if (kind === "compare" && id && a) return compareView(main, id, a);

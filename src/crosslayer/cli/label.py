@@ -52,7 +52,7 @@ def command(
     """
     from functools import partial
 
-    from crosslayer.core.errors import ConfigError
+    from crosslayer.core.errors import ConfigError, EndpointError
     from crosslayer.core.files import locked, require_writable, write_json
     from crosslayer.core.progress import track
     from crosslayer.features.store import load_features
@@ -108,6 +108,10 @@ def command(
     if out is not None:
         write_json(out, summary)
     print_summary(Console(), summary)
+    tried = summary["features"]
+    if tried["failed"] and not tried["labelled"]:
+        reason = next(iter(summary["reasons"]), "no answer")
+        raise EndpointError(f"{model} labelled none of {tried['failed']} features ({reason}); see whether {endpoint} serves a model that follows instructions, or give another --model")  # fmt: skip
 
 
 def _chosen(flag: str, given: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:

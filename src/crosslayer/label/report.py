@@ -23,7 +23,7 @@ def print_estimate(
     how = "measured with this model" if e.measured else "taken, as this model was not asked before"
     cost = "" if e.cost is None else f", about {e.cost:,.2f} at the prices given"
     said = [
-        f"{e.n_features:,} features, to be labelled by {model} at {host}: about {e.calls:,} calls, {e.prompt_tokens:,} tokens read and {e.completion_tokens:,} written{cost}",
+        f"{e.n_features:,} {'feature' if e.n_features == 1 else 'features'}, to be labelled by {model} at {host}: about {e.calls:,} calls, {e.prompt_tokens:,} tokens read and {e.completion_tokens:,} written{cost}",
         f"about {duration(e.wall_s)}, at {e.seconds_a_call:.1f} s a call ({how}) and {concurrency} at once",
     ]
     if known.n:
@@ -45,7 +45,9 @@ def duration(seconds: float) -> str:
 def print_summary(console: Console, s: Mapping[str, Any]) -> None:
     """What came of it."""
     f = s["features"]
-    parts = [f"{f['labelled']:,} of {f['chosen']:,} features labelled by {s['source']}, {f['scored']:,} of them scored"]
+    parts = [
+        f"{f['labelled']:,} of {f['chosen']:,} {'feature' if f['chosen'] == 1 else 'features'} labelled by {s['source']}, {f['scored']:,} of them scored"
+    ]
     for key, words in (
         ("failed", "without a usable answer"), ("no_examples", "without examples"), ("not_asked", "beyond the budget"),
         ("too_few_texts", "with too few other texts to be scored"), ("not_reached", "labelled, and not scored within the budget"),
