@@ -412,18 +412,34 @@ def test_a_new_graph_from_a_prompt_and_two_side_by_side(visit: Watched, served: 
         (root / "runs" / "mine" / "graphs" / f"another.{kind}").unlink()
 
 
+DROP = """text => {
+    const given = new DataTransfer();
+    given.items.add(new File([text], "theirs.json", { type: "application/json" }));
+    document.dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
+}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "theirs.json: it holds no JSON object, or not a whole one; fetch or make it again"),
+        ("[]", "theirs.json: it holds no JSON object"),
+        ('{"nodes": [], "links": []}', "theirs.json is no graph file: metadata: Field required"),
+    ],
+)
+def test_a_file_that_is_no_graph_is_refused_in_a_sentence(browser: Browser, served: Served, text: str, said: str):
+    with profile(browser, served, refusals=1) as visit:
+        visit.open().evaluate(DROP, text)
+        expect(visit.page.get_by_text(said)).to_be_visible()
+
+
 def test_a_file_is_dropped_and_its_circuit_comes_with_it(visit: Watched, root: Path, tmp_path: Path):
     graph = xl.Graph.load(root / "runs" / "mine" / "graphs" / "one")
     top = [int(n) for n in (-graph.influence_N[: graph.n_features]).argsort()[:3]]
     file = to_file(graph, "theirs", 0.9, 0.98, {}, top, [("a pair", top[:2])])
     write_graph_file(file, tmp_path / "theirs.json")
     page = visit.open()
-    drop = """text => {
-        const given = new DataTransfer();
-        given.items.add(new File([text], "theirs.json", { type: "application/json" }));
-        document.dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
-    }"""
-    page.evaluate(drop, (tmp_path / "theirs.json").read_text())
+    page.evaluate(DROP, (tmp_path / "theirs.json").read_text())
     page.wait_for_selector(".stage[data-nodes]")
     assert page.locator(".stage").get_attribute("data-nodes") == str(len(file.nodes))
     expect(page.locator(".box.super")).to_contain_text("a pair (2)")

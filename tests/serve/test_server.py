@@ -198,6 +198,8 @@ def test_import_of_a_viewers_file_and_of_nonsense(client: TestClient, root: Path
     ):
         answer = client.post("/api/graphs", params={"name": "bad"}, json=bad)
         assert answer.status_code == 422
+        assert answer.json()["detail"].startswith("bad.json")
+        assert str(root) not in answer.text
         assert not (root / "graphs" / "bad.json").exists()
     answer = client.post("/api/graphs", params={"name": "../../their graph"}, json=file)
     assert answer.status_code == 200, answer.text

@@ -5,13 +5,26 @@ import { notice } from "./dom";
 export async function take(files: FileList | null | undefined): Promise<void> {
   for (const one of files ?? []) {
     const stem = one.name.replace(/\.json$/, "").slice(0, 80) || "graph";
+    const text = await one.text();
     try {
-      const { id } = await send<{ id: string }>("POST", `graphs?name=${encodeURIComponent(stem)}`, await one.text());
+      const { id } = await send<{ id: string }>("POST", `graphs?name=${encodeURIComponent(stem)}`, text);
       location.hash = `#/graph/${id}`;
     } catch (error) {
-      notice(`${one.name}: ${(error as Error).message}`);
+      const said = notJson(text) ?? (error as Error).message;
+      notice(said.startsWith(stem) ? said : `${one.name}: ${said}`);
     }
   }
+}
+
+// The server says of such a file only where it broke off.
+function notJson(text: string): string | null {
+  try {
+    const said: unknown = JSON.parse(text);
+    if (typeof said === "object" && !Array.isArray(said) && said) return null;
+  } catch {
+    // said below
+  }
+  return "it holds no JSON object, or not a whole one; fetch or make it again";
 }
 
 export function takeDrops(): void {

@@ -167,7 +167,10 @@ def add(
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
-        to_graph(read_graph_file(temporary))
+        try:
+            to_graph(read_graph_file(temporary))
+        except FormatError as error:
+            raise FormatError(str(error).replace(str(temporary), f"{name}.json")) from error
     for entry in library(request).entries():
         if entry.path == path:
             return {"id": entry.id}
