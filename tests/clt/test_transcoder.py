@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosslayer.clt import transcoder
+from crosslayer.clt import finding
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
@@ -58,12 +58,15 @@ def test_sparse_equals_dense_forward_and_backward(activation: str, scope: str, c
         assert one[name].abs().sum() > 0, name
 
 
+@pytest.mark.parametrize(("activation", "scope"), KINDS)
 @pytest.mark.parametrize("rank_by", ["norm", "value"])
-def test_candidates_found_in_bfloat16_are_ranked_exactly(rank_by: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(transcoder, "bfloat16_is_fast", lambda device: True)
-    clt = make("batchtopk", "all", dtype=torch.float32, rank_by=rank_by)
-    x_BLD = inputs(500).float()
-    assert clt._finds_coarsely(torch.float32)
+def test_features_found_in_bfloat16_are_the_same(
+    activation: str, scope: str, rank_by: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(finding, "bfloat16_is_fast", lambda device: True)
+    clt = make(activation, scope, dtype=torch.float32, rank_by=rank_by)
+    x_BLD = inputs(700).float()
+    assert isinstance(clt.finder(list(x_BLD.unbind(1))), finding.Exact if activation == "relu" else finding.Coarse)
     exact, found = clt.encode(x_BLD), clt.encode_sparse(x_BLD)
     for f_BF, active in zip(exact, found, strict=True):
         assert torch.equal(active.dense() > 0, f_BF > 0)

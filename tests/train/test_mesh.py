@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from clt.test_transcoder import KINDS, inputs, make
 from crosslayer import dist
 from crosslayer.acts.sources import open_sources
-from crosslayer.clt.activations import top_mask
 from crosslayer.clt.config import Provenance
 from crosslayer.clt.convert import to_jumprelu
 from crosslayer.clt.formats import published
 from crosslayer.clt.init import initialise
 from crosslayer.clt.open import load_clt
+from crosslayer.clt.ranking import top_mask
 from crosslayer.clt.shard import by_feature, join, share_of
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
@@ -33,13 +33,13 @@ from crosslayer.eval.api import evaluate
 from crosslayer.host.host import load_host
 from crosslayer.records.evaluation import Evaluation
 from crosslayer.train import checkpoint, loop
-from crosslayer.train.clipping import gradient_norm
 from crosslayer.train.config import TrainConfig
+from crosslayer.train.gradients import Gradients
 from crosslayer.train.loop import Trainer, train
-from crosslayer.train.objective import compute
 from crosslayer.train.plan import HostShape
 from crosslayer.train.share import plan_of_one_rank
 from ranks import run_on
+from train.by_autograd import by_parts
 from train.test_losses import config as losses_config
 
 SHAPES = {2: [1, 2], 4: [1, 2, 4]}
@@ -80,26 +80,24 @@ def same_gradients_on(mesh: Mesh, kind: tuple[str, str], dtype: torch.dtype, spa
     dead_LF = torch.zeros(3, 24, dtype=torch.bool)
     dead_LF[1, :4] = dead_LF[2, 17] = True  # most ranks have none of some layers
     settings = losses_config(activation=kind[0], scope=kind[1], sparsity=sparsity)
-    figures = {"coefficient": 0.7, "running_l0": 9.0, "asked_l0": 12.0, "sparse": sparse}
-    expected = compute(whole, x, y, settings, dead_LF=dead_LF, **figures)
-    expected.total.backward()
+    all_of_it, mine = Gradients(), Gradients()
+    expected, slopes = by_parts(whole, x, y, settings, dead_LF, sparse, into=all_of_it, asked_l0=12.0)
 
     clt, tokens = share(whole, mesh), slice(mesh.data.rank * 40 // mesh.data.size, (mesh.data.rank + 1) * 40 // mesh.data.size)  # fmt: skip
     mine_LF = dead_LF.chunk(mesh.features.size, dim=1)[mesh.features.rank]
     with sizes_reduced() as sizes:
-        found = compute(clt, x[tokens], y[tokens], settings, dead_LF=mine_LF, **figures)
-        found.total.backward()
+        found, _ = by_parts(clt, x[tokens], y[tokens], settings, mine_LF, sparse, into=mine, asked_l0=12.0)
     if mesh.features.size > 1 and not whole.config.ranks:
         # One sum of the reconstruction a step: not one for each pair of layers, and none on the way back.
         assert [n for n in sizes if n > 1] == [x[tokens].numel()]
-    mesh.data.mean_gradients(clt.parameters())
+    mine.average(mesh.data)
 
     close = 1e-12 if dtype == torch.float64 else 1e-6
-    for (name, p), (_, q) in zip(clt.named_parameters(), whole.named_parameters(), strict=True):
-        grad = gathered(name, p.grad, mesh)
-        scale = q.grad.abs().max().item()
-        torch.testing.assert_close(grad, q.grad, rtol=close, atol=close * scale, msg=lambda m, n=name: f"{mesh.shape} {kind} {n}: {m}")  # fmt: skip
-    torch.testing.assert_close(gradient_norm(clt), gradient_norm(whole), rtol=10 * close, atol=0.0)
+    for name, p in clt.named_parameters():
+        grad, wanted = gathered(name, mine.of(p), mesh), slopes[name]
+        scale = wanted.abs().max().item()
+        torch.testing.assert_close(grad, wanted, rtol=close, atol=close * scale, msg=lambda m, n=name: f"{mesh.shape} {kind} {n}: {m}")  # fmt: skip
+    torch.testing.assert_close(mine.norm(clt), all_of_it.norm(whole), rtol=10 * close, atol=0.0)
     fired = mesh.features.cat(mesh.data.sum_(found.fired_LF), dim=1)
     assert torch.equal(fired, expected.fired_LF)
 

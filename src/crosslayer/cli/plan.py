@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,26 @@ from crosslayer.cli.settings import GroupedHelp, config_flags, config_from
 
 
 @click.command(cls=GroupedHelp)
-@click.option("--flops", type=click.FloatRange(min=0, min_open=True), help="matrix products a second to reckon with; measured here unless given (H200, bf16: 6e14)")  # fmt: skip
+@click.option("--flops", type=click.FloatRange(min=0, min_open=True), help="reckon the time with so many operations a second, of another machine (H200, bf16: 6e14); unless given, some steps are tried here")  # fmt: skip
 @config_flags
 def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     """Print parameters, memory by part, FLOPs a token and estimated time of a run, without allocating it.
 
+    The time is that of some steps on random numbers, tried here on a part of the run's size.
+
     Ends with exit code 2 where the run would not fit here, naming the setting to change.
     """
+    from crosslayer.core.errors import ResourceError
+    from crosslayer.host.host import choose_device
     from crosslayer.train.loop import DTYPES
-    from crosslayer.train.plan import GIB, check_fits, host_shape, measured_flops_per_s
+    from crosslayer.train.plan import GIB, check_fits, host_shape
     from crosslayer.train.share import plan_of_one_rank
+    from crosslayer.train.trial import trial
 
     config = config_from(flags, recipe)
     shape = host_shape(config.model)
     plan = plan_of_one_rank(config, shape)
     of = f"; what each of {config.feature_ranks} ranks takes" if config.feature_ranks > 1 else ""
-    rate = flops or measured_flops_per_s(DTYPES[config.precision], "cpu")
     table = Table(
         title=f"{shape.name}: {shape.n_layers} layers of width {shape.d_model}{of}",
         title_justify="left",
@@ -47,11 +52,17 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
         ("sparse step", plan.sparse_flops),
     ):
         table.add_row(f"{name}, a token", f"{value / 1e9:.3f} GFLOP")
-    source = "as given" if flops else "measured here"
-    for name, sparse in (("dense", False), ("sparse", True)):
-        hours = plan.seconds(rate, sparse=sparse) / 3600
-        table.add_row(
-            f"time, {name}", f"{hours:.2f} h for {plan.tokens:,} tokens at {rate / 1e9:,.0f} GFLOP/s ({source})"
-        )
+    if flops:
+        for name, sparse in (("dense", False), ("sparse", True)):
+            hours = plan.seconds(flops, sparse=sparse) / 3600
+            table.add_row(f"time, {name}", f"{hours:.2f} h for {plan.tokens:,} tokens at {flops / 1e9:,.0f} GFLOP/s")
+    try:
+        check_fits(plan, config, Path())
+    except ResourceError:
+        Console().print(table)
+        raise
+    if not flops:
+        tried = trial(config.share(1), shape, choose_device(config.device), DTYPES[config.precision], DTYPES[config.host_precision])  # fmt: skip
+        hours = tried.seconds(replace(config, tokens=plan.tokens)) / 3600
+        table.add_row("time, by some steps tried here", f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / tried.harvest_s:,.0f} tokens/s of harvest, {1 / tried.step_s:,.0f} of training")  # fmt: skip
     Console().print(table)
-    check_fits(plan, config, Path())

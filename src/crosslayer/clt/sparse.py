@@ -2,12 +2,16 @@
 
 An encoding of B tokens is K triples (token, feature, value), in order of token. Decoding adds the value-scaled decoder
 rows of each token; the gradient of a value is the product of one row with one token's gradient, that of a row the sum
-over the tokens on which its feature fires. None of the three needs a B x F or F x D product.
+over the tokens on which its feature fires. None of the three needs a B x F or F x D product: they are a product of a sparse
+matrix with a dense one, and a product sampled at entries. On CPU both are PyTorch's over compressed rows, which write where
+they are told; on CUDA they are Triton's (`crosslayer.kernels`).
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +21,13 @@ from torch import Tensor
 
 ENTRIES_AT_ONCE = 1 << 18
 """Entries whose rows are gathered together where there is no sampled product."""
+NUMBERS_AT_ONCE = 1 << 20
+"""Numbers of a matrix that are copied together."""
+
+
+def by_kernels(tensor: Tensor) -> bool:
+    """Whether work on this tensor is Triton's."""
+    return tensor.is_cuda
 
 
 class Entries(NamedTuple):
@@ -46,8 +57,15 @@ class Active(NamedTuple):
 
 
 def where(mask_BF: Bool[Tensor, "B F"]) -> Entries:
-    """The true entries of a mask."""
-    return Entries(*mask_BF.nonzero(as_tuple=True))
+    """The true entries of a mask, found eight at a time: most of it is false."""
+    n_features = mask_BF.shape[1]
+    if by_kernels(mask_BF) or not n_features or n_features % 8 or not mask_BF.is_contiguous():
+        return Entries(*mask_BF.nonzero(as_tuple=True))
+    word_W = mask_BF.view(torch.int64).view(-1).nonzero()[:, 0]
+    at_K, bit_K = mask_BF.view(-1, 8)[word_W].nonzero(as_tuple=True)
+    flat_K = word_W[at_K] * 8 + bit_K
+    token_K = flat_K // n_features
+    return Entries(token_K, flat_K - token_K * n_features)
 
 
 def sparse_pre(
@@ -55,10 +73,10 @@ def sparse_pre(
     W_FD: Float[Tensor, "F D"],
     b_F: Float[Tensor, " F"],
     entries: Entries,
-    pre_BF: Float[Tensor, "B F"] | None = None,
+    z_K: Float[Tensor, " K"],
 ) -> Float[Tensor, " K"]:
-    """These entries of the pre-activation x W^T + b, with gradients that touch them alone; read off `pre_BF` if it is given."""
-    return _SparsePre.apply(x_BD, W_FD, b_F, pre_BF, *entries)  # type: ignore[return-value]
+    """`z_K`, which are these entries of x W^T + b, with their gradients, which touch them alone."""
+    return _SparsePre.apply(x_BD, W_FD, b_F, z_K, *entries)  # type: ignore[return-value]
 
 
 def sparse_decode(active: Active, W_FD: Float[Tensor, "F D"]) -> Float[Tensor, "B D"]:
@@ -66,41 +84,93 @@ def sparse_decode(active: Active, W_FD: Float[Tensor, "F D"]) -> Float[Tensor, "
     return _SparseDecode.apply(active.value_K, W_FD, active.token_K, active.feature_K, active.shape[0])  # type: ignore[return-value]
 
 
+def starts(at_K: Int[Tensor, " K"], n: int) -> Int[Tensor, " R1"]:
+    """Where each row's entries begin, and the last one's end, of entries that are in order of row."""
+    return F.pad(torch.bincount(at_K, minlength=n).cumsum(0), (1, 0))
+
+
+def add_rows(
+    out_XD: Tensor, start_R1: Int[Tensor, " R1"], row_K: Int[Tensor, " K"], scale_K: Tensor, rows_YD: Tensor
+) -> None:
+    """out[x] += sum of scale * rows[row] over the entries from start[x] to start[x + 1], in the dtype of `out`.
+
+    Both matrices may be some columns of wider ones.
+    """
+    if by_kernels(out_XD):
+        from crosslayer import kernels
+
+        kernels.add_rows(out_XD, start_R1, row_K, scale_K, rows_YD)
+        return
+    if not len(row_K):
+        return
+    if rows_YD.dtype != out_XD.dtype:
+        used, row_K = row_K.unique(return_inverse=True)
+        rows_YD = rows_YD[used].to(out_XD.dtype)
+    by_row = _compressed(start_R1, row_K, scale_K.to(out_XD.dtype), (len(out_XD), len(rows_YD)))
+    torch.addmm(out_XD, by_row, rows_YD, out=out_XD)
+
+
 def sum_rows(
     into: int, at_K: Int[Tensor, " K"], row_K: Int[Tensor, " K"], rows: Tensor, scale_K: Tensor, *, ordered: bool
 ) -> Tensor:
     """out[a] = sum of scale * rows[row] over entries whose `at` is a, for a < into; `ordered` says that `at_K` ascends."""
+    start = starts(at_K, into)
     if not ordered:
         order = at_K.argsort(stable=True)
         row_K, scale_K = row_K[order], scale_K[order]
-    offsets = F.pad(torch.bincount(at_K, minlength=into).cumsum(0), (1, 0))[:-1]
-    return F.embedding_bag(row_K, rows.contiguous(), offsets, mode="sum", per_sample_weights=scale_K.to(rows.dtype))
+    out = rows.new_zeros(into, rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
+    add_rows(out, start, row_K, scale_K, rows)
+    return out.to(rows.dtype)
 
 
 def sampled_products(
     a_BD: Tensor, b_FD: Tensor, token_K: Int[Tensor, " K"], feature_K: Int[Tensor, " K"], n_features: int
 ) -> Tensor:
     """<a[token], b[feature]> for each entry, in order of token."""
-    if a_BD.is_cuda or a_BD.dtype not in (torch.float32, torch.float64):
+    if by_kernels(a_BD):
+        from crosslayer import kernels
+
+        return kernels.sampled_products(a_BD, b_FD, token_K, feature_K)
+    wide = torch.promote_types(a_BD.dtype, b_FD.dtype)
+    if wide not in (torch.float32, torch.float64) or a_BD.dtype != b_FD.dtype:
         parts = zip(token_K.split(ENTRIES_AT_ONCE), feature_K.split(ENTRIES_AT_ONCE), strict=True)
-        return torch.cat([torch.linalg.vecdot(a_BD[token], b_FD[feature]) for token, feature in parts])
-    rows = F.pad(torch.bincount(token_K, minlength=a_BD.shape[0]).cumsum(0), (1, 0))
+        return torch.cat(
+            [torch.linalg.vecdot(a_BD[token].to(wide), b_FD[feature].to(wide)) for token, feature in parts]
+        )
+    start = starts(token_K, len(a_BD))
+    # A matrix whose rows do not follow one another must be copied, a few rows at a time.
+    at_once = len(a_BD) if a_BD.is_contiguous() else max(1, NUMBERS_AT_ONCE // a_BD.shape[1])
+    bounds = [*start[:-1:at_once].tolist(), len(token_K)]
+    b_DF, products = b_FD.contiguous().T, []
+    for i, (first, last) in enumerate(pairwise(bounds)):
+        rows = slice(i * at_once, (i + 1) * at_once)
+        part = a_BD[rows].contiguous()
+        zeros = part.new_zeros(last - first)
+        where = _compressed(
+            start[rows.start : rows.stop + 1] - first, feature_K[first:last], zeros, (len(part), n_features)
+        )
+        products.append(torch.sparse.sampled_addmm(where, part, b_DF).values())
+    return torch.cat(products) if products else a_BD.new_zeros(0)
+
+
+def _compressed(start: Tensor, column_K: Tensor, value_K: Tensor, shape: tuple[int, int]) -> Tensor:
+    _warned()
+    return torch.sparse_csr_tensor(start, column_K, value_K, shape, check_invariants=False)
+
+
+@cache
+def _warned() -> None:
+    """PyTorch says once that matrices of compressed rows are in beta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")
-        shape = (a_BD.shape[0], n_features)
-        where = torch.sparse_csr_tensor(rows, feature_K, a_BD.new_zeros(len(feature_K)), shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(where, a_BD.contiguous(), b_FD.contiguous().T).values()
+        torch.eye(1).to_sparse_csr()
 
 
 class _SparsePre(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor, pre: Tensor | None, token: Tensor, feature: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, z: Tensor, token: Tensor, feature: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, token, feature)
-        if pre is not None:
-            return pre[token, feature]
-        return sampled_products(x, W, token, feature, W.shape[0]) + b[feature]
+        return z.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,16 +17,18 @@ the same gradients; the second costs what its entries cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from crosslayer.clt.activations import batch_top, jumprelu, top_mask
+from crosslayer.clt import finding
+from crosslayer.clt.activations import jumprelu
 from crosslayer.clt.config import CLTConfig
-from crosslayer.clt.sparse import Active, Entries, sparse_decode, sparse_pre, where
+from crosslayer.clt.finding import Finder, Found, Given, above
+from crosslayer.clt.ranking import batch_top, token_top
+from crosslayer.clt.sparse import Active, add_rows, by_kernels, sparse_decode, sparse_pre, starts
 from crosslayer.clt.weights import Weights
 from crosslayer.dist import ALONE, Mesh
 
@@ -43,14 +45,6 @@ def _linear(x_BD: Tensor, weights: Weights, layer: int) -> Tensor:
     if weights.here(layer) and (weights.dtype == x_BD.dtype or x_BD.is_cuda):
         return F.linear(x_BD, weights[layer].to(x_BD.dtype))
     return torch.cat([F.linear(x_BD, part.to(x_BD.dtype)) for part in weights.parts(layer, ROWS_AT_ONCE)], dim=1)
-
-
-@cache
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class CLT(nn.Module):
@@ -114,15 +108,12 @@ class CLT(nn.Module):
         """Activations from the pre-activations of every layer, dense."""
         if self.config.activation == "jumprelu":
             return [jumprelu(z, theta.to(z.dtype), eps) for z, theta in zip(pre, self.threshold, strict=True)]
-        return [torch.zeros_like(z).index_put(e, z[e]) for e, z in zip(self.firing(pre, k), pre, strict=True)]
-
-    @torch.no_grad()
-    def count_entries(self, pre: Sequence[Float[Tensor, "B F"]], eps: float, k: float | None = None) -> int:
-        """How many entries the sparse path of training would have."""
-        if self.config.activation == "jumprelu":
-            pairs = zip(pre, self.threshold, strict=True)
-            return sum(int((z > theta.to(z.dtype) - eps / 2).sum()) for z, theta in pairs)
-        return sum(len(e.token_K) for e in self.firing(pre, k))
+        known = [z.detach() for z in pre]
+        if self.config.ranks and self.config.scope == "all":
+            found = self._ranked_together(Given(known), k)
+        else:
+            found = [self._firing_layer(Given([z]), i, 0.0, k) for i, z in enumerate(known)]
+        return [torch.zeros_like(z).index_put(e, z[e]) for (e, _), z in zip(found, pre, strict=True)]
 
     def encode_layer(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
         """Activations of one layer's features, without gradients. Not for top-k over all layers, which needs them all."""
@@ -133,8 +124,8 @@ class CLT(nn.Module):
                 return torch.where(z > self.threshold[layer].to(z.dtype), z, 0.0)
             if self.config.activation == "relu":
                 return z.relu()
-            entries = self._firing_layer(z, layer, 0.0)
-            return torch.zeros_like(z).index_put(entries, z[entries])
+            entries, z_K = self._ranked(Given([z]), [self.rank_norm(layer)], None)[0]
+            return torch.zeros_like(z).index_put(entries, z_K)
 
     def encode_sparse(
         self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
@@ -145,83 +136,97 @@ class CLT(nn.Module):
         """
         wide = torch.promote_types(x_BLD.dtype, self.dtype)
         x_LBD = [x_BD.to(wide) for x_BD in x_BLD.unbind(1)]
-        if not self.config.ranks:
-            return [self.encode_layer_sparse(x_BD, i, eps) for i, x_BD in enumerate(x_LBD)]
-        pre: list[Tensor] | None = None
-        with torch.no_grad():
-            if self._finds_coarsely(wide):
-                places = self._candidates_in_bfloat16(x_LBD, k)
-            else:
-                pre = [self.pre(x_BD, i) for i, x_BD in enumerate(x_LBD)]
-                places = self.firing(pre, k)
-        return [self._at(x_BD, i, places[i], pre[i] if pre else None) for i, x_BD in enumerate(x_LBD)]
+        found = self.find(x_LBD, eps if self._trains(0) else 0.0, k, coarse=self.config.ranks)
+        return [self._active(x_BD, i, each, eps) for i, (x_BD, each) in enumerate(zip(x_LBD, found, strict=True))]
 
     def encode_layer_sparse(self, x_BD: Float[Tensor, "B D"], layer: int, eps: float = DEFAULT_EPS) -> Active:
         """Activations of one layer's features as entries; for activations that do not rank over all layers."""
-        trains = torch.is_grad_enabled() and self.b_enc[layer].requires_grad
-        window = eps if trains else 0.0
-        with torch.no_grad():
-            pre_BF = self.pre(x_BD, layer)
-            entries = self._firing_layer(pre_BF, layer, window)
-        active = self._at(x_BD, layer, entries, pre_BF)
+        x_BD = x_BD.to(torch.promote_types(x_BD.dtype, self.dtype))
+        window = eps if self._trains(layer) else 0.0
+        return self._active(x_BD, layer, self.find_layer(x_BD, layer, window, coarse=self.config.ranks), eps)
+
+    def _trains(self, layer: int) -> bool:
+        return torch.is_grad_enabled() and self.b_enc[layer].requires_grad
+
+    def _active(self, x_BD: Tensor, layer: int, found: Found, eps: float) -> Active:
+        """Entries as activations, with the gradients of `encode`."""
+        (entries, z_K), shape = found, (x_BD.shape[0], self.config.n_features)
+        if torch.is_grad_enabled() and (x_BD.requires_grad or self.b_enc[layer].requires_grad):
+            z_K = sparse_pre(x_BD, self.W_enc[layer].to(x_BD.dtype), self.b_enc[layer], entries, z_K)
         if self.config.activation == "jumprelu":
-            theta_K = self.threshold[layer][entries.feature_K].to(active.value_K.dtype)
-            active = active._replace(value_K=jumprelu(active.value_K, theta_K, eps))
-        return active
+            z_K = jumprelu(z_K, self.threshold[layer][entries.feature_K].to(z_K.dtype), eps)
+        return Active(*entries, z_K, shape)
 
-    def _at(self, x_BD: Tensor, layer: int, entries: Entries, pre_BF: Tensor | None) -> Active:
-        """The pre-activations of these entries, with their gradients."""
-        shape = (x_BD.shape[0], self.config.n_features)
-        differentiable = x_BD.requires_grad or self.b_enc[layer].requires_grad
-        if pre_BF is not None and not (torch.is_grad_enabled() and differentiable):
-            return Active(*entries, pre_BF[entries], shape)
-        wide = torch.promote_types(x_BD.dtype, self.dtype)
-        value_K = sparse_pre(x_BD.to(wide), self.W_enc[layer].to(wide), self.b_enc[layer], entries, pre_BF)
-        return Active(*entries, value_K, shape)
-
-    def _finds_coarsely(self, wide: torch.dtype) -> bool:
-        c = self.config
+    def finder(self, x_LBD: Sequence[Float[Tensor, "B D"]], first: int = 0, *, coarse: bool = True) -> Finder:
+        """Pre-activations on these inputs of the layers from `first` on; coarse ones first, where that is faster and asked for."""
+        layers = range(first, first + len(x_LBD))
+        x = x_LBD[0]
+        here = all(self.W_enc.here(i) for i in layers)
+        pre = lambda x_BD, i: self.pre(x_BD, first + i)  # noqa: E731
+        if not here or x.dtype != self.dtype or self.dtype == torch.float64 or self.config.activation == "relu":
+            return finding.Exact(pre, x_LBD, at_once=not here)
+        weights = [self.W_enc[i].detach() for i in layers], [self.b_enc[i].detach() for i in layers]
+        if coarse and self.dtype == torch.float32 and finding.bfloat16_is_fast(x.device):
+            return finding.Coarse(x_LBD, *weights)
         return (
-            c.activation == "batchtopk" and c.scope == "all" and wide == torch.float32 and bfloat16_is_fast(self.device)
+            finding.Fused(pre, x_LBD, *weights)
+            if coarse and by_kernels(x)
+            else finding.Exact(pre, x_LBD, at_once=False)
         )
 
-    def _candidates_in_bfloat16(self, x_LBD: list[Tensor], k: float | None) -> list[Entries]:
-        """BatchTopK whose candidates are found by a bfloat16 product, and ranked by exact values."""
-        half, chosen = torch.bfloat16, k or self.config.k
-        assert chosen is not None
-        layers = zip(x_LBD, self.W_enc, self.b_enc, strict=True)
-        pre = [F.linear(x.to(half), w.to(half)).add_(b.to(half)) for x, w, b in layers]
-        norms = [self.rank_norm(i) for i in range(self.config.n_layers)]
-        exact = lambda i, e: sparse_pre(x_LBD[i], self.W_enc[i].to(x_LBD[i].dtype), self.b_enc[i], e)  # noqa: E731
-        return batch_top(pre, norms, self._per_token(chosen, pre[0]), exact, self.mesh)
-
     @torch.no_grad()
-    def firing(self, pre: Sequence[Float[Tensor, "B F"]], k: float | None = None) -> list[Entries]:
-        """Where features fire, from the pre-activations of all layers."""
+    def find(
+        self,
+        x_LBD: Sequence[Float[Tensor, "B D"]],
+        window: float = 0.0,
+        k: float | None = None,
+        *,
+        coarse: bool = True,
+    ) -> list[Found]:
+        """Where features fire; for JumpReLU also where its window of this width lies.
+
+        Args:
+            x_LBD: MLP inputs, in the dtype to compute in.
+            window: width of the straight-through window.
+            k: in place of the config's, for a schedule; top-k only.
+            coarse: find candidates in bfloat16 where that is faster; values may then differ from `pre`'s by a rounding.
+        """
         c = self.config
         if c.ranks and c.scope == "all":
-            return self._ranked(pre, [self.rank_norm(i) for i in range(c.n_layers)], k or c.k)
-        return [self._firing_layer(z, i, 0.0, k) for i, z in enumerate(pre)]
+            return self._ranked_together(self.finder(x_LBD, coarse=coarse), k)
+        return [self.find_layer(x_BD, i, window, k, coarse=coarse) for i, x_BD in enumerate(x_LBD)]
 
-    def _firing_layer(self, z_BF: Tensor, layer: int, window: float, k: float | None = None) -> Entries:
-        """Where one layer's features fire; for JumpReLU also where its window of this width lies."""
-        c = self.config
-        if c.activation == "jumprelu":
-            return where(z_BF > self.threshold[layer].to(z_BF.dtype) - window / 2)
-        if c.activation == "relu":
-            return where(z_BF > 0)
-        return self._ranked([z_BF], [self.rank_norm(layer)], k or c.k)[0]
+    @torch.no_grad()
+    def find_layer(
+        self,
+        x_BD: Float[Tensor, "B D"],
+        layer: int,
+        window: float = 0.0,
+        k: float | None = None,
+        *,
+        coarse: bool = True,
+    ) -> Found:
+        """Where one layer's features fire, of activations that do not rank over all layers; see `find`."""
+        return self._firing_layer(self.finder([x_BD], layer, coarse=coarse), layer, window, k)
 
-    def _ranked(self, pre: Sequence[Tensor], norms: Sequence[Tensor], k: float | None) -> list[Entries]:
+    def _ranked_together(self, finder: Finder, k: float | None) -> list[Found]:
+        return self._ranked(finder, [self.rank_norm(i).detach() for i in range(self.config.n_layers)], k)
+
+    def _firing_layer(self, finder: Finder, layer: int, window: float, k: float | None = None) -> Found:
+        """Of one layer, which is all that the finder knows."""
+        if self.config.ranks:
+            return self._ranked(finder, [self.rank_norm(layer).detach()], k)[0]
+        if self.config.activation == "jumprelu":
+            return above(finder, 0, self.threshold[layer].detach() - window / 2)
+        return above(finder, 0, torch.zeros_like(self.b_enc[layer]))
+
+    def _ranked(self, finder: Finder, norms: Sequence[Tensor], k: float | None) -> list[Found]:
         """The top k by value times norm, ranked over all these layers together."""
-        assert k is not None
+        chosen = k or self.config.k
+        assert chosen is not None
         if self.config.activation == "batchtopk":
-            return batch_top(pre, norms, self._per_token(k, pre[0]), mesh=self.mesh)
-        score = torch.stack([z * norm for z, norm in zip(pre, norms, strict=True)], dim=1)
-        return [where(mask) for mask in top_mask(score, max(1, round(k)), self.mesh.features).unbind(1)]
-
-    def _per_token(self, k: float, pre_BF: Tensor) -> float:
-        return k / pre_BF.shape[0] if self.config.k_per_batch else k
+            return batch_top(finder, norms, chosen / finder.n_tokens if self.config.k_per_batch else chosen, self.mesh)
+        return token_top(finder, norms, max(1, round(chosen)), self.mesh.features)
 
     def rank_norm(self, layer: int) -> Float[Tensor, " F"]:
         """What activations are multiplied by to be ranked."""
@@ -250,11 +255,39 @@ class CLT(nn.Module):
 
     def written(self, f: Sequence[Float[Tensor, "B F"] | Active]) -> Float[Tensor, "B L D"]:
         """What the features held here write, without biases."""
-        y: list[Tensor] = [torch.zeros_like(b_D) for b_D in self.b_dec]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            y: list[Tensor] = [torch.zeros_like(b_D) for b_D in self.b_dec]
+            for i, f_BF in enumerate(f):
+                for slot, part_BD in enumerate(self.decode_layer(f_BF, i).unbind(1)):
+                    y[i + slot] = y[i + slot] + part_BD
+            return torch.stack(y, dim=1)
+        n_tokens = f[0].shape[0]
+        kind = torch.promote_types(self.b_dec[0].dtype, f[0].value_K.dtype if isinstance(f[0], Active) else f[0].dtype)
+        y_BLD = torch.zeros(n_tokens, self.config.n_layers, self.config.d_model, dtype=kind, device=self.device)
         for i, f_BF in enumerate(f):
-            for slot, part_BD in enumerate(self.decode_layer(f_BF, i).unbind(1)):
-                y[i + slot] = y[i + slot] + part_BD
-        return torch.stack(y, dim=1)
+            self.add_written(self.columns(y_BLD, i), f_BF, i)
+        return y_BLD
+
+    def columns(self, y_BLD: Float[Tensor, "B L D"], layer: int) -> Float[Tensor, "B X"]:
+        """Of something at all layers, what one layer's features write to, its slots side by side."""
+        width = self.config.d_model
+        return y_BLD.view(len(y_BLD), -1)[:, layer * width : (layer + self.config.n_slots(layer)) * width]
+
+    def add_written(self, out_BX: Float[Tensor, "B X"], f_BF: Float[Tensor, "B F"] | Active, layer: int) -> None:
+        """Add what one layer's features write, its slots side by side. Of a decoder still on disk only rows of active features are read."""
+        n_features, slots, width = self.W_dec.shape(layer)
+        if not isinstance(f_BF, Active):
+            rows_FX = self.W_dec[layer].detach().view(n_features, slots * width)
+            wide = torch.promote_types(rows_FX.dtype, f_BF.dtype)
+            out_BX += f_BF.to(wide) @ rows_FX.to(wide)
+            return
+        row_K, rows_FX = f_BF.feature_K, None
+        if self.W_dec.here(layer):
+            rows_FX = self.W_dec[layer].detach().view(n_features, slots * width)
+        else:
+            used, row_K = row_K.unique(return_inverse=True)
+            rows_FX = self.decoder_rows(layer, used).flatten(1)
+        add_rows(out_BX, starts(f_BF.token_K, f_BF.shape[0]), row_K, f_BF.value_K, rows_FX)
 
     def skip(self, x_BD: Float[Tensor, "... D"], layer: int) -> Float[Tensor, "... D"]:
         """What the affine skip of one layer writes."""

@@ -21,6 +21,6 @@ AXES = {
     "J": "tokens at the first positions of the policy, and the constant",
     "X": "a width that the signature alone fixes",
     "Y": "another such",
-    "R1": "rows of a graph and one more",
+    "R1": "rows and one more",
     "K": "active features, as listed by a sparse encoding",
 }

@@ -10,7 +10,7 @@ A group of one does nothing, and does it without a process group.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -93,20 +93,20 @@ class Group:
                 dist.all_gather_object(values, value, group=self.handle)
         return values
 
-    def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by its mean over the ranks; small ones travel together."""
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks; small ones travel together."""
         if self.size == 1:
             return
         small: dict[torch.dtype, list[Tensor]] = {}
-        for grad in (p.grad for p in parameters if p.grad is not None):
-            if grad.numel() > TOGETHER:
-                self.sum_(grad).div_(self.size)
+        for tensor in tensors:
+            if tensor.numel() > TOGETHER:
+                self.sum_(tensor).div_(self.size)
             else:
-                small.setdefault(grad.dtype, []).append(grad)
-        for grads in small.values():
-            flat = self.sum_(torch.cat([grad.flatten() for grad in grads])).div_(self.size)
-            for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(mean.view_as(grad))
+                small.setdefault(tensor.dtype, []).append(tensor)
+        for some in small.values():
+            flat = self.sum_(torch.cat([tensor.flatten() for tensor in some])).div_(self.size)
+            for tensor, mean in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     def copy_from_first(self, parameters: Iterable[Tensor]) -> None:
         """Overwrite these tensors by the first rank's."""

@@ -10,6 +10,7 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.records.policy import FirstPosition
 
 Precision = Literal["fp32", "bf16"]
+Moments = Literal["fp32", "8bit"]
 Sparsity = Literal["tanh", "l0"]
 
 
@@ -54,6 +55,7 @@ class TrainConfig:
     l0_start: float = setting(20.0, "L0 at the start, as a multiple of the target", "objective")
     l0_ramp: float = setting(0.5, "share of the run over which the L0 asked for falls to the target", "objective")  # fmt: skip
     eps: float = setting(0.5, "jumprelu: width of the straight-through window", "objective")
+    window_cap: float = setting(4.0, "jumprelu: silent entries inside the window, as a multiple of the L0, above which it is narrowed; 0: never", "objective")  # fmt: skip
     threshold: float = setting(0.1, "jumprelu: thresholds at the start", "objective")
     dead_after: int = setting(1_000_000, "tokens of silence after which a feature counts as dead", "objective")
     revive: float = setting(3e-3, "weight of the pre-activation loss that revives dead features (jumprelu)", "objective")  # fmt: skip
@@ -71,6 +73,8 @@ class TrainConfig:
     beta2: float = setting(0.999, "Adam's", "optimiser")
     clip: float = setting(1.0, "global gradient norm above which gradients are scaled down; 0: never", "optimiser")
     precision: Precision = setting("fp32", "of weights: fp32, or bf16 with stochastic rounding and fp32 moments", "optimiser")  # fmt: skip
+    moments: Moments = setting("fp32", "Adam's moments: fp32, or 8bit with a scale for each row", "optimiser")
+    fused_update: bool = setting(False, "update each layer as soon as its gradient is known, clipping by the norm of the step before", "optimiser")  # fmt: skip
     host_precision: Precision = setting("fp32", "of the host", "optimiser")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "optimiser")
     seed: int = setting(0, "of initial weights and of the order of text", "optimiser")
@@ -108,7 +112,18 @@ class TrainConfig:
             "auxiliary_every",
         ):
             self._at_least(name, 1)
-        for name in ("n_skip", "eval_every", "clip", "revive", "auxiliary", "warmup", "decay", "l0_ramp", "seed"):
+        for name in (
+            "n_skip",
+            "eval_every",
+            "clip",
+            "revive",
+            "window_cap",
+            "auxiliary",
+            "warmup",
+            "decay",
+            "l0_ramp",
+            "seed",
+        ):
             self._at_least(name, 0)
         for name in ("lr", "threshold_lr", "eps", "threshold", "sparsity_c"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -135,6 +150,8 @@ class TrainConfig:
             )
         if self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} is no multiple of accumulate={self.accumulate}; change one of them")
+        if self.fused_update and self.accumulate > 1:
+            raise ConfigError(f"fused_update uses each gradient at once, and accumulate={self.accumulate} micro-batches would have to be added up first; give --accumulate 1, or leave --fused-update out")  # fmt: skip
         if self.batch // self.accumulate < 2:
             raise ConfigError(f"batch={self.batch} in {self.accumulate} micro-batches leaves one token in each; raise --batch or lower --accumulate")  # fmt: skip
         if self.n_features % self.feature_ranks:
@@ -162,6 +179,8 @@ class TrainConfig:
         ranks = data_ranks * self.feature_ranks
         if self.batch % (self.accumulate * ranks):
             raise ConfigError(f"batch={self.batch} in accumulate={self.accumulate} micro-batches cannot be shared out evenly over {ranks} ranks; make --batch a multiple of {self.accumulate * ranks}")  # fmt: skip
+        if self.fused_update and data_ranks > 1:
+            raise ConfigError(f"fused_update uses each gradient at once, and those of {data_ranks} data ranks would have to be averaged first; leave --fused-update out, or give --feature-ranks {ranks}")  # fmt: skip
         per_rank = {
             name: None if (x := getattr(self, name)) is None else x / self.feature_ranks
             for name in ("l0", "l0_per_layer")

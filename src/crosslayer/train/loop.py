@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn import Parameter
 
 from crosslayer import dist
 from crosslayer.acts.rows import Cursor, Documents, RowStream, dealt_anew, document_tokens, held_out_rows
@@ -52,19 +53,19 @@ from crosslayer.host.host import Host, choose_device, load_host
 from crosslayer.records.evaluation import Evaluation
 from crosslayer.records.run import RunManifest
 from crosslayer.train import checkpoint
-from crosslayer.train.clipping import gradient_norm
 from crosslayer.train.config import TrainConfig
+from crosslayer.train.gradients import FusedUpdate, Gradients
 from crosslayer.train.objective import SPARSE_BELOW, compute
-from crosslayer.train.optimiser import make_optimiser
+from crosslayer.train.optimiser import Adam
 from crosslayer.train.plan import HostShape, check_fits
 from crosslayer.train.run_folder import Log, check_same_config, read_manifest, refuse_unless_new, write_manifest
-from crosslayer.train.schedule import Controller, l0_asked, learning_rate
+from crosslayer.train.schedule import Controller, Window, l0_asked, learning_rate
 from crosslayer.train.share import plan_of_one_rank
 from crosslayer.train.sinks import open_sinks
 
 BIAS_TOKENS, BIAS_STRIDE = 8_192, 8
 """Tokens on which biases are set at the start, and how many lie from one to the next, so that they come from many documents."""
-FIGURES = ("reconstruction", "sparsity", "revival", "variance", "dead_share", "entries")
+FIGURES = ("reconstruction", "sparsity", "revival", "variance", "dead_share")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -183,13 +184,18 @@ class Trainer:
         if thresholds:
             groups.append({"params": thresholds, "lr": config.threshold_lr})
         self.base_lr = [config.lr, config.threshold_lr]
-        self.optimiser = make_optimiser(groups, (config.beta1, config.beta2), config.seed)
+        self.optimiser = Adam(groups, (config.beta1, config.beta2), config.seed, config.moments)
         self.steps = config.tokens // config.batch
         self.target = config.target_l0(host.n_layers)
         self.start_l0 = min(self.target * config.l0_start, 0.5 * host.n_layers * config.n_features)
         self.controller = Controller(integral=-7.0)
+        self.window = Window(config.eps, config.window_cap, config.eps)
         self.silent_LF = torch.zeros(host.n_layers, self.clt.config.n_features, dtype=torch.int64, device=device)
-        self.step, self.train_s, self.harvest_s, self.density = 0, 0.0, 0.0, 1.0
+        self.step, self.train_s, self.harvest_s = 0, 0.0, 0.0
+        # Of each layer's entries, at the step before; the norm as well, which a fused update is clipped by.
+        of_all = host.n_layers * config.n_features
+        self.density_L = [self.start_l0 / of_all if self.clt.config.ranks else 1.0] * host.n_layers
+        self.last_norm = 0.0
         # Since the last report.
         self.error_L = self.variance_L = torch.zeros(host.n_layers, dtype=torch.float64)
         self.log = Log(run)
@@ -297,18 +303,19 @@ class Trainer:
             group["lr"] = base * learning_rate((self.step + 1) / (self.steps + 1), config.warmup, config.decay)
         dead_LF = self.silent_LF >= config.dead_after
         revive_LF = dead_LF & (not self.clt.config.ranks or self.step % config.auxiliary_every == 0)
-        sparse = self.clt.config.ranks or self.density < SPARSE_BELOW[torch.device(self.device).type]
+        sparse_L = [density < SPARSE_BELOW[torch.device(self.device).type] for density in self.density_L]
+        gradients = FusedUpdate(self._update) if config.fused_update else Gradients()
         fired_LF = torch.zeros_like(self.silent_LF)
         sums, micro = torch.zeros(len(FIGURES), dtype=torch.float64), config.batch // config.accumulate
-        layers_2L = torch.zeros(2, self.host.n_layers, dtype=torch.float64)
+        layers_3L = torch.zeros(3, self.host.n_layers, dtype=torch.float64)
         features, data = self.mesh.features, self.mesh.data
         for _ in range(config.accumulate):
             x_BLD, y_BLD = self._batch(micro // self.mesh.world.size)
             terms = compute(
-                self.clt, x_BLD, y_BLD, config,
-                coefficient=coefficient, running_l0=self.controller.running_l0, asked_l0=asked, dead_LF=revive_LF, sparse=sparse,
+                self.clt, x_BLD, y_BLD, config, gradients,
+                coefficient=coefficient, running_l0=self.controller.running_l0, asked_l0=asked, eps=self.window.eps,
+                dead_LF=revive_LF, sparse_L=sparse_L, share=1 / config.accumulate,
             )  # fmt: skip
-            (terms.total / config.accumulate).backward()
             fired_LF += terms.fired_LF
             mean_LD = data.sum_(y_BLD.mean(0)) / data.size
             variance_L = (y_BLD - mean_LD).square().sum(dim=(0, 2)) / len(y_BLD)
@@ -316,32 +323,43 @@ class Trainer:
             of_all = 1 / features.size
             sums += torch.tensor([
                 terms.reconstruction * of_all, terms.sparsity, terms.revival * (of_all if self.clt.config.ranks else 1),
-                variance_L.sum() * of_all, dead_LF.double().mean() * of_all, terms.entries / len(x_BLD),
+                variance_L.sum() * of_all, dead_LF.double().mean() * of_all,
             ], dtype=torch.float64)  # fmt: skip
-            layers_2L += torch.stack([terms.error_L, variance_L]).double().cpu() * of_all
+            layers_3L[:2] += torch.stack([terms.error_L, variance_L]).double().cpu() * of_all
+            layers_3L[2] += terms.entries_L / len(x_BLD)
         self.mesh.world.sum_(sums)
-        self.mesh.world.sum_(layers_2L)
-        self.error_L, self.variance_L = self.error_L + layers_2L[0], self.variance_L + layers_2L[1]
+        self.mesh.world.sum_(layers_3L)
+        self.error_L, self.variance_L = self.error_L + layers_3L[0], self.variance_L + layers_3L[1]
+        entries_L = layers_3L[2] / (config.accumulate * data.size)
         figures: dict[str, float] = dict(zip(FIGURES, (sums / (config.accumulate * data.size)).tolist(), strict=True))
         figures["loss"] = figures["reconstruction"] + coefficient * figures["sparsity"] + figures["revival"]
         if not math.isfinite(figures["loss"]):
             raise RunError(f"the loss of step {self.step + 1} is not finite; lower --lr in a new run, or go on from an earlier step with --resume {self.run} --step")  # fmt: skip
-        data.mean_gradients(self.clt.parameters())
+        gradients.average(data)
         if config.clip:
-            norm = gradient_norm(self.clt)
-            torch.nn.utils.clip_grads_with_norm_(self.clt.parameters(), config.clip, norm)
-            figures["gradient_norm"] = float(norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+            self.last_norm = figures["gradient_norm"] = float(gradients.norm(self.clt))
+        if not config.fused_update:
+            self.optimiser.step(gradients, self._scale())
+        del gradients
         if len(self.clt.threshold):
             for theta in self.clt.threshold:
                 theta.data.clamp_(min=1e-6)
         data.sum_(fired_LF)
         self.silent_LF = torch.where(fired_LF > 0, 0, self.silent_LF + config.batch)
-        self.density = figures["entries"] / (self.host.n_layers * config.n_features)
+        self.density_L = (entries_L / config.n_features).tolist()
         l0 = features.total(float(fired_LF.sum())) / config.batch
         self.controller.observe(l0, asked)
-        return figures | {"l0": l0, "l0_asked": asked, "lambda": coefficient}
+        figures |= {"l0": l0, "l0_asked": asked, "lambda": coefficient, "window": self.window.eps}
+        self.window.observe(float(entries_L.sum()) - l0, max(l0, asked))
+        return figures
+
+    def _update(self, p: Parameter, blocks: Iterator[tuple[slice, Tensor]]) -> None:
+        """Update one parameter while the step goes on."""
+        self.optimiser.update(p, blocks, self._scale())
+
+    def _scale(self) -> float:
+        """What gradients are multiplied by, so that their norm is at most what is allowed."""
+        return min(1.0, self.config.clip / (self.last_norm + 1e-6)) if self.config.clip and self.last_norm else 1.0
 
     def _batch(self, n: int) -> tuple[Tensor, Tensor]:
         """Inputs and outputs of this rank's next `n` tokens, and of those of the ranks that share the features with it."""
@@ -362,12 +380,14 @@ class Trainer:
             "fvu_L": (self.error_L / self.variance_L).tolist(),
             "l0": means["l0"],
             "l0_per_layer": means["l0"] / self.host.n_layers,
-            **{k: means[k] for k in ("l0_asked", "lambda", "dead_share")},
+            **{k: means[k] for k in ("l0_asked", "lambda", "window", "dead_share")},
             "gradient_norm": means.get("gradient_norm"),
             "lr": self.optimiser.param_groups[0]["lr"],
             "train_s": round(self.train_s, 3),
             "harvest_s": round(self.harvest_s, 3),
             "tokens_per_s": tokens / self.train_s,
+            "harvest_tokens_per_s": tokens / self.harvest_s,
+            "step_tokens_per_s": tokens / (self.train_s - self.harvest_s),
         }
         self.error_L = self.variance_L = torch.zeros_like(self.error_L)
         if self.mesh.world.rank == 0:
@@ -458,14 +478,16 @@ class Trainer:
         tensors |= {f"units.{name}": t for name, t in zip(Units._fields, self.units, strict=True)}
         for name, p in self.clt.named_parameters():
             tensors[f"weights.{name}"] = p.data
-            tensors |= {f"moments.{key}.{name}": t for key, t in self.optimiser.state[p].items()}
+            tensors |= {f"moments.{key}.{name}": t for key, t in self.optimiser.state.get(p, {}).items()}
         numbers = {
             "of": self._of(),
             "step": self.step,
             "train_s": self.train_s,
             "harvest_s": self.harvest_s,
-            "density": self.density,
+            "density_L": self.density_L,
+            "last_norm": self.last_norm,
             "controller": asdict(self.controller),
+            "window": self.window.eps,
             "streams": self.mesh.world.objects(self.stream.state.plain()),
         }
         split = frozenset(name for name in tensors if _by_feature(name))
@@ -474,7 +496,12 @@ class Trainer:
 
     def _of(self) -> dict[str, Any]:
         """What a checkpoint must be of, to be taken up by this run."""
-        return {"host": self.host.name, **asdict(self.whole), "precision": self.config.precision}
+        return {
+            "host": self.host.name,
+            **asdict(self.whole),
+            "precision": self.config.precision,
+            "moments": self.config.moments,
+        }
 
     def _load(self, folder: Path) -> _Loaded:
         """Take weights, optimiser and controller from a checkpoint.
@@ -487,17 +514,14 @@ class Trainer:
             if numbers["of"].get(name) != mine:
                 raise RunError(f"checkpoint {folder} is of another transcoder, with {name}={numbers['of'].get(name)} and not {mine}; put back the run's own, or start a new run")  # fmt: skip
         tensors = checkpoint.load(folder, _by_feature, self.mesh)
-        state: dict[int, dict[str, Tensor]] = {}
-        names = {p: name for name, p in self.clt.named_parameters()}
-        for number, p in enumerate(p for g in self.optimiser.param_groups for p in g["params"]):
-            p.data.copy_(tensors[f"weights.{names[p]}"])
-            of_it = {name.split(".")[1]: t for name, t in tensors.items() if name.startswith("moments.") and name.split(".", 2)[2] == names[p]}  # fmt: skip
+        for name, p in self.clt.named_parameters():
+            p.data.copy_(tensors[f"weights.{name}"])
+            of_it = {key.split(".")[1]: t for key, t in tensors.items() if key.startswith("moments.") and key.split(".", 2)[2] == name}  # fmt: skip
             if of_it:
-                state[number] = of_it
-        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+                self.optimiser.state[p] = {key: t.to("cpu" if key == "step" else p.device) for key, t in of_it.items()}
         self.silent_LF = torch.stack([tensors[f"silent.{i}"] for i in range(self.host.n_layers)]).to(self.device)
-        self.step, self.train_s, self.harvest_s, self.density = (
-            numbers[name] for name in ("step", "train_s", "harvest_s", "density")
+        self.step, self.train_s, self.harvest_s, self.density_L, self.last_norm, self.window.eps = (
+            numbers[name] for name in ("step", "train_s", "harvest_s", "density_L", "last_norm", "window")
         )
         self.controller = Controller(**numbers["controller"])
         units = Units(*(tensors[f"units.{name}"] for name in Units._fields)).to(self.device)

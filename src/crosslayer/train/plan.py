@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,16 @@ from typing import Any
 import psutil
 import torch
 
+from crosslayer.clt.finding import TOKENS_AT_ONCE
 from crosslayer.core.errors import ResourceError
 from crosslayer.train.config import TrainConfig
+from crosslayer.train.gradients import NUMBERS_AT_ONCE
+from crosslayer.train.objective import SPARSE_BELOW
 
 GIB = 2**30
 RING = "ring of activations"
+LIBRARIES = 450 << 20
+"""What a process takes that has imported everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,8 @@ def host_shape(name: str) -> HostShape:
 
 def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     """The plan of a run of `config` on a host of this shape."""
+    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    device = "cuda" if on_gpu else "cpu"
     c = config.clt(shape.n_layers, shape.d_model)
     l0 = config.target_l0(shape.n_layers)
     n, width = c.n_parameters, c.d_model
@@ -98,19 +104,31 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     slots = [c.n_slots(i) for i in range(c.n_layers)]
     activations = micro * c.n_layers * width * 4
     rows = config.rows_per_harvest * config.context
+    start = min(l0 * config.l0_start, 0.5 * c.n_layers * c.n_features)
+    # Layers are dense at first, unless they rank few: then gradients are kept whole until the norm is known.
+    dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device] or not c.ranks
+    largest = c.n_features * width * (max(slots) + 1)
+    gradients = 0 if not dense else largest if config.fused_update else n
+    entries = micro * (start if c.ranks else min(start, SPARSE_BELOW[device] * c.n_layers * c.n_features))
     memory = {
         "host weights": shape.n_parameters * host_weight,
         "transcoder weights": n * weight,
-        "gradients": n * weight,
-        "Adam moments": 2 * n * 4,
-        # One copy that becomes the JumpReLU transcoder in the host's units.
+        "gradients": gradients * weight + min(NUMBERS_AT_ONCE[device], largest) * 4,
+        "Adam moments": 2 * n * 4 if config.moments == "fp32" else round(2 * n * (1 + 4 / width)),
+        # One copy that becomes the JumpReLU transcoder in the host's units; moments and gradients are still there.
         "transcoder as saved": n * weight,
         RING: config.ring * c.n_layers * width * 2 * 2,
         "harvest": rows * (2 * c.n_layers + 24) * width * host_weight,
-        # Pre-activations of every layer, float32, and the masks and scores made of them.
-        "features of a micro-batch": micro * c.n_features * c.n_layers * (9 if c.ranks else 5),
-        "reconstructions": 8 * activations + micro * sum(slots) * width * weight * 2,
+        # Of one layer: pre-activations, activations, what pulls them, and masks; of all of them: the entries that are kept.
+        "features of a micro-batch": round(
+            (micro * c.n_features * 24 if dense else min(micro, TOKENS_AT_ONCE[device]) * c.n_features * 16)
+            + entries * 48
+        ),
+        # Inputs and outputs as served and in the units of training, the reconstruction, and a layer's gradient laid out in rows.
+        "reconstructions": 6 * activations + micro * max(slots) * width * 4,
     }
+    if device == "cpu":
+        memory["Python and PyTorch"] = LIBRARIES
     encoder = 2.0 * c.n_layers * c.n_features * width
     decoder = 2.0 * sum(slots) * c.n_features * width
     per_feature = 2.0 * width * (sum(slots) / len(slots))
@@ -145,6 +163,10 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
             "features of a micro-batch": "lower --batch or raise --accumulate",
             "reconstructions": "lower --batch or raise --accumulate",
             "host weights": "use --host-precision bf16",
+            "gradients": "use --fused-update, or lower --n-features",
+            "Adam moments": "use --moments 8bit, or lower --n-features"
+            if config.moments == "fp32"
+            else "lower --n-features",
         }.get(part, "lower --n-features" + ("" if config.precision == "bf16" else " or use --precision bf16"))
         raise ResourceError(
             f"the run needs {needed / GIB:.1f} GiB {where} but {free / GIB:.1f} GiB are free; "
@@ -157,14 +179,3 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
             f"{out} will take {plan.disk_bytes / GIB:.1f} GiB of disk but {free_disk / GIB:.1f} GiB are free; "
             f"lower --keep={config.keep} or --n-features, or give --out on another disk"
         )
-
-
-def measured_flops_per_s(dtype: torch.dtype, device: str, size: int = 1024) -> float:
-    """The rate of this machine's matrix products, best of a few."""
-    a = torch.randn(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best

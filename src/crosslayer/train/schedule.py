@@ -1,4 +1,4 @@
-"""What changes over a run: the learning rate, the L0 asked for, and lambda, which follows it."""
+"""What changes over a run: the learning rate, the L0 asked for, lambda, which follows it, and the width of the straight-through window."""
 
 from __future__ import annotations
 
@@ -46,3 +46,24 @@ class Controller:
         if not self.running_l0:
             return 0.0
         return max(-1.0, min(1.0, math.log(self.running_l0 / asked)))
+
+
+@dataclass
+class Window:
+    """Keeps JumpReLU's straight-through window as wide as it may be and no wider than can be paid for.
+
+    Each silent entry inside it costs a product with a decoder row, and a window of fixed width holds nearly every entry of a narrow
+    distribution. Under a narrower window the estimate of the thresholds' gradients has the same mean over a smooth distribution,
+    and more variance.
+    """
+
+    widest: float
+    cap: float
+    """Silent entries inside the window, as a multiple of those that fire; 0: as many as there are."""
+    eps: float
+
+    def observe(self, silent: float, fired: float) -> None:
+        """Take in the silent entries a token of the step just done, and those that fired or should have."""
+        if self.cap:
+            wish = self.cap * fired / max(silent, 1e-9)
+            self.eps = min(self.widest, self.eps * max(0.5, min(1.1, wish)))
