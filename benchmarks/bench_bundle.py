@@ -25,10 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
+from crosslayer.bundles.bundle import load_features
+from crosslayer.bundles.index import SORT_KEYS, Group, Row, write_index
+from crosslayer.bundles.row_files import save_array
+from crosslayer.bundles.schema import ARRAYS, INDEX, MANIFEST, TOKENS, VOCABULARY
+from crosslayer.bundles.settings import ScanSettings
 from crosslayer.core.files import write_json
-from crosslayer.features.index import SORT_KEYS, Group, Row, write_index
-from crosslayer.features.settings import ScanSettings
-from crosslayer.features.store import ARRAYS, INDEX, MANIFEST, TOKENS, VOCABULARY, load_features, save_array
 
 LAYERS, FEATURES = 28, 20_480
 BARS = {
@@ -41,7 +43,7 @@ def write_synthetic(real_path: Path, folder: Path, n_layers: int, n_features: in
     real, chance = load_features(real_path), np.random.default_rng(0)
     n, settings = (
         n_layers * n_features,
-        ScanSettings(**{k: v for k, v in real.manifest.settings.items() if k != "atlas_weights"}),
+        ScanSettings(**{k: v for k, v in real.manifest.settings.items() if k != "cluster_weights"}),
     )
     full = np.flatnonzero(np.diff(real.array("example")) == settings.n_examples)
     drawn = chance.choice(full, n)
@@ -163,7 +165,7 @@ def pass_cost(host, clt, rows_BT, *, repeats: int) -> dict[str, float]:
     """Seconds of batches of the pass against those of host and encoder products alone, alternating."""
     import torch
 
-    from crosslayer.acts.stream import harvest
+    from crosslayer.data.stream import harvest
     from crosslayer.features.scan import Batch, Seen, take
 
     clt.W_enc.read_all()

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
-from crosslayer.graph.graph import Graph, GraphArrays
-from crosslayer.records.graph import GraphHeader, TargetRecord
+from crosslayer.graphs.arrays import GraphArrays
+from crosslayer.graphs.graph import Graph
+from crosslayer.schemas.graph import GraphHeader, TargetRecord
 
 LAYERS, POSITIONS, FEATURES, EDGES = 28, 16, 13_800, 275_000
 WORDS = ("return", "self", "def", "name", "width", "the", "import", "value", "None", "class", "zzz", "list")

@@ -17,19 +17,18 @@ from statistics import median
 
 import torch
 
-from crosslayer.clt.config import Activation
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
-from crosslayer.train.config import TrainConfig
-from crosslayer.train.gradients import Gradients
-from crosslayer.train.objective import compute
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.gradients import Gradients
+from crosslayer.training.objective import compute
 
-ACTIVATIONS: tuple[Activation, ...] = ("jumprelu", "batchtopk")
+ACTIVATIONS: tuple[str, ...] = ("jumprelu", "batchtopk")
 SHAPES = {"stdlib": (6, 192, 1536, 1024), "peers": (12, 256, 4096, 512)}
 """layers, width, features a layer, tokens; `peers` is the shape at which other tools were measured."""
 
 
-def measure(shape: str, activation: Activation, density: float, repeats: int) -> dict[str, float]:
+def measure(shape: str, activation: str, density: float, repeats: int) -> dict[str, float]:
     """Tokens per second of both paths, and their ratio."""
     n_layers, d_model, n_features, batch = SHAPES[shape]
     l0 = density * n_layers * n_features

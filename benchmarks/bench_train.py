@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosslayer.clt.config import Activation
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
-from crosslayer.train.config import Moments, TrainConfig
-from crosslayer.train.gradients import FusedUpdate, Gradients
-from crosslayer.train.objective import SPARSE_BELOW, compute
-from crosslayer.train.optimiser import Adam
-from crosslayer.train.schedule import Window
+from crosslayer.training.config import Moments, TrainConfig
+from crosslayer.training.gradients import FusedUpdate, Gradients
+from crosslayer.training.objective import SPARSE_BELOW, compute
+from crosslayer.training.optimiser import Adam
+from crosslayer.training.schedule import Window
 
 PEERS = (12, 256, 4096)
 REFERENCE = (28, 1024, 20_480)
@@ -46,7 +45,7 @@ FASTEST_PEER = {"jumprelu": 188 / 163, "topk": 188 / 190, "batchtopk": 188 / 190
 
 
 def ours(
-    shape: tuple[int, int, int], activation: Activation, tokens: int, l0: float, device: str, dtype: torch.dtype,
+    shape: tuple[int, int, int], activation: str, tokens: int, l0: float, device: str, dtype: torch.dtype,
     sparse: bool | None = None, moments: Moments = "fp32", fused: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
     """A step of ours, on the same batch each time; sparse or dense by the density of the step before, as in training, unless given."""
@@ -164,7 +163,7 @@ def peak_mib(which: str, activation: str, tokens: int) -> float:
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def _peak(which: str, activation: Activation, tokens: int) -> None:
+def _peak(which: str, activation: str, tokens: int) -> None:
     before = _highest_kib()
     step = plain(PEERS, activation, tokens, L0) if which == "plain" else ours(PEERS, activation, tokens, L0, "cpu", torch.float32)  # fmt: skip
     for _ in range(SETTLE if which == "ours" and activation == "jumprelu" else 2):
@@ -178,7 +177,7 @@ def _highest_kib() -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def compare(activation: Activation, tokens: int, repeats: int) -> dict[str, float]:
+def compare(activation: str, tokens: int, repeats: int) -> dict[str, float]:
     """Tokens per second of both, alternating."""
     both = {
         "ours": ours(PEERS, activation, tokens, L0, "cpu", torch.float32),

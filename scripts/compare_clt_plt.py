@@ -16,8 +16,8 @@ from statistics import mean, stdev
 from rich.console import Console
 
 import crosslayer as xl
-from crosslayer.records.evaluation import Evaluation
-from crosslayer.records.run import RunManifest
+from crosslayer.schemas.evaluation import Evaluation
+from crosslayer.schemas.run import RunManifest
 
 
 def equal_parameters(clt: xl.CLTConfig) -> int:

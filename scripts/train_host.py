@@ -5,7 +5,7 @@
 
 What it makes is an ordinary Hugging Face folder: a Qwen3-architecture model in bfloat16, a byte-level
 BPE tokenizer of its own with Qwen's splitting rule, and a model card whose figures are measured here.
-Documents are those of `crosslayer.acts.sources.stdlib`, split by module path exactly as the transcoders'
+Documents are those of `crosslayer.data.sources.stdlib`, split by module path exactly as the transcoders'
 are, so what is held out from a transcoder was held out from its host as well.
 
 The budget is wall-clock time: the learning rate is constant, then falls linearly to zero over the last
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from crosslayer.acts.documents import split_of
-from crosslayer.acts.sources.stdlib import stdlib_documents
+from crosslayer.data.documents import split_of
+from crosslayer.data.sources.stdlib import stdlib_documents
 
 EOT = "<|endoftext|>"
 QWEN_SPLIT = (

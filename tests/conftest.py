@@ -17,7 +17,8 @@ import torch  # noqa: E402
 
 import tiny  # noqa: E402
 from crosslayer.host.host import Host  # noqa: E402
-from crosslayer.train.config import TrainConfig  # noqa: E402
+from crosslayer.training.config import TrainConfig  # noqa: E402
+from pairs import Pair, make_pair  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,3 +55,9 @@ def tiny_config(host_folder: Path, text_folder: Path) -> TrainConfig:
         context=33, ring=1024, rows_per_harvest=8, scale_tokens=2000, calibration_tokens=8000, lr=3e-3, dead_after=2000, eval_tokens=1500,
         checkpoint_every=20, log_every=5, l0_start=4.0, l0_ramp=0.4,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pair() -> Pair:
+    """One host and transcoder for all tests of graphs."""
+    return make_pair()

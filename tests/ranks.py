@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 PRELOADED = [
-    *("crosslayer.train.loop", "crosslayer.eval.api", "transformers.models.qwen3.modeling_qwen3"),
+    *("crosslayer.training.trainer", "crosslayer.eval.api", "transformers.models.qwen3.modeling_qwen3"),
     *("hypothesis", "pytest", "rich.progress", "torch.testing"),
 ]
 
@@ -26,11 +26,11 @@ def free_port() -> str:
 def _enter(rank: int, ranks: int, port: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
-    from crosslayer import dist
+    from crosslayer import parallel
 
-    dist.start()
+    parallel.start()
     work(*args)
-    dist.stop()
+    parallel.stop()
 
 
 def run_on(ranks: int, work: Callable[..., None], *args: Any) -> None:

@@ -18,15 +18,16 @@ SOURCES = sorted(Path(xl.__file__).parent.rglob("*.py"))
 
 def test_public_names():
     assert xl.__all__ == [
-        "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Graph", "Host", "ReplacementModel", "Target",
-        "TrainConfig", "__version__", "attribute", "evaluate", "intervene", "load_clt", "load_features", "load_host", "train",
+        "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Graph", "Host", "Intervention",
+        "ReplacementModel", "Target", "TrainConfig", "__version__", "attribute", "evaluate", "intervene", "load_clt", "load_features",
+        "load_host", "train", "validate",
     ]  # fmt: skip
     for name in xl.__all__:
         assert getattr(xl, name) is not None
 
 
 def test_train_can_be_called_whatever_was_imported_first():
-    import crosslayer.train.recipes  # noqa: F401
+    import crosslayer.training.recipes  # noqa: F401
 
     assert callable(xl.train)
 
@@ -55,26 +56,26 @@ def test_shapes_use_one_alphabet():
     "module",
     [
         "crosslayer",
-        "crosslayer.records.run",
+        "crosslayer.schemas.run",
         "crosslayer.core.files",
         "crosslayer.cli.main",
-        "crosslayer.graph",
-        "crosslayer.graph.graph",
-        "crosslayer.graph.influence",
-        "crosslayer.graph.interchange",
-        "crosslayer.graph.compare",
-        "crosslayer.graph.report",
-        "crosslayer.graph.circuit",
+        "crosslayer.graphs",
+        "crosslayer.graphs.graph",
+        "crosslayer.graphs.influence",
+        "crosslayer.graphs.interchange",
+        "crosslayer.graphs.compare",
+        "crosslayer.graphs.report",
+        "crosslayer.graphs.circuit",
         "crosslayer.serve.app",
         "crosslayer.serve.listen",
         "crosslayer.features",
-        "crosslayer.features.store",
-        "crosslayer.features.packed",
-        "crosslayer.features.parquet",
-        "crosslayer.features.report",
-        "crosslayer.label.run",
-        "crosslayer.label.report",
-        "crosslayer.label.choose",
+        "crosslayer.bundles.bundle",
+        "crosslayer.bundles.packed",
+        "crosslayer.bundles.parquet",
+        "crosslayer.bundles.report",
+        "crosslayer.autointerp.run",
+        "crosslayer.autointerp.report",
+        "crosslayer.autointerp.choose",
     ],
 )
 def test_imports_without_torch(module: str):

@@ -23,20 +23,23 @@ _HOMES = {
     "CLT": "crosslayer.clt.transcoder",
     "CLTConfig": "crosslayer.clt.config",
     "CrosslayerError": "crosslayer.core.errors",
-    "Evaluation": "crosslayer.records.evaluation",
-    "FirstPosition": "crosslayer.records.policy",
+    "Evaluation": "crosslayer.schemas.evaluation",
+    "FirstPosition": "crosslayer.schemas.policy",
     "Host": "crosslayer.host.host",
-    "RECIPES": "crosslayer.train.recipes",
-    "Graph": "crosslayer.graph.graph",
+    "Intervention": "crosslayer.attribution.interventions",
+    "RECIPES": "crosslayer.training.recipes",
+    "Graph": "crosslayer.graphs.graph",
     "ReplacementModel": "crosslayer.eval.replacement_model",
-    "Target": "crosslayer.graph.targets",
-    "TrainConfig": "crosslayer.train.config",
-    "attribute": "crosslayer.graph.attribute",
+    "Target": "crosslayer.attribution.targets",
+    "TrainConfig": "crosslayer.training.config",
+    "attribute": "crosslayer.attribution.attribute",
     "evaluate": "crosslayer.eval.api",
-    "intervene": "crosslayer.graph.intervene",
+    "intervene": "crosslayer.attribution.interventions",
     "load_clt": "crosslayer.clt.open",
-    "load_features": "crosslayer.features.store",
+    "load_features": "crosslayer.bundles.bundle",
     "load_host": "crosslayer.host.host",
+    "train": "crosslayer.training.trainer",
+    "validate": "crosslayer.attribution.validate",
 }
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "FirstPosition",
     "Graph",
     "Host",
+    "Intervention",
     "ReplacementModel",
     "Target",
     "TrainConfig",
@@ -59,32 +63,33 @@ __all__ = [
     "load_features",
     "load_host",
     "train",
+    "validate",
 ]
 
 if TYPE_CHECKING:
+    from crosslayer.attribution.attribute import attribute as attribute
+    from crosslayer.attribution.interventions import Intervention as Intervention
+    from crosslayer.attribution.interventions import intervene as intervene
+    from crosslayer.attribution.targets import Target as Target
+    from crosslayer.attribution.validate import validate as validate
+    from crosslayer.bundles.bundle import load_features as load_features
     from crosslayer.clt.config import CLTConfig as CLTConfig
     from crosslayer.clt.open import load_clt as load_clt
     from crosslayer.clt.transcoder import CLT as CLT
     from crosslayer.core.errors import CrosslayerError as CrosslayerError
     from crosslayer.eval.api import evaluate as evaluate
     from crosslayer.eval.replacement_model import ReplacementModel as ReplacementModel
-    from crosslayer.features.store import load_features as load_features
-    from crosslayer.graph.attribute import attribute as attribute
-    from crosslayer.graph.graph import Graph as Graph
-    from crosslayer.graph.intervene import intervene as intervene
-    from crosslayer.graph.targets import Target as Target
+    from crosslayer.graphs.graph import Graph as Graph
     from crosslayer.host.host import Host as Host
     from crosslayer.host.host import load_host as load_host
-    from crosslayer.records.evaluation import Evaluation as Evaluation
-    from crosslayer.records.policy import FirstPosition as FirstPosition
-    from crosslayer.train.config import TrainConfig as TrainConfig
-    from crosslayer.train.loop import train as train
-    from crosslayer.train.recipes import RECIPES as RECIPES
+    from crosslayer.schemas.evaluation import Evaluation as Evaluation
+    from crosslayer.schemas.policy import FirstPosition as FirstPosition
+    from crosslayer.training.config import TrainConfig as TrainConfig
+    from crosslayer.training.recipes import RECIPES as RECIPES
+    from crosslayer.training.trainer import train as train
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return import_module("crosslayer.train")
     if name not in _HOMES:
         raise AttributeError(f"module 'crosslayer' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -9,7 +9,7 @@ import pytest
 
 import crosslayer as xl
 from cli.test_graph_commands import run
-from features.conftest import CONTEXT, N_FEATURES, TOKENS, Made, clt_folder, made, texts, write_clt
+from made_bundle import CONTEXT, N_FEATURES, TOKENS, Made, clt_folder, made, texts, write_clt
 
 __all__ = ["clt_folder", "made", "texts"]
 
@@ -86,7 +86,7 @@ def test_bad_input_is_one_sentence(made: Made, tmp_path: Path, host_folder: Path
         (("build", "--clt", made.folder, "--text", made.text), "no place for the bundle was given"),
         (("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "no" / "where"), "there is no folder"),
         (("build", "--clt", made.folder, "--text", tmp_path / "nothing", "-o", tmp_path / "b"), "no such file or folder"),
-        (("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "b", "--atlas-weight", "encoder=much"), "write KIND=WEIGHT"),
+        (("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "b", "--cluster-weight", "encoder=much"), "write KIND=WEIGHT"),
         (("build", "--clt", made.folder, "--text", made.text, "-o", bundle), "holds a feature bundle already"),
         (("export", "--bundle", bundle, "-o", tmp_path / "file"), "is a file"),
         (("export", "--to", "parquet", "--bundle", bundle, "-o", tmp_path), "it is a folder"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crosslayer.clt.activations import jumprelu, step
+from crosslayer.clt.activations.straight_through import jumprelu, step
 
 EPS = 0.5
 THETA_F = torch.tensor([1.0, 0.2], dtype=torch.float64)

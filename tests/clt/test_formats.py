@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from clt import foreign
 from clt.test_transcoder import inputs
+from crosslayer.clt.convert import convert
 from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.open import load_clt, open_format
-from crosslayer.clt.rewrite import convert
 from crosslayer.core.errors import ConfigError
 
 LAYOUTS, ACTIVATIONS = ("input_layer", "output_layer"), ("relu", "jumprelu", "topk", "topk_all")

@@ -19,7 +19,7 @@ from crosslayer.clt.inspect import describe
 from crosslayer.clt.open import load_clt
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, FormatError
-from crosslayer.records.policy import FirstPosition
+from crosslayer.schemas.policy import FirstPosition
 
 PROVENANCE = Provenance(model_name="some/model", scan="test", policy=FirstPosition(n_skip=4), extra={"trained_as": "x"})
 

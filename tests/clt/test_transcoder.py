@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosslayer.clt import finding
+from crosslayer.clt import finding, precision
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.init import initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
@@ -63,7 +63,7 @@ def test_sparse_equals_dense_forward_and_backward(activation: str, scope: str, c
 def test_features_found_in_bfloat16_are_the_same(
     activation: str, scope: str, rank_by: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(finding, "bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
     clt = make(activation, scope, dtype=torch.float32, rank_by=rank_by)
     x_BLD = inputs(700).float()
     assert isinstance(clt.finder(list(x_BLD.unbind(1))), finding.Exact if activation == "relu" else finding.Coarse)

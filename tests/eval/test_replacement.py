@@ -13,7 +13,7 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.eval.evaluate import evaluate_rows, kl_divergence, measure_replacement
 from crosslayer.eval.replacement import Replace, Zero, replaced_logits
 from crosslayer.host.host import Host
-from crosslayer.records.policy import FirstPosition
+from crosslayer.schemas.policy import FirstPosition
 
 ROWS_BT = torch.randint(0, tiny.N_VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
 

@@ -15,28 +15,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from crosslayer.bundles.bundle import load_features
+from crosslayer.bundles.schema import building_folder
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError, CrosslayerError, FormatError, ResourceError, RunError, SourceError
 from crosslayer.features import build as build_module
 from crosslayer.features import scan as scan_module
 from crosslayer.features.build import build_features
 from crosslayer.features.sketch import LayerSketch
-from crosslayer.features.store import building_folder, load_features
-from features.conftest import CONTEXT, SETTINGS, TOKENS, Made, contents, write_clt
+from made_bundle import CONTEXT, SETTINGS, TOKENS, Made, contents, write_clt
 
 BUILD = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from crosslayer import dist
+from crosslayer import parallel
 from crosslayer.features import scan
 from crosslayer.features.build import build_features
 sys.path.insert(0, {tests!r})
-from features.conftest import CONTEXT, SETTINGS, TOKENS
+from made_bundle import CONTEXT, SETTINGS, TOKENS
 scan.SAVE_EVERY_S = 0.0
-dist.start()
+parallel.start()
 build_features({clt!r}, text=[{text!r}], out=Path({out!r}), tokens=TOKENS, context=CONTEXT, settings=SETTINGS, rows_at_once=5)
-dist.stop()
+parallel.stop()
 """
 
 
@@ -180,9 +181,9 @@ Usage = namedtuple("Usage", "total used free")
     [
         ({"tokens": 0}, ConfigError, "tokens=0"),
         ({"context": 1000}, ConfigError, "context=1000 must lie between 3 and that of"),
-        ({"atlas_weights": {"encoder": -1.0}}, ConfigError, "encoder=-1.0"),
-        ({"atlas_weights": {"looks": 1.0}}, ConfigError, "'looks'"),
-        ({"atlas_weights": {"encoder": 0.0}}, ConfigError, "all atlas weights are 0"),
+        ({"cluster_weights": {"encoder": -1.0}}, ConfigError, "encoder=-1.0"),
+        ({"cluster_weights": {"looks": 1.0}}, ConfigError, "'looks'"),
+        ({"cluster_weights": {"encoder": 0.0}}, ConfigError, "all cluster weights are 0"),
         ({"text": []}, SourceError, "no text was given"),
     ],
 )
@@ -195,7 +196,7 @@ def test_settings_that_cannot_be(
 
 
 def test_text_without_a_held_out_part(made: Made, tmp_path: Path):
-    from crosslayer.acts.documents import split_of, text_hash
+    from crosslayer.data.documents import split_of, text_hash
 
     text = next(t for t in (f"def value {i}\n" * 30 for i in range(100)) if split_of(text_hash(t)) == "train")
     (tmp_path / "all.txt").write_text(text)

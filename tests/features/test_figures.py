@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from crosslayer.bundles.index import Index
+from crosslayer.bundles.settings import log_edges
 from crosslayer.features import direct
-from crosslayer.features.index import Index
-from crosslayer.features.settings import log_edges
 from crosslayer.features.sketch import hash_of
-from features.conftest import CONTEXT, N_FEATURES, SETTINGS, Made
+from made_bundle import CONTEXT, N_FEATURES, SETTINGS, Made
 from pairs import make_pair
 
 

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from crosslayer.features.attributes import KINDS, Attribute, Vocabulary, attributes_of, next_tokens, places_of
 from crosslayer.features.rules import MIN_AUROC, Rules, measuring_half, rules
 from crosslayer.features.sample import Sampled
-from features.conftest import Made
+from made_bundle import Made
 
 STRINGS = ["<|end|>", "a", " b", " c", "\n", "    ", "(", ")", "1", "Дом", " def", "[", "]", " x", " y", "Name", "NAME"]
 VOCABULARY = Vocabulary(STRINGS, special=[0])

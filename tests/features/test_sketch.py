@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosslayer.bundles.settings import ScanSettings
 from crosslayer.clt.sparse import Active
 from crosslayer.features import sketch as sketch_module
 from crosslayer.features.sample import TokenSample, token_hash
-from crosslayer.features.settings import ScanSettings
 from crosslayer.features.sketch import LayerSketch
 
 CONTEXT, F, SKIP = 10, 7, 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 import tiny
-from crosslayer.acts.stream import harvest
+from crosslayer.data.stream import harvest
 from crosslayer.host.host import Host
-from crosslayer.records.policy import FirstPosition
+from crosslayer.schemas.policy import FirstPosition
 
 
 def test_text_begins_with_a_special_token_once(host: Host):

@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 import crosslayer as xl
-from features.conftest import Made, clt_folder, made, texts
+from made_bundle import Made, clt_folder, made, texts
 
 __all__ = ["clt_folder", "made", "texts"]
 PROMPT = "def class return value"

@@ -19,9 +19,9 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 import crosslayer
 import crosslayer as xl
-from crosslayer.features.store import load_features
-from crosslayer.features.user import Label
-from crosslayer.graph.interchange import read_graph_file, to_file, write_graph_file
+from crosslayer.bundles.annotations import Label
+from crosslayer.bundles.bundle import load_features
+from crosslayer.graphs.interchange import read_graph_file, to_file, write_graph_file
 from serve.served import Served
 
 WEB = Path(crosslayer.__file__).parents[2] / "web" / "src"

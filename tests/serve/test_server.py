@@ -14,10 +14,10 @@ from fastapi.testclient import TestClient
 
 import crosslayer as xl
 from crosslayer.core.errors import ConfigError
-from crosslayer.graph import to_file, write_graph_file
+from crosslayer.graphs import to_file, write_graph_file
 from crosslayer.serve.app import create_app
 from crosslayer.serve.guard import COOKIE, MOST_BODY
-from features.conftest import CONTEXT, Made
+from made_bundle import CONTEXT, Made
 
 BASE = "http://127.0.0.1:8000"
 

@@ -25,7 +25,7 @@ def command(source: str, target: Path, to: str, dtype: str | None, drop_skip: bo
     """
     import torch
 
-    from crosslayer.clt.rewrite import convert
+    from crosslayer.clt.convert import convert
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.progress import track
 

@@ -32,12 +32,12 @@ def command(
     The split is a function of each document, so what is held out here was held out in training too.
     """
     from crosslayer.clt.folder import open_folder
+    from crosslayer.clt.precision import DTYPES
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable, write_json
     from crosslayer.eval.api import evaluate
     from crosslayer.eval.report import print_table
-    from crosslayer.train.loop import DTYPES
-    from crosslayer.train.run_folder import read_manifest
+    from crosslayer.training.run_folder import read_manifest
 
     if out is not None:
         require_writable(out)

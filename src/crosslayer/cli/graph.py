@@ -41,12 +41,12 @@ def command(
     device: str, top: int, features: Path | None, out: Path | None, export: Path | None, node_threshold: float, edge_threshold: float,
 ) -> None:  # fmt: skip
     """Trace PROMPT into an attribution graph: the features that lead to the model's next token, and how they lead there."""
+    from crosslayer.attribution.attribute import attribute
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable
-    from crosslayer.graph.attribute import attribute
-    from crosslayer.graph.graph import files_of, refuse_other_file
-    from crosslayer.graph.interchange import slug_of, to_file, write_graph_file
-    from crosslayer.graph.report import print_graph
+    from crosslayer.graphs.files import files_of, refuse_other_file
+    from crosslayer.graphs.interchange import slug_of, to_file, write_graph_file
+    from crosslayer.graphs.report import print_graph
 
     for path in (*(files_of(out) if out is not None else ()), *([export] if export is not None else [])):
         require_writable(path)

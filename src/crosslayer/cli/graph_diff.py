@@ -14,9 +14,9 @@ def command(first: str, second: str, top: int) -> None:
     """Compare the saved graphs FIRST and SECOND, of one transcoder: which features both use, and which only one."""
     from pathlib import Path
 
-    from crosslayer.graph.compare import merge
-    from crosslayer.graph.interchange import open_graph
-    from crosslayer.graph.report import print_difference
+    from crosslayer.graphs.compare import merge
+    from crosslayer.graphs.interchange import open_graph
+    from crosslayer.graphs.report import print_difference
 
     merged = merge([open_graph(first), open_graph(second)])
     print_difference(Console(), merged, [Path(first).stem, Path(second).stem], top=top)

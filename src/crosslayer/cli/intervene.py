@@ -36,9 +36,9 @@ def command(
     from rich.markup import escape
     from rich.table import Table
 
+    from crosslayer.attribution.interventions import Intervention, intervene
+    from crosslayer.attribution.opening import open_both
     from crosslayer.core.errors import ConfigError
-    from crosslayer.graph.attribute import open_both
-    from crosslayer.graph.intervene import Intervention, intervene
 
     wanted = [("set", s) for s in sets] + [("scale", s) for s in scales] + [("ablate", s) for s in ablations]
     interventions = [Intervention(**_parse(text, kind)) for kind, text in wanted]

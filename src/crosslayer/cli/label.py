@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from crosslayer.features.store import FeatureBundle
+    from crosslayer.bundles.bundle import FeatureBundle
 
 
 @click.command()
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 @click.option("--key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key; no key is sent unless given")  # fmt: skip
 @click.option("--feature", "features", multiple=True, metavar="L/I", help="a feature to label, as L3/753; repeatable; all unless chosen otherwise")  # fmt: skip
 @click.option("--graph", type=click.Path(path_type=Path), help="label the features of a saved or exported graph, as it is shown")  # fmt: skip
-@click.option("--group", metavar="LEVEL/NUMBER", help="label the features of a group of the atlas")
+@click.option("--group", metavar="LEVEL/NUMBER", help="label the features of a cluster")
 @click.option("--unnamed", is_flag=True, help="of these, only what no rule names, nor a person")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="of these, N evenly over layers and densities")
 @click.option("--budget", type=click.IntRange(min=1), metavar="TOKENS", help="tokens to spend at most, read and written; as many features as that reaches")  # fmt: skip
 @click.option("--score", "methods", multiple=True, type=click.Choice(["detection", "fuzzing", "intruder", "none"]), help="how labels are scored; repeatable; in all three ways unless given")  # fmt: skip
 @click.option("--baseline", "baselines", multiple=True, type=click.Choice(["shuffled", "rule", "none"]), help="what else is judged on the same texts: other features' labels, the labels by rule; repeatable; both unless given")  # fmt: skip
-@click.option("--groups/--no-groups", default=True, help="name the groups of the atlas that the features are in, from their members' labels")  # fmt: skip
+@click.option("--groups/--no-groups", default=True, help="name the clusters that the features are in, from their members' labels")  # fmt: skip
 @click.option("--shown", type=click.IntRange(min=1), default=12, show_default=True, help="texts to explain with")
 @click.option("--texts", type=click.IntRange(min=2), default=10, show_default=True, help="texts to judge on which the feature fires, and as many on which it does not")  # fmt: skip
 @click.option("--window", type=click.IntRange(min=4, max=255), default=24, show_default=True, help="tokens of a text")
@@ -52,17 +52,17 @@ def command(
     """
     from functools import partial
 
+    from crosslayer.autointerp.ask import Asker
+    from crosslayer.autointerp.cache import CACHE, AnswerCache
+    from crosslayer.autointerp.endpoint import Endpoint, Patience
+    from crosslayer.autointerp.estimate import Prices, estimate
+    from crosslayer.autointerp.report import print_estimate, print_summary
+    from crosslayer.autointerp.run import Labelling
+    from crosslayer.autointerp.settings import BASELINES, METHODS, LabelSettings
+    from crosslayer.bundles.bundle import load_features
     from crosslayer.core.errors import ConfigError, EndpointError
     from crosslayer.core.files import locked, require_writable, write_json
     from crosslayer.core.progress import track
-    from crosslayer.features.store import load_features
-    from crosslayer.label.ask import Asker
-    from crosslayer.label.cache import CACHE, AnswerCache
-    from crosslayer.label.endpoint import Endpoint, Patience
-    from crosslayer.label.estimate import Prices, estimate
-    from crosslayer.label.report import print_estimate, print_summary
-    from crosslayer.label.run import Labelling
-    from crosslayer.label.settings import BASELINES, METHODS, LabelSettings
 
     if out is not None:
         require_writable(out)
@@ -126,9 +126,9 @@ def _features(
     opened: FeatureBundle, features: tuple[str, ...], graph: Path | None, group: str | None, unnamed: bool, sample: int | None, seed: int
 ) -> list[int]:  # fmt: skip
     """Flat ids of the features that are meant, in the order in which they are labelled."""
+    from crosslayer.autointerp import choose
     from crosslayer.cli.features import parse_feature
     from crosslayer.core.errors import ConfigError
-    from crosslayer.label import choose
 
     given = [flag for flag, x in (("--feature", features), ("--graph", graph), ("--group", group)) if x]
     if len(given) > 1:

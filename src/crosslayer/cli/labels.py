@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from crosslayer.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crosslayer.graph.graph import Graph
+    from crosslayer.graphs.graph import Graph
 
 
 def labels_of(graph: Graph, clt: str | Path, bundle: Path | None) -> dict[tuple[int, int], str]:
@@ -20,7 +20,8 @@ def labels_of(graph: Graph, clt: str | Path, bundle: Path | None) -> dict[tuple[
     Raises:
         ConfigError: for a bundle of a transcoder of another shape.
     """
-    from crosslayer.features.store import MANIFEST, load_features
+    from crosslayer.bundles.bundle import load_features
+    from crosslayer.bundles.schema import MANIFEST
 
     own = Path(clt) / "features"
     if bundle is None and not (own / MANIFEST).is_file():

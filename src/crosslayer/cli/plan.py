@@ -23,12 +23,12 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
 
     Ends with exit code 2 where the run would not fit here, naming the setting to change.
     """
+    from crosslayer.clt.precision import DTYPES
     from crosslayer.core.errors import ResourceError
     from crosslayer.host.host import choose_device
-    from crosslayer.train.loop import DTYPES
-    from crosslayer.train.plan import GIB, check_fits, host_shape
-    from crosslayer.train.share import plan_of_one_rank
-    from crosslayer.train.trial import trial
+    from crosslayer.training.plan import GIB, check_fits, host_shape
+    from crosslayer.training.share import plan_of_one_rank
+    from crosslayer.training.trial import trial
 
     config = config_from(flags, recipe)
     shape = host_shape(config.model)

@@ -27,16 +27,16 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
     """
     from dataclasses import replace
 
+    from crosslayer.attribution.attribute import attribute
+    from crosslayer.bundles.bundle import load_features
+    from crosslayer.bundles.report import print_feature
     from crosslayer.eval.report import print_table
     from crosslayer.features.build import build_features
-    from crosslayer.features.report import print_feature
-    from crosslayer.features.store import load_features
-    from crosslayer.graph.attribute import attribute
-    from crosslayer.graph.report import print_graph
-    from crosslayer.records.evaluation import Evaluation
-    from crosslayer.train.loop import train
-    from crosslayer.train.recipes import stdlib
-    from crosslayer.train.run_folder import read_manifest
+    from crosslayer.graphs.report import print_graph
+    from crosslayer.schemas.evaluation import Evaluation
+    from crosslayer.training.recipes import stdlib
+    from crosslayer.training.run_folder import read_manifest
+    from crosslayer.training.trainer import train
 
     config = replace(stdlib(), seed=seed)
     there = read_manifest(out) if (out / "run.json").exists() else None

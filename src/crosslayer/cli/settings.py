@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 
 from crosslayer.core.errors import ConfigError
-from crosslayer.train.config import TrainConfig
-from crosslayer.train.recipes import RECIPES
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.recipes import RECIPES
 
 
 class GroupedHelp(click.Command):
@@ -45,7 +45,7 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
                 if get_origin(hint) not in (None, Literal)
                 else [hint]
             )
-            choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else None
+            choices = f.metadata["choices"] or (get_args(kinds[0]) if get_origin(kinds[0]) is Literal else None)
             kind = click.Choice(choices) if choices else kinds[0]
             option = click.option(flag, f.name, type=kind, default=None, help=text)
         command = option(command)

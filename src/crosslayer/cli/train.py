@@ -26,11 +26,11 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
     crosslayer train --resume runs/mine
     torchrun --nproc-per-node 8 -m crosslayer train --recipe gpt2-32k -o runs/gpt2
     """
-    from crosslayer import dist
+    from crosslayer import parallel
     from crosslayer.eval.report import print_table
-    from crosslayer.train.config import TrainConfig
-    from crosslayer.train.loop import train
-    from crosslayer.train.run_folder import MAY_CHANGE, check_same_config, read_manifest
+    from crosslayer.training.config import TrainConfig
+    from crosslayer.training.run_folder import MAY_CHANGE, check_same_config, read_manifest
+    from crosslayer.training.trainer import train
 
     if (out is None) == (resume is None):
         raise ConfigError("give --out for a new run, or --resume to go on with one")
@@ -44,7 +44,7 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
             raise ConfigError(f"--step={step} goes with --resume; leave it out of a new run")
         config = config_from(flags, recipe)
     done = train(config, resume or out or Path(), resume=resume is not None, step=step, console=Console(stderr=True))
-    if dist.is_first():
+    if parallel.is_first():
         print_table(Console(), done.evaluation)
         click.echo(f"saved in {done.folder}/clt; measures in {done.folder}/eval.json")
-    dist.stop()
+    parallel.stop()

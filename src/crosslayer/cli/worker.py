@@ -29,7 +29,7 @@ class Worker:
         return self.model
 
     def trace(self, job: dict[str, Any], tell: Any) -> dict[str, Any]:
-        from crosslayer.graph.attribute import attribute
+        from crosslayer.attribution.attribute import attribute
 
         model = self.opened(job["clt"], tell)
         tell(stage="tracing")
@@ -41,7 +41,7 @@ class Worker:
         return {"path": str(graph.save(out)), "features": graph.n_features}
 
     def intervene(self, job: dict[str, Any], tell: Any) -> dict[str, Any]:
-        from crosslayer.graph.intervene import Intervention, Watch, intervene
+        from crosslayer.attribution.interventions import Intervention, Watch, intervene
 
         model = self.opened(job["clt"], tell)
         tell(stage="running")

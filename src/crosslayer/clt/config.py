@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from crosslayer.clt.activations import ACTIVATIONS, JUMPRELU, Activation
 from crosslayer.core.errors import ConfigError
-from crosslayer.records.policy import FirstPosition
+from crosslayer.schemas.policy import FirstPosition
 
-Activation = Literal["jumprelu", "relu", "topk", "batchtopk"]
 Scope = Literal["layer", "all"]
 RankBy = Literal["norm", "value"]
 
@@ -19,8 +19,8 @@ class CLTConfig:
 
     Attributes:
         n_layers, d_model, n_features: layers, width, features a layer.
-        activation: `jumprelu`, `relu`, `topk` (k a token) or `batchtopk` (k a token on average over the batch).
-        k: active features a token, per layer or in all as `scope` says; for `topk` and `batchtopk` only.
+        activation: the name of one of `crosslayer.clt.activations`.
+        k: active features a token, per layer or in all as `scope` says; for those that rank only.
         scope: whether top-k ranks the features of each layer apart or those of all layers together.
         rank_by: what top-k ranks: the activation times its decoder's norm, or the activation's value alone.
         k_per_batch: k counts the whole batch in place of each token (batchtopk; as BluelightAI's loader has it).
@@ -34,7 +34,7 @@ class CLTConfig:
     n_layers: int
     d_model: int
     n_features: int
-    activation: Activation = "jumprelu"
+    activation: str = JUMPRELU.name
     k: int | None = None
     scope: Scope = "all"
     rank_by: RankBy = "norm"
@@ -43,6 +43,8 @@ class CLTConfig:
     skip: bool = False
 
     def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation={self.activation} is not known; give one of {', '.join(ACTIVATIONS)}")
         for name in ("n_layers", "d_model", "n_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -58,7 +60,12 @@ class CLTConfig:
     @property
     def ranks(self) -> bool:
         """Whether the activation chooses features by rank."""
-        return self.activation in ("topk", "batchtopk")
+        return self.kind.ranks
+
+    @property
+    def kind(self) -> Activation:
+        """The activation function."""
+        return ACTIVATIONS[self.activation]
 
     def n_slots(self, layer: int) -> int:
         """Layers that features of `layer` write to."""
@@ -69,7 +76,7 @@ class CLTConfig:
         """Weights, biases and thresholds."""
         slots = sum(self.n_slots(i) for i in range(self.n_layers))
         matrices = (self.n_layers + slots) * self.n_features * self.d_model
-        thresholds = self.n_layers * self.n_features * (self.activation == "jumprelu")
+        thresholds = self.n_layers * self.n_features * self.kind.thresholds
         skip = self.n_layers * self.d_model**2 * self.skip
         return matrices + self.n_layers * (self.n_features + self.d_model) + thresholds + skip
 

@@ -1,72 +1,114 @@
-"""Thresholds from data: any activation to JumpReLU at a chosen mean L0, exactly what the published format can hold.
-
-TopK and BatchTopK rank features by f * ||W_dec||. The JumpReLU that agrees with them fires where that score exceeds one
-cut, so each feature's threshold is the cut over its own norm. The cut is the quantile of the scores of many tokens at
-which the mean L0 is the one asked for: a cut for all layers together, or one a layer, as the ranking was. A JumpReLU
-transcoder is calibrated in the same way, its thresholds scaled by one factor.
-"""
+"""From any format to one that others open, layer by layer, in constant memory, compared with its source when done."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
+from crosslayer.clt.folder import open_folder
+from crosslayer.clt.formats import published, transcoder_set
+from crosslayer.clt.formats.opened import Opened
+from crosslayer.clt.formats.writing import FilePlan, check_written, write_folder
+from crosslayer.clt.open import load_clt
+from crosslayer.clt.sparse import Active
 from crosslayer.clt.transcoder import CLT
 from crosslayer.clt.weights import Weights
-from crosslayer.dist import Group
-from crosslayer.dist.select import kth_largest
+from crosslayer.core.errors import ConfigError, FormatError
+
+Layout = Literal["published", "per-layer"]
+CARD = "README.md"
+SAMPLE_TOKENS, SAMPLE_FEATURES = 16, 32
+Progress = Callable[[str, float], None]
+
+
+def convert(
+    source: str | Path,
+    target: Path,
+    *,
+    to: Layout = "published",
+    dtype: torch.dtype | None = None,
+    skip: Literal["refuse", "keep", "drop"] = "refuse",
+    on_progress: Progress = lambda what, share: None,
+) -> None:
+    """Write a transcoder again, and read back what was written.
+
+    Args:
+        source: a folder, a run, or a name on the hub, in any known format.
+        target: a folder that is not there yet. Killed half-way, the same call goes on.
+        to: the published format, or a set of per-layer transcoders.
+        dtype: of all tensors; their own unless given.
+        skip: what to do with an affine skip in the published format, which circuit-tracer does not open.
+        on_progress: told "write" or "verify", and the share that is done.
+
+    Raises:
+        ConfigError: for what the format cannot hold.
+        FormatError: for a source that is not whole, a target that is there, or a written tensor that differs.
+    """
+    opened = load_clt(source)
+    if opened.clt.config.skip and to == "published" and skip != "keep":
+        if skip == "refuse":
+            raise ConfigError(f"{source} has an affine skip, which circuit-tracer does not open; give --drop-skip to leave it out, or --keep-skip to write it for crosslayer alone")  # fmt: skip
+        opened = _without_skip(opened)
+    files = (published if to == "published" else transcoder_set).plan(opened, dtype)
+    folder = open_folder(source)
+    if CARD in folder.names:
+        files.append(FilePlan(CARD, text=folder.path(CARD).read_text(encoding="utf-8")))
+    total = max(1, sum(f.n_bytes for f in files))
+
+    def check(written: Path) -> None:
+        try:
+            check_written(written, files, lambda n: on_progress("verify", 0.9 * n / total))
+            _check_sample(opened, load_clt(written), dtype)
+        except FormatError as error:
+            if dtype == torch.float16:
+                raise FormatError(
+                    f"{source} does not fit into fp16, whose greatest number is 65,504 ({error}); give --dtype bf16 or fp32"
+                ) from error
+            raise
+
+    write_folder(target, files, lambda n: on_progress("write", n / total), check)
+    on_progress("verify", 1.0)
+
+
+def _without_skip(opened: Opened) -> Opened:
+    opened.clt.config = replace(opened.clt.config, skip=False)
+    opened.clt.W_skip = Weights()
+    return opened
 
 
 @torch.no_grad()
-def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) -> CLT:
-    """A JumpReLU copy of a transcoder whose mean L0, summed over layers, is `l0` on these inputs.
-
-    Args:
-        clt: of any activation; of one whose features are shared out, each rank converts its own, by one cut for all.
-        batches: MLP inputs in the units that it takes; some ten thousand tokens put the mean L0 within 1 %.
-        l0: mean number of features with f > 0 per token, all layers together; with a ranking per layer, shared evenly.
-    """
-    c = clt.config
-    if c.activation == "jumprelu":
-        unit = [theta.detach().float().clamp(min=1e-8) for theta in clt.threshold]
-    else:
-        unit = [1.0 / clt.rank_norm(i).clamp(min=1e-8) for i in range(c.n_layers)]
-    apart = c.ranks and c.scope == "layer"
-    keep = 4.0 * l0 / (c.n_layers if apart else 1)
-    kept: list[list[Tensor]] = [[] for _ in range(c.n_layers)]
-    n_tokens = 0
-    for x_BLD in batches:
-        scores = [clt.pre(x_BD, i).float() / unit[i] for i, x_BD in enumerate(x_BLD.unbind(1))]
-        n = x_BLD.shape[0]
-        if apart:
-            kept = [[*old, _largest(s, keep * n)] for old, s in zip(kept, scores, strict=True)]
-        else:
-            kept[0].append(_largest(torch.cat([s.flatten() for s in scores]), keep * n))
-        n_tokens += n
-    assert n_tokens, "calibrating a threshold needs at least one batch"
-    groups = [torch.cat(group) for group in (kept if apart else kept[:1])]
-    cuts = [_cut(group, l0 * n_tokens / len(groups), clt.mesh.features) for group in groups]
-    out = CLT(replace(c, activation="jumprelu", k=None, k_per_batch=False), dtype=clt.dtype, device="meta")
-    out.mesh = clt.mesh
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
-        setattr(out, name, copy.deepcopy(getattr(clt, name)))
-    thresholds = [u * cuts[i if apart else 0] for i, u in enumerate(unit)]
-    out.threshold = Weights(nn.Parameter(t) for t in thresholds)
-    return out
+def _check_sample(source: Opened, written: Opened, dtype: torch.dtype | None) -> None:
+    """Both must encode and decode some inputs alike; at most a few features a token and layer are decoded."""
+    generator = torch.Generator().manual_seed(0)
+    config = source.clt.config
+    x_BLD = torch.randn(SAMPLE_TOKENS, config.n_layers, config.d_model, generator=generator)
+    loose = 1e-5 if dtype in (None, source.clt.dtype, torch.float64, torch.float32) else 0.05
+    one, other = (_some_features(clt, x_BLD) for clt in (source.clt, written.clt))
+    for i, (a, b) in enumerate(zip(one, other, strict=True)):
+        expected, found = (
+            torch.cat([active.value_K, clt.decode_layer(active, i).flatten()])
+            for active, clt in ((a, source.clt), (b._replace(token_K=a.token_K, feature_K=a.feature_K), written.clt))
+        )
+        scale = max(1e-6, expected.abs().max().item())
+        if (expected.float() - found.float()).abs().max().item() > loose * scale:
+            raise FormatError(f"layer {i} of what was written encodes or decodes otherwise than its source; write it again")  # fmt: skip
 
 
-def _largest(score: Tensor, n: float) -> Tensor:
-    """The `n` largest positive scores, in no order."""
-    positive = score[score > 0]
-    return positive if positive.numel() <= n else positive.topk(int(n), sorted=False).values
-
-
-def _cut(score: Tensor, wanted: float, group: Group) -> float:
-    """The value that `wanted` of the scores exceed, those of all ranks of the group together."""
-    there_are = int(group.total(score.numel()))
-    return kth_largest(score[None], min(round(wanted) + 1, there_are), group).item() if there_are else 0.0
+def _some_features(clt: CLT, x_BLD: torch.Tensor) -> list[Active]:
+    """Pre-activations of the first features that lie at every so many places: a sample that needs few decoder rows."""
+    n_tokens, n_features = x_BLD.shape[0], clt.config.n_features
+    features = torch.arange(0, n_features, max(1, n_features // SAMPLE_FEATURES))[:SAMPLE_FEATURES]
+    token_K = torch.arange(n_tokens).repeat_interleave(len(features))
+    feature_K = features.repeat(n_tokens)
+    shape = (n_tokens, n_features)
+    active = []
+    for i, x_BD in enumerate(x_BLD.unbind(1)):
+        W_KD = clt.W_enc.rows(i, features)
+        wide = torch.promote_types(x_BD.dtype, W_KD.dtype)
+        pre_BK = x_BD.to(wide) @ W_KD.to(wide).T + clt.b_enc[i][features]
+        active.append(Active(token_K, feature_K, pre_BK.flatten(), shape))
+    return active

@@ -9,7 +9,6 @@ have if input and encoder row pointed anywhere. Rounding errors of 512 products 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -125,7 +124,7 @@ class Fused(Exact):
 
     def above(self, layer: int, bound_F: Tensor) -> Found:
         """The entries of a layer whose pre-activation exceeds its feature's bound."""
-        from crosslayer import kernels
+        from crosslayer.clt import kernels
 
         token_K, feature_K, z_K = kernels.encode_above(self.x_LBD[layer], self.W_enc[layer], self.b_enc[layer], bound_F)
         return Found(Entries(token_K, feature_K), z_K)
@@ -160,11 +159,3 @@ def near(finder: Finder, layer: int, bound_F: Float[Tensor, " F"]) -> tuple[Foun
 def _chunks(n: int, device: torch.device) -> list[slice]:
     at_once = TOKENS_AT_ONCE[device.type]
     return [slice(a, min(a + at_once, n)) for a in range(0, n, at_once)]
-
-
-@cache
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

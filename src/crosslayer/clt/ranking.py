@@ -14,8 +14,8 @@ from torch import Tensor
 
 from crosslayer.clt.finding import Finder, Found, Looked, near
 from crosslayer.clt.sparse import Entries, where
-from crosslayer.dist import ALONE, Group, Mesh
-from crosslayer.dist.select import kth_largest
+from crosslayer.parallel import ALONE, Group, Mesh
+from crosslayer.parallel.select import kth_largest
 
 
 def top_mask(score_XSF: Float[Tensor, "X S F"], k: int, group: Group = ALONE.features) -> Bool[Tensor, "X S F"]:

@@ -18,7 +18,7 @@ from crosslayer.clt.formats.opened import Opened, Vectors, assemble
 from crosslayer.clt.transcoder import CLT
 from crosslayer.clt.weights import Reader
 from crosslayer.core.errors import FormatError
-from crosslayer.dist import Mesh
+from crosslayer.parallel import Mesh
 
 
 def share_of(whole: CLTConfig, mesh: Mesh, *, dtype: torch.dtype, device: str) -> CLT:

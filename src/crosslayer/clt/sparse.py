@@ -4,7 +4,7 @@ An encoding of B tokens is K triples (token, feature, value), in order of token.
 rows of each token; the gradient of a value is the product of one row with one token's gradient, that of a row the sum
 over the tokens on which its feature fires. None of the three needs a B x F or F x D product: they are a product of a sparse
 matrix with a dense one, and a product sampled at entries. On CPU both are PyTorch's over compressed rows, which write where
-they are told; on CUDA they are Triton's (`crosslayer.kernels`).
+they are told; on CUDA they are Triton's (`crosslayer.clt.kernels`).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def add_rows(
     Both matrices may be some columns of wider ones.
     """
     if by_kernels(out_XD):
-        from crosslayer import kernels
+        from crosslayer.clt import kernels
 
         kernels.add_rows(out_XD, start_R1, row_K, scale_K, rows_YD)
         return
@@ -128,7 +128,7 @@ def sampled_products(
 ) -> Tensor:
     """<a[token], b[feature]> for each entry, in order of token."""
     if by_kernels(a_BD):
-        from crosslayer import kernels
+        from crosslayer.clt import kernels
 
         return kernels.sampled_products(a_BD, b_FD, token_K, feature_K)
     wide = torch.promote_types(a_BD.dtype, b_FD.dtype)

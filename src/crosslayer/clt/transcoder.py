@@ -23,14 +23,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from crosslayer.clt import finding
-from crosslayer.clt.activations import jumprelu
+from crosslayer.clt import finding, precision
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.finding import Finder, Found, Given, above
-from crosslayer.clt.ranking import batch_top, token_top
 from crosslayer.clt.sparse import Active, add_rows, by_kernels, sparse_decode, sparse_pre, starts
 from crosslayer.clt.weights import Weights
-from crosslayer.dist import ALONE, Mesh
+from crosslayer.parallel import ALONE, Mesh
 
 DEFAULT_EPS = 0.5
 """Width of the straight-through window, in units of normalised pre-activations."""
@@ -71,7 +69,7 @@ class CLT(nn.Module):
         self.b_enc = parameters([(c.n_features,) for _ in layers], small)
         self.W_dec = parameters([(c.n_features, c.n_slots(i), c.d_model) for i in layers])
         self.b_dec = parameters([(c.d_model,) for _ in layers], small)
-        self.threshold = parameters([(c.n_features,) for _ in layers if c.activation == "jumprelu"], small)
+        self.threshold = parameters([(c.n_features,) for _ in layers if c.kind.thresholds], small)
         self.W_skip = parameters([(c.d_model, c.d_model) for _ in layers if c.skip])
 
     @property
@@ -106,10 +104,10 @@ class CLT(nn.Module):
         self, pre: Sequence[Float[Tensor, "B F"]], eps: float = DEFAULT_EPS, k: float | None = None
     ) -> list[Float[Tensor, "B F"]]:
         """Activations from the pre-activations of every layer, dense."""
-        if self.config.activation == "jumprelu":
-            return [jumprelu(z, theta.to(z.dtype), eps) for z, theta in zip(pre, self.threshold, strict=True)]
+        if not self.config.ranks:
+            return [self.config.kind.apply(z, self._theta(i), eps) for i, z in enumerate(pre)]
         known = [z.detach() for z in pre]
-        if self.config.ranks and self.config.scope == "all":
+        if self.config.scope == "all":
             found = self._ranked_together(Given(known), k)
         else:
             found = [self._firing_layer(Given([z]), i, 0.0, k) for i, z in enumerate(known)]
@@ -120,10 +118,8 @@ class CLT(nn.Module):
         assert not (self.config.ranks and self.config.scope == "all"), "top-k over all layers ranks them together"
         with torch.no_grad():
             z = self.pre(x_BD, layer)
-            if self.config.activation == "jumprelu":
-                return torch.where(z > self.threshold[layer].to(z.dtype), z, 0.0)
-            if self.config.activation == "relu":
-                return z.relu()
+            if not self.config.ranks:
+                return self.config.kind.apply(z, self._theta(layer), 0.0)
             entries, z_K = self._ranked(Given([z]), [self.rank_norm(layer)], None)[0]
             return torch.zeros_like(z).index_put(entries, z_K)
 
@@ -153,8 +149,8 @@ class CLT(nn.Module):
         (entries, z_K), shape = found, (x_BD.shape[0], self.config.n_features)
         if torch.is_grad_enabled() and (x_BD.requires_grad or self.b_enc[layer].requires_grad):
             z_K = sparse_pre(x_BD, self.W_enc[layer].to(x_BD.dtype), self.b_enc[layer], entries, z_K)
-        if self.config.activation == "jumprelu":
-            z_K = jumprelu(z_K, self.threshold[layer][entries.feature_K].to(z_K.dtype), eps)
+        theta_F = self._theta(layer)
+        z_K = self.config.kind.apply(z_K, None if theta_F is None else theta_F[entries.feature_K], eps)
         return Active(*entries, z_K, shape)
 
     def finder(self, x_LBD: Sequence[Float[Tensor, "B D"]], first: int = 0, *, coarse: bool = True) -> Finder:
@@ -163,10 +159,10 @@ class CLT(nn.Module):
         x = x_LBD[0]
         here = all(self.W_enc.here(i) for i in layers)
         pre = lambda x_BD, i: self.pre(x_BD, first + i)  # noqa: E731
-        if not here or x.dtype != self.dtype or self.dtype == torch.float64 or self.config.activation == "relu":
+        if not here or x.dtype != self.dtype or self.dtype == torch.float64 or not self.config.kind.coarse:
             return finding.Exact(pre, x_LBD, at_once=not here)
         weights = [self.W_enc[i].detach() for i in layers], [self.b_enc[i].detach() for i in layers]
-        if coarse and self.dtype == torch.float32 and finding.bfloat16_is_fast(x.device):
+        if coarse and self.dtype == torch.float32 and precision.bfloat16_is_fast(x.device):
             return finding.Coarse(x_LBD, *weights)
         return (
             finding.Fused(pre, x_LBD, *weights)
@@ -216,17 +212,20 @@ class CLT(nn.Module):
         """Of one layer, which is all that the finder knows."""
         if self.config.ranks:
             return self._ranked(finder, [self.rank_norm(layer).detach()], k)[0]
-        if self.config.activation == "jumprelu":
-            return above(finder, 0, self.threshold[layer].detach() - window / 2)
-        return above(finder, 0, torch.zeros_like(self.b_enc[layer]))
+        theta_F = self._theta(layer)
+        theta_F = None if theta_F is None else theta_F.detach()
+        return above(finder, 0, self.config.kind.bound(theta_F, self.b_enc[layer].detach(), window))
 
     def _ranked(self, finder: Finder, norms: Sequence[Tensor], k: float | None) -> list[Found]:
         """The top k by value times norm, ranked over all these layers together."""
         chosen = k or self.config.k
         assert chosen is not None
-        if self.config.activation == "batchtopk":
-            return batch_top(finder, norms, chosen / finder.n_tokens if self.config.k_per_batch else chosen, self.mesh)
-        return token_top(finder, norms, max(1, round(chosen)), self.mesh.features)
+        per_token = chosen / finder.n_tokens if self.config.k_per_batch else chosen
+        return self.config.kind.choose(finder, norms, per_token, self.mesh)
+
+    def _theta(self, layer: int) -> Tensor | None:
+        """Thresholds of a layer's features, if there are any."""
+        return self.threshold[layer] if self.config.kind.thresholds else None
 
     def rank_norm(self, layer: int) -> Float[Tensor, " F"]:
         """What activations are multiplied by to be ranked."""

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from crosslayer.acts.rows import held_out_rows
-from crosslayer.acts.sources import open_sources
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError
 from crosslayer.core.progress import track
+from crosslayer.data.rows import held_out_rows
+from crosslayer.data.sources import open_sources
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.replacement_model import host_of
 from crosslayer.host.host import Host, choose_device
-from crosslayer.records.evaluation import Evaluation
+from crosslayer.schemas.evaluation import Evaluation
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         clt: a folder in any known format, a run, or a name on the hub.
-        text: sources, as `crosslayer.acts.sources` names them.
+        text: sources, as `crosslayer.data.sources` names them.
         model: the host; the one that the transcoder names unless given.
         dtype: of the host.
         tokens, context: how many held-out tokens, in rows of how many; of 256, or the host's context if that is less, unless given.

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from crosslayer.acts.stream import harvest
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
+from crosslayer.data.stream import harvest
 from crosslayer.eval.measures import DENSITY_EDGES, Firing, Reconstruction
 from crosslayer.eval.replacement import Replace, Zero
 from crosslayer.host.host import Host, Visitor
-from crosslayer.records.evaluation import Evaluation, Replacement
+from crosslayer.schemas.evaluation import Evaluation, Replacement
 
 REPLACEMENT_TOKENS = 32_768
 

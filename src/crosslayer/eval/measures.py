@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.clt.sparse import Active
-from crosslayer.dist import Group
+from crosslayer.parallel import Group
 
 DEAD_TOKENS = 100_000
 DENSITY_EDGES = [-6.0 + 0.25 * i for i in range(25)]

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crosslayer.clt.config import CLTConfig, Provenance
-from crosslayer.records.evaluation import Evaluation
+from crosslayer.schemas.evaluation import Evaluation
 
 
 def print_table(console: Console, e: Evaluation) -> None:
@@ -102,7 +102,7 @@ It opens in circuit-tracer as well: give it the absolute path of this folder.
 
 ## Format
 
-`config.yaml` and, for each layer i, `W_enc_i.safetensors` (`W_enc_i` (F, D), `b_enc_i`, `b_dec_i`{", `threshold_i`" if config.activation == "jumprelu" else ""}{", `W_skip_i`" if config.skip else ""})
+`config.yaml` and, for each layer i, `W_enc_i.safetensors` (`W_enc_i` (F, D), `b_enc_i`, `b_dec_i`{", `threshold_i`" if config.kind.thresholds else ""}{", `W_skip_i`" if config.skip else ""})
 and `W_dec_i.safetensors` (`W_dec_i` (F, n_layers - i, D); slot j writes to layer i + j). Weights take the model's own
 activations: normalisation is folded in.
 """

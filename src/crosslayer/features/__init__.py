@@ -1,4 +1,4 @@
-"""Features: one pass of text, and the weights, made into a bundle of what each feature means.
+"""Making a feature bundle: one pass over text, and what the weights say.
 
-`store`, `index`, `user`, `settings`, `packed`, `parquet` and `report` need NumPy and SQLite only; the others import torch. May import `acts`, `eval` and below.
+May import `eval` and below.
 """

@@ -1,4 +1,4 @@
-"""Build a feature bundle: text through host and encoder once, then what the weights say, rules, the atlas, and the index.
+"""Build a feature bundle: text through host and encoder once, then what the weights say, rules, clusters, the feature map, and the index.
 
 A bundle is built beside its place under a temporary name and renamed when it is whole. A build that was stopped goes on when it is run again: the pass
 from the text that it had not seen, later stages from the first whose arrays are not there.
@@ -21,44 +21,37 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from crosslayer import dist
-from crosslayer.acts.rows import held_out_rows
-from crosslayer.acts.sources import open_sources
+from crosslayer import parallel
+from crosslayer.bundles.bundle import FeatureBundle
+from crosslayer.bundles.index import Group, Row, write_index
+from crosslayer.bundles.row_files import save_array
+from crosslayer.bundles.schema import INDEX, MANIFEST, PLACES, TOKENS, VOCABULARY, building_folder
+from crosslayer.bundles.settings import LINEAR_BINS, LOG_BINS, ScanSettings
 from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError, RunError
 from crosslayer.core.files import locked, read_json, replacing, require_free_disk, write_json
 from crosslayer.core.progress import track
+from crosslayer.data.rows import held_out_rows
+from crosslayer.data.sources import open_sources
 from crosslayer.eval.replacement_model import host_of
-from crosslayer.features import atlas, direct
+from crosslayer.features import clusters, direct, feature_map, neighbour_graph
 from crosslayer.features.attributes import Vocabulary, attributes_of
 from crosslayer.features.coactivation import Coactive, coactivation
 from crosslayer.features.examples import N_COUNTED, Examples, examples_of
 from crosslayer.features.identity import clt_hash, host_hash, tokenizer_hash, tokens_hash
-from crosslayer.features.index import Group, Row, write_index
 from crosslayer.features.rules import Rules, rules
 from crosslayer.features.scan import Seen, batches_of, scan, take
-from crosslayer.features.settings import LINEAR_BINS, LOG_BINS, ScanSettings
 from crosslayer.features.sketch import FIXED_POINT
-from crosslayer.features.store import (
-    INDEX,
-    MANIFEST,
-    PLACES,
-    TOKENS,
-    VOCABULARY,
-    FeatureBundle,
-    building_folder,
-    save_array,
-)
 from crosslayer.host.host import Host, choose_device
-from crosslayer.records.bundle import BundleManifest, Stream
+from crosslayer.schemas.bundle import BundleManifest, Stream
 
 PLAN, PARTS = "plan.json", "parts"
 N_TOKENS = 1_048_576
 REACH = 0.9
 """A feature's reach is the fewest layers written that hold this share of its decoder's squared norm."""
-ATLAS_WEIGHTS = {"coactivation": 1.0, "encoder": 0.5, "decoder": 1.0}
-"""What each kind of neighbour counts in the atlas."""
+CLUSTER_WEIGHTS = {"coactivation": 1.0, "encoder": 0.5, "decoder": 1.0}
+"""What each kind of neighbour counts in clustering."""
 
 
 class Text(NamedTuple):
@@ -84,7 +77,7 @@ def build_features(
     tokens: int = N_TOKENS,
     context: int | None = None,
     settings: ScanSettings | None = None,
-    atlas_weights: dict[str, float] | None = None,
+    cluster_weights: dict[str, float] | None = None,
     rows_at_once: int = 16,
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
@@ -94,12 +87,12 @@ def build_features(
 
     Args:
         clt: by folder, run or name on the hub, or opened.
-        text: sources, as `crosslayer.acts.sources` names them; each is a stream of its own.
+        text: sources, as `crosslayer.data.sources` names them; each is a stream of its own.
         out: the bundle's folder, which must not be there.
         model: the host; the one that the transcoder names unless given.
         tokens: of text in all, shared among sources by weight; fewer where the held-out text is shorter.
         context: tokens of a row; 256, or the host's context if that is less, unless given.
-        atlas_weights: of `coactivation`, `encoder` and `decoder` neighbours in the atlas.
+        cluster_weights: of `coactivation`, `encoder` and `decoder` neighbours in clustering.
         rows_at_once: rows that go through the host together.
         dtype: of the host.
 
@@ -109,8 +102,8 @@ def build_features(
     began = time.perf_counter()
     console = console or Console(quiet=True)
     out, settings = Path(out).expanduser(), settings or ScanSettings()
-    weights = dict(ATLAS_WEIGHTS if atlas_weights is None else atlas_weights)
-    atlas.check_weights(weights)
+    weights = dict(CLUSTER_WEIGHTS if cluster_weights is None else cluster_weights)
+    neighbour_graph.check_weights(weights)
     if tokens < 1 or rows_at_once < 1:
         raise ConfigError(f"tokens={tokens} and rows_at_once={rows_at_once} must be at least 1")
     refuse_unless_new(out)
@@ -129,9 +122,9 @@ def build_features(
         plan = _plan(opened, host, vocabulary, found, settings, weights, rows_at_once, dtype)
         _begin_or_go_on(folder, plan, found, vocabulary)
         seen = _estimate_and_scan(host, opened, found, settings, folder, rows_at_once, out, console)
-        if dist.is_first():
+        if parallel.is_first():
             _finish(folder, out, opened, host, found, vocabulary, seen, settings, weights, console, began)
-        dist.barrier()
+        parallel.barrier()
     return FeatureBundle(out)
 
 
@@ -179,7 +172,7 @@ def _alone(folder: Path) -> Any:
     """One build at a time in a folder; ranks of one build share the first's lock."""
     from contextlib import nullcontext
 
-    return locked(folder) if dist.is_first() else nullcontext()
+    return locked(folder) if parallel.is_first() else nullcontext()
 
 
 def _plan(
@@ -190,13 +183,13 @@ def _plan(
     return {
         "clt": clt_hash(opened.clt), "host": host_hash(host), "tokenizer": tokenizer_hash(vocabulary.strings),
         "text": [s.model_dump() for s in text.streams], "context": int(text.tokens_BT.shape[1]), "policy": host.policy.model_dump(),
-        "settings": asdict(settings), "atlas_weights": weights, "rows_at_once": rows_at_once, "precision": str(dtype).removeprefix("torch."),
+        "settings": asdict(settings), "cluster_weights": weights, "rows_at_once": rows_at_once, "precision": str(dtype).removeprefix("torch."),
         "version": version("crosslayer"),
     }  # fmt: skip
 
 
 def _begin_or_go_on(folder: Path, plan: dict[str, Any], text: Text, vocabulary: Words) -> None:
-    if dist.is_first():
+    if parallel.is_first():
         path = folder / PLAN
         if path.exists():
             there = read_json(path, missing="", remedy=f"remove {folder} and build again")
@@ -212,7 +205,7 @@ def _begin_or_go_on(folder: Path, plan: dict[str, Any], text: Text, vocabulary: 
         write_json(folder / VOCABULARY, vocabulary.strings)
         # Last, so that a plan on disk has its text beside it.
         write_json(path, plan)
-    dist.barrier()
+    parallel.barrier()
 
 
 def _estimate_and_scan(
@@ -228,7 +221,7 @@ def _estimate_and_scan(
     clt, rows = opened.clt, [s.n_rows for s in text.streams]
     estimate = _estimate(host, opened, text, settings, rows_at_once)
     n_features = clt.config.n_layers * clt.config.n_features
-    quiet = console if dist.is_first() else Console(quiet=True)
+    quiet = console if parallel.is_first() else Console(quiet=True)
     body = text.tokens_BT.shape[1] - host.policy.n_skip
     quiet.print(
         f"{n_features:,} features on {len(text.tokens_BT) * body:,} held-out tokens: about {_minutes(estimate.seconds)} "
@@ -277,8 +270,8 @@ def _estimate(host: Host, opened: Opened, text: Text, settings: ScanSettings, ro
     per_feature += 4 * (LINEAR_BINS + LOG_BINS) + 6 * len(PLACES) * N_COUNTED + 4 * c.n_layers + 600
     parts = (settings.n_top + settings.n_reservoir) * 40 + 8 * (LINEAR_BINS + LOG_BINS)
     n_bytes = n * (per_feature + parts) + 6 * settings.sample_entries // 8 + text.tokens_BT.nbytes
-    # Rules, atlas and index take about a millisecond a feature, whatever the text.
-    return Estimate(int(n_bytes), batch_s * n_batches / dist.world_size() + products / flops + n * 1e-3)
+    # Rules, clusters and index take about a millisecond a feature, whatever the text.
+    return Estimate(int(n_bytes), batch_s * n_batches / parallel.world_size() + products / flops + n * 1e-3)
 
 
 def _finish(
@@ -304,8 +297,8 @@ def _finish(
         density = read("count").sum(1) / n_tokens
         with track(console, "rules", 1.0) as update:
             ruled = _rules(sampled, text, vocabulary, read("top_id"), c.n_layers, density, update)
-        with track(console, "atlas", 1.0) as update:
-            groups = _atlas(folder, read, ruled, density, c.n_features, weights, update)
+        with track(console, "clusters", 1.0) as update:
+            groups = _clusters(folder, read, ruled, density, c.n_features, weights, update)
         with track(console, "index", 1.0) as update:
             _index(folder, read, ruled, density, c.n_features, vocabulary, groups)
             update(1.0)
@@ -318,7 +311,7 @@ def _finish(
                 whole=True, created=datetime.now(UTC).isoformat(timespec="seconds"), host=host.name, host_hash=host_hash(host),
                 clt=str(opened.provenance.model_name), scan=opened.provenance.scan or "", clt_hash=clt_hash(opened.clt),
                 tokenizer_hash=tokenizer_hash(vocabulary.strings), text=text.streams, policy=host.policy, n_layers=c.n_layers,
-                n_features=c.n_features, context=text.tokens_BT.shape[1], n_tokens=n_tokens, settings=asdict(settings) | {"atlas_weights": weights},
+                n_features=c.n_features, context=text.tokens_BT.shape[1], n_tokens=n_tokens, settings=asdict(settings) | {"cluster_weights": weights},
                 sample_tokens=len(sampled.position), files=files,
                 versions={name: version(name) for name in ("crosslayer", "torch", "transformers", "igraph", "openTSNE")},
                 wall_s=round(time.perf_counter() - began, 1),
@@ -435,7 +428,7 @@ def _rules(
     return rules(sampled, attributes, text.tokens_BT, promoted, n_layers, density, say, update)
 
 
-def _atlas(
+def _clusters(
     folder: Path, read: Callable[[str], NDArray], ruled: Rules, density: NDArray, n_features: int, weights: dict[str, float],
     update: Callable[[float], None],
 ) -> list[Group]:  # fmt: skip
@@ -443,19 +436,19 @@ def _atlas(
     upstream = read("upstream_id"), read("upstream")
 
     def drawn() -> dict[str, NDArray]:
-        graph = atlas.neighbour_graph(_lists(read), weights, live)
+        graph = neighbour_graph.neighbour_graph(_lists(read), weights, live)
         update(0.2)
-        groups_GN = atlas.groups(graph)
+        groups_GN = clusters.groups(graph)
         update(0.5)
-        return {"group": groups_GN.T, "map": atlas.layout(graph, groups_GN[0])}
+        return {"group": groups_GN.T, "map": feature_map.layout(graph, groups_GN[0])}
 
     _stage(folder, _ATLAS, drawn)
     layer_N = np.arange(len(density)) // n_features
     score_N = np.nan_to_num(ruled.auroc)
     groups = []
     for level, groups_N in enumerate(np.asarray(read("group")).T):
-        labels = atlas.group_labels(groups_N, ruled.label, score_N)
-        fed = atlas.lineage(groups_N, layer_N, *upstream)
+        labels = clusters.group_labels(groups_N, ruled.label, score_N)
+        fed = clusters.lineage(groups_N, layer_N, *upstream)
         sizes = np.bincount(groups_N[groups_N >= 0], minlength=len(labels)).tolist()
         for number, label in enumerate(labels):
             pairs = zip(fed.ids_GK[number].tolist(), fed.share_GK[number].tolist(), strict=True)
@@ -465,7 +458,7 @@ def _atlas(
 
 
 def _lists(read: Callable[[str], NDArray]) -> dict[str, tuple[NDArray, NDArray]]:
-    """Neighbours of each kind, for the atlas."""
+    """Neighbours of each kind, for clustering."""
     ids = np.concatenate([read("own_id"), read("other_id")], axis=1)
     counts = np.concatenate([read("own_count"), read("other_count")], axis=1)
     n_N = np.asarray(read("sample_count"))

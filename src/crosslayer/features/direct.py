@@ -19,7 +19,7 @@ from torch import Tensor
 from crosslayer.clt.transcoder import CLT
 from crosslayer.host.anatomy import Anatomy, Norm
 from crosslayer.host.host import Host
-from crosslayer.records.hooks import short_hook
+from crosslayer.schemas.hooks import short_hook
 
 ROWS_AT_ONCE = 1024
 LOGIT_BYTES_AT_ONCE = 1 << 28

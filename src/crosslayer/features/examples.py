@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crosslayer.features.settings import ScanSettings
+from crosslayer.bundles.schema import PLACES
+from crosslayer.bundles.settings import ScanSettings
 from crosslayer.features.sketch import Candidates, window_start
-from crosslayer.features.store import PLACES
 
 N_COUNTED = 5
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from crosslayer.bundles.bundle import FeatureBundle
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError
 from crosslayer.eval.replacement_model import Prompt, ReplacementModel, host_of
 from crosslayer.features.identity import clt_hash
-from crosslayer.features.store import FeatureBundle
 from crosslayer.host.host import choose_device
 
 

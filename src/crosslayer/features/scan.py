@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from crosslayer import dist
-from crosslayer.acts.stream import harvest
+from crosslayer import parallel
+from crosslayer.bundles.settings import ScanSettings
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.files import replacing
 from crosslayer.core.progress import Update
+from crosslayer.data.stream import harvest
 from crosslayer.features.sample import TokenSample
-from crosslayer.features.settings import ScanSettings
 from crosslayer.features.sketch import LayerSketch
 from crosslayer.host.host import Host
 
@@ -108,24 +108,24 @@ def scan(
     context = tokens_BT.shape[1]
     nothing = lambda: Seen.nothing(clt, len(rows_of_streams), context, settings, host.device)  # noqa: E731
     batches = batches_of(rows_of_streams, rows_at_once)
-    found = dist.gather_objects(sorted(p.name for p in folder.glob("part-*.safetensors")))[0]
+    found = parallel.gather_objects(sorted(p.name for p in folder.glob("part-*.safetensors")))[0]
     saved: set[int] = set()
     for name in found:
         saved.update(load_file(folder / name)["done"].tolist())
     left = [i for i in range(len(batches)) if i not in saved]
     # Numbers may have gaps, where a rank died before its first part.
     first = 1 + max((int(name[5:10]) for name in found), default=-1)
-    mine, path = nothing(), folder / f"part-{first + dist.rank():05d}.safetensors"
+    mine, path = nothing(), folder / f"part-{first + parallel.rank():05d}.safetensors"
     _keep_encoders(clt, tokens=len(left) * rows_at_once * context)
     saved_at, pause_s = time.monotonic(), SAVE_EVERY_S
-    share = left[dist.rank() :: dist.world_size()]
+    share = left[parallel.rank() :: parallel.world_size()]
     whole_batches = True
     try:
         for n, i in enumerate(share, 1):
             whole_batches = False
             take(mine, host, clt, tokens_BT, batches[i], i)
             whole_batches = True
-            on_progress((len(saved) + n * dist.world_size()) / len(batches))
+            on_progress((len(saved) + n * parallel.world_size()) / len(batches))
             if time.monotonic() - saved_at > pause_s:
                 began = time.monotonic()
                 mine.save(path)
@@ -135,7 +135,7 @@ def scan(
         # Also where a person interrupts: what was seen is not lost, but for a batch half taken, which would count twice.
         if mine.done and whole_batches:
             mine.save(path)
-    dist.barrier()
+    parallel.barrier()
     whole = nothing()
     for part in sorted(folder.glob("part-*.safetensors")):
         if part == path:

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crosslayer.bundles.settings import LINEAR_BINS, LOG_BINS, LOG_FIRST_EXPONENT, ScanSettings
 from crosslayer.clt.sparse import Active
-from crosslayer.features.settings import LINEAR_BINS, LOG_BINS, LOG_FIRST_EXPONENT, ScanSettings
 
 FIXED_POINT = 2.0**20
 """Activations are summed in units of 2^-20."""

@@ -1,6 +1,6 @@
 """Where each family of Hugging Face models keeps the sites that a transcoder reads and writes.
 
-A *site* is a module and a side of it; `crosslayer.records.hooks` has the names that sites go by.
+A *site* is a module and a side of it; `crosslayer.schemas.hooks` has the names that sites go by.
 
 To support a family, add one entry to `FAMILIES` and a tiny instance of it to `tests/host/test_families.py`.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from crosslayer.core.errors import ConfigError, HostError
-from crosslayer.records.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
+from crosslayer.schemas.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
 
 
 class Family(NamedTuple):

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from crosslayer.core.errors import ConfigError, HostError
 from crosslayer.host.families import Family, family_of, input_site, output_site
-from crosslayer.records.hooks import short_hook
-from crosslayer.records.policy import FirstPosition
+from crosslayer.schemas.hooks import short_hook
+from crosslayer.schemas.policy import FirstPosition
 
 SHIPPED = "stdlib-qwen3"
-SHIPPED_FOLDER = Path(__file__).parent.parent / "hosts" / SHIPPED
+SHIPPED_FOLDER = Path(__file__).parent.parent / "assets" / SHIPPED
 
 
 @runtime_checkable

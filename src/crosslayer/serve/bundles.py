@@ -9,9 +9,10 @@ import numpy as np
 from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi import Path as PathParameter
 
+from crosslayer.bundles.bundle import MOST_LABEL, FeatureBundle
+from crosslayer.bundles.report import scores_in_words
+from crosslayer.bundles.schema import NEIGHBOURS
 from crosslayer.core.errors import ConfigError
-from crosslayer.features.report import scores_in_words
-from crosslayer.features.store import MOST_LABEL, NEIGHBOURS, FeatureBundle
 from crosslayer.serve.opened import library, opened
 
 router = APIRouter(tags=["features"])
@@ -145,12 +146,12 @@ def groups(
     level: Annotated[int, PathParameter(ge=0, le=100)],
     only: Annotated[int | None, Query(ge=0, le=2**40)] = None,
 ) -> list[dict[str, Any]]:
-    """Groups of the atlas at one level, the largest first, or one of them."""
+    """Clusters at one level, the largest first, or one of them."""
     return [x._asdict() for x in _bundle(request, id).groups(level, only)]
 
 
 @router.get("/bundles/{id}/map")
-def atlas(request: Request, id: str, level: Annotated[int, Query(ge=0, le=100)] = 0) -> Response:
+def feature_map(request: Request, id: str, level: Annotated[int, Query(ge=0, le=100)] = 0) -> Response:
     """The map as bytes, little-endian: a count n, then n ids (uint32), x (float32), y (float32), groups (int32), densities (float32)."""
     found = _bundle(request, id)
     if not found.has("map") or level >= _levels(found):

@@ -12,13 +12,13 @@ from fastapi import Path as PathParameter
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from crosslayer.bundles.annotations import UserStore
+from crosslayer.bundles.schema import USER
 from crosslayer.core.errors import ConfigError, FormatError
 from crosslayer.core.files import replacing
-from crosslayer.features.store import USER
-from crosslayer.features.user import UserStore
-from crosslayer.graph.circuit import suggested
-from crosslayer.graph.graph import Graph
-from crosslayer.graph.interchange import read_graph_file, slug_of, to_file, to_graph
+from crosslayer.graphs.circuit import suggested
+from crosslayer.graphs.graph import Graph
+from crosslayer.graphs.interchange import read_graph_file, slug_of, to_file, to_graph
 from crosslayer.serve.library import Entry
 from crosslayer.serve.opened import library, opened
 

@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from crosslayer.bundles.schema import MANIFEST
 from crosslayer.core.errors import ConfigError, CrosslayerError
-from crosslayer.features.store import MANIFEST
-from crosslayer.records.graph import FORMAT
+from crosslayer.schemas.graph import FORMAT
 
 Kind = Literal["run", "bundle", "graph"]
 SKIPPED = frozenset({"checkpoints", "clt", "node_modules", "__pycache__", "parts"})

@@ -9,11 +9,12 @@ from typing import Any
 
 from fastapi import Request
 
-from crosslayer.features.store import MANIFEST, FeatureBundle, load_features
-from crosslayer.features.user import UserStore
-from crosslayer.graph.graph import Graph
-from crosslayer.graph.interchange import Numbered, numbered, open_graph, read_graph_file
-from crosslayer.records.graph import GraphFile
+from crosslayer.bundles.annotations import UserStore
+from crosslayer.bundles.bundle import FeatureBundle, load_features
+from crosslayer.bundles.schema import MANIFEST
+from crosslayer.graphs.graph import Graph
+from crosslayer.graphs.interchange import Numbered, numbered, open_graph, read_graph_file
+from crosslayer.schemas.graph import GraphFile
 from crosslayer.serve.library import Library
 
 MOST_GRAPHS = 8

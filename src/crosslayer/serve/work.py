@@ -13,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from crosslayer.core.errors import ConfigError
-from crosslayer.graph.circuit import predicted_changes
-from crosslayer.graph.graph import Graph
+from crosslayer.graphs.circuit import predicted_changes
+from crosslayer.graphs.graph import Graph
 from crosslayer.serve.jobs import FINAL, MOST_STREAMS, Busy, Jobs
 from crosslayer.serve.library import Entry, id_of
 from crosslayer.serve.opened import library, opened

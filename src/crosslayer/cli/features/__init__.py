@@ -51,8 +51,8 @@ def bundle_path(given: Path | None) -> Path:
     Raises:
         ConfigError: where there is none, or more than one.
     """
+    from crosslayer.bundles.schema import MANIFEST
     from crosslayer.core.errors import ConfigError
-    from crosslayer.features.store import MANIFEST
 
     if given is not None:
         return given

@@ -33,7 +33,7 @@ from rich.console import Console
     "--window", type=click.IntRange(min=1, max=255), default=64, show_default=True, help="tokens of an example"
 )
 @click.option("--sample-entries", type=click.IntRange(min=1), default=1 << 25, show_default=True, help="active (token, feature) pairs that co-activation and rules are counted on, at most")  # fmt: skip
-@click.option("--atlas-weight", "atlas_weights", multiple=True, metavar="KIND=WEIGHT", help="what coactivation, encoder and decoder neighbours count in the atlas; repeatable (1, 0.5, 1)")  # fmt: skip
+@click.option("--cluster-weight", "cluster_weights", multiple=True, metavar="KIND=WEIGHT", help="what coactivation, encoder and decoder neighbours count in clustering; repeatable (1, 0.5, 1)")  # fmt: skip
 @click.option(
     "--rows", type=click.IntRange(min=1), default=16, show_default=True, help="rows that go through the host together"
 )
@@ -44,18 +44,18 @@ from rich.console import Console
 )
 def command(
     clt: str, model: str | None, text: tuple[str, ...], tokens: int, context: int | None, top: int, quantiles: int, per_quantile: int,
-    window: int, sample_entries: int, atlas_weights: tuple[str, ...], rows: int, precision: str | None, device: str, out: Path | None,
+    window: int, sample_entries: int, cluster_weights: tuple[str, ...], rows: int, precision: str | None, device: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Make a feature bundle of the transcoder on held-out text. A build that was stopped goes on when it is run again.
 
     Under torchrun the text is shared among ranks; the bundle is the same.
     """
-    from crosslayer import dist
+    from crosslayer import parallel
+    from crosslayer.bundles.settings import ScanSettings
+    from crosslayer.clt.precision import DTYPES
     from crosslayer.core.errors import ConfigError
-    from crosslayer.features.build import ATLAS_WEIGHTS, build_features
-    from crosslayer.features.settings import ScanSettings
-    from crosslayer.train.loop import DTYPES
-    from crosslayer.train.run_folder import read_manifest
+    from crosslayer.features.build import CLUSTER_WEIGHTS, build_features
+    from crosslayer.training.run_folder import read_manifest
 
     run = read_manifest(Path(clt)).config if (Path(clt) / "run.json").is_file() else {}
     text = text or tuple(run.get("text", ()))
@@ -73,16 +73,16 @@ def command(
         n_top=top, n_quantiles=quantiles, per_quantile=per_quantile, n_reservoir=max(48, 3 * quantiles * per_quantile), window=window,
         before=min(40, window * 5 // 8), sample_entries=sample_entries,
     )  # fmt: skip
-    dist.start()
+    parallel.start()
     try:
         bundle = build_features(
             clt, text=text, out=out, model=model, tokens=tokens, context=context or run.get("context"), settings=settings,
-            atlas_weights=ATLAS_WEIGHTS | dict(map(_weight, atlas_weights)), rows_at_once=rows,
+            cluster_weights=CLUSTER_WEIGHTS | dict(map(_weight, cluster_weights)), rows_at_once=rows,
             dtype=DTYPES[precision or run.get("host_precision", "fp32")], device=device, console=Console(stderr=True),
         )  # fmt: skip
     finally:
-        dist.stop()
-    if dist.is_first():
+        parallel.stop()
+    if parallel.is_first():
         n_named = bundle.index.connection.execute(
             "SELECT COUNT(*) FROM features WHERE label IS NOT NULL AND density > 0"
         ).fetchone()[0]
@@ -100,4 +100,6 @@ def _weight(text: str) -> tuple[str, float]:
     try:
         return kind, float(value)
     except ValueError as error:
-        raise ConfigError(f"--atlas-weight {text!r} is not understood; write KIND=WEIGHT, as in encoder=0.5") from error
+        raise ConfigError(
+            f"--cluster-weight {text!r} is not understood; write KIND=WEIGHT, as in encoder=0.5"
+        ) from error

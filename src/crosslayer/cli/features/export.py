@@ -24,11 +24,11 @@ from crosslayer.cli.features import bundle_option, bundle_path
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="packed: the transcoder's folder, in which features/ is made; parquet: a file")  # fmt: skip
 def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> None:
     """Write a bundle as packed feature files, which circuit-tracer's viewer reads, or as a Parquet table."""
+    from crosslayer.bundles.bundle import load_features
+    from crosslayer.bundles.packed import write_packed
+    from crosslayer.bundles.parquet import write_parquet
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.progress import track
-    from crosslayer.features.packed import write_packed
-    from crosslayer.features.parquet import write_parquet
-    from crosslayer.features.store import load_features
 
     opened = load_features(bundle_path(bundle))
     with track(Console(stderr=True), "export", 1.0) as update:

@@ -13,9 +13,9 @@ from rich.console import Console
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="the bundle's folder")
 def command(source: str, out: Path) -> None:
     """Make a bundle of the packed feature files in SOURCE: a transcoder's folder, its features/, or owner/name on the hub."""
+    from crosslayer.bundles.packed import INDEX_FILE, import_packed
     from crosslayer.clt.folder import open_folder
     from crosslayer.core.progress import track
-    from crosslayer.features.packed import INDEX_FILE, import_packed
 
     folder = open_folder(source)
     inside = "" if INDEX_FILE in folder.names else "features/"

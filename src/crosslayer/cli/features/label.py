@@ -15,7 +15,7 @@ from crosslayer.cli.features import bundle_option, bundle_path, parse_feature
 @bundle_option
 def command(feature: str, label: str, bundle: Path | None) -> None:
     """Give a feature your own LABEL, which counts before any other; an empty one takes yours away."""
-    from crosslayer.features.store import load_features
+    from crosslayer.bundles.bundle import load_features
 
     layer, index = parse_feature(feature)
     opened = load_features(bundle_path(bundle))

@@ -17,9 +17,9 @@ from crosslayer.cli.features import bundle_option, bundle_path
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="features to print")
 def command(words: tuple[str, ...], bundle: Path | None, limit: int) -> None:
     """Features that all WORDS match, labels first; wid* matches beginnings, label:, fires: and promotes: look there alone."""
+    from crosslayer.bundles.bundle import load_features
+    from crosslayer.bundles.report import print_found
     from crosslayer.core.errors import ConfigError
-    from crosslayer.features.report import print_found
-    from crosslayer.features.store import load_features
 
     if not any(w.strip() for w in words):
         raise ConfigError("the search is empty; give a word, or the beginning of one with *")

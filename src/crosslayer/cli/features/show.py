@@ -17,8 +17,8 @@ from crosslayer.cli.features import bundle_option, bundle_path, parse_feature
 @click.option("--neighbours", type=click.IntRange(min=0), default=4, show_default=True, help="of each kind to print")
 def command(feature: str, bundle: Path | None, examples: int, neighbours: int) -> None:
     """Print one feature, named as LAYER/INDEX."""
-    from crosslayer.features.report import print_feature
-    from crosslayer.features.store import load_features
+    from crosslayer.bundles.bundle import load_features
+    from crosslayer.bundles.report import print_feature
 
     layer, index = parse_feature(feature)
     opened = load_features(bundle_path(bundle))

@@ -20,9 +20,9 @@ from crosslayer.cli.texts import prompt_text
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
 def command(prompt: str, bundle: Path | None, clt: str | None, model: str | None, top: int, device: str) -> None:
     """Features active on a prompt, by token, the most active first."""
+    from crosslayer.bundles.bundle import load_features
+    from crosslayer.bundles.report import print_top
     from crosslayer.features.prompt import active_features, transcoder_of
-    from crosslayer.features.report import print_top
-    from crosslayer.features.store import load_features
 
     opened = load_features(bundle_path(bundle))
     replacement = transcoder_of(opened, clt, model, device=device)

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosslayer.clt.config import Activation, CLTConfig, Provenance
+from crosslayer.clt.activations import BATCHTOPK, JUMPRELU, RELU, TOPK
+from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
 from crosslayer.clt.formats.opened import Opened, Vectors, assemble
 from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.core.errors import FormatError
-from crosslayer.records.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
+from crosslayer.schemas.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
 
 CONFIG, SINGLE, MANIFEST = "model_config.json", "clt.safetensors", "manifest.json"
-ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "jumprelu": "jumprelu", "topk": "topk", "topk_all": "topk"}
+KINDS = {"relu": RELU, "jumprelu": JUMPRELU, "topk": TOPK, "topk_all": TOPK}
 SINGLE_NAMES = {
     "W_enc": "encoder.W",
     "b_enc": "encoder.b",
@@ -101,8 +102,8 @@ def open_(folder: Folder, *, as_loader: bool = False) -> Opened:
         return torch.stack(slots, dim=1)
 
     b_enc_LF, b_dec_LD = shared.tensor(names["b_enc"], (n, n_features)), shared.tensor(names["b_dec"], (n, d_model))
-    theta_LF = None
-    if said.activation == "jumprelu":
+    theta_LF, kind = None, KINDS[said.activation]
+    if kind.thresholds:
         theta_LF = shared.tensor(names["log_threshold"], (n, n_features)).to(exact).exp()
     vectors = [
         Vectors(b_enc_LF[i], b_dec_LD[i].to(exact) * out_of[i], None if theta_LF is None else theta_LF[i])
@@ -113,8 +114,8 @@ def open_(folder: Folder, *, as_loader: bool = False) -> Opened:
         n_layers=n,
         d_model=d_model,
         n_features=n_features,
-        activation="batchtopk" if everywhere and as_loader else ACTIVATIONS[said.activation],
-        k=said.k if said.activation.startswith("topk") else None,
+        activation=(BATCHTOPK if everywhere and as_loader else kind).name,
+        k=said.k if kind.ranks else None,
         scope="all" if everywhere and not as_loader else "layer",
         rank_by="value",
         k_per_batch=everywhere and as_loader,
@@ -183,8 +184,8 @@ def _read_config(folder: Folder) -> Said:
             )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise FormatError(f"{where} has no {error.args[0] if isinstance(error, KeyError) else 'mapping where one is due'}; it is neither version 1 nor 2 of the format") from error  # fmt: skip
-    if found.activation not in ACTIVATIONS:
-        raise FormatError(f"{where}: activation {found.activation!r} is not known; known: {', '.join(ACTIVATIONS)}")
+    if found.activation not in KINDS:
+        raise FormatError(f"{where}: activation {found.activation!r} is not known; known: {', '.join(KINDS)}")
     if found.layout not in ("input_layer", "output_layer"):
         raise FormatError(f"{where}: decoder layout {found.layout!r} is not known; known: input_layer, output_layer")
     if not all(isinstance(v, int) and v > 0 for v in (found.n_layers, found.d_in, found.d_latent)):

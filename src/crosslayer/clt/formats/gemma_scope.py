@@ -18,7 +18,7 @@ from crosslayer.clt.folder import Folder
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble
 from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.core.errors import FormatError
-from crosslayer.records.policy import FirstPosition
+from crosslayer.schemas.policy import FirstPosition
 
 PATTERN = "params_layer_{}.safetensors"
 

@@ -12,7 +12,7 @@ from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.transcoder import CLT
 from crosslayer.clt.weights import Reader, Weights
 from crosslayer.core.errors import FormatError
-from crosslayer.records.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
+from crosslayer.schemas.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
 
 
 class Opened(NamedTuple):

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import pad
 
+from crosslayer.clt.activations import JUMPRELU, RELU
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
@@ -28,7 +29,7 @@ from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.clt.formats.writing import Chunks, FilePlan, whole, write_folder
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, FormatError
-from crosslayer.records.policy import FirstPosition
+from crosslayer.schemas.policy import FirstPosition
 
 KIND = "cross_layer_transcoder"
 CONFIG = "config.yaml"
@@ -80,7 +81,7 @@ def open_(folder: Folder) -> Opened:
         n_layers=n_layers,
         d_model=d_model,
         n_features=n_features,
-        activation="jumprelu" if jump else "relu",
+        activation=(JUMPRELU if jump else RELU).name,
         cross_layer=ours.get("cross_layer", True) is not False,
         skip=skip,
     )
@@ -158,13 +159,13 @@ def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
     clt, provenance = opened
     c = clt.config
     if c.ranks:
-        raise ConfigError(f"the published format knows no {c.activation}; convert to JumpReLU first (crosslayer.clt.convert.to_jumprelu)")  # fmt: skip
+        raise ConfigError(f"the published format knows no {c.activation}; convert to JumpReLU first (crosslayer.clt.calibrate.to_jumprelu)")  # fmt: skip
     if provenance.layers is not None:
         raise ConfigError(f"the published format knows no transcoder of some layers only, and this one has layers {', '.join(map(str, provenance.layers))} of its host; open it as it is")  # fmt: skip
     files = [FilePlan(CONFIG, text=yaml.safe_dump(_config(opened), sort_keys=False))]
     for i in range(c.n_layers):
         vectors = {f"b_dec_{i}": clt.b_dec[i], f"b_enc_{i}": clt.b_enc[i]}
-        if c.activation == "jumprelu":
+        if c.kind.thresholds:
             vectors[f"threshold_{i}"] = clt.threshold[i]
         tensors = {name: whole(tensor, dtype) for name, tensor in vectors.items()}
         tensors[f"W_enc_{i}"] = Chunks.of_layer(clt.W_enc, i, dtype)

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from crosslayer.clt.activations import JUMPRELU, RELU, TOPK
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
@@ -43,7 +44,7 @@ def open_(folder: Folder) -> Opened:
     if len(shape) != 2:
         raise FormatError(f"{files[0].path}: W_enc has shape {shape}, expected (features, width)")
     n_features, d_model = shape
-    topk, k = config.get("activation") == "topk", config.get("k")
+    topk, k = config.get("activation") == TOPK.name, config.get("k")
     if topk and (not isinstance(k, int) or k < 1):
         raise FormatError(f"{where}: a TopK set needs k, a whole number above 0, not {k!r}")
     jump, skip = any(THRESHOLD in f for f in files) and not topk, any("W_skip" in f for f in files)
@@ -71,7 +72,7 @@ def open_(folder: Folder) -> Opened:
             n_layers=n_layers,
             d_model=d_model,
             n_features=n_features,
-            activation="topk" if topk else "jumprelu" if jump else "relu",
+            activation=(TOPK if topk else JUMPRELU if jump else RELU).name,
             k=k if topk else None,
             scope="layer",
             rank_by="value",
@@ -103,8 +104,8 @@ def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
     c = clt.config
     if c.cross_layer and c.n_layers > 1:
         raise ConfigError("a set of per-layer transcoders cannot hold one that writes to later layers; write the published format")  # fmt: skip
-    if c.activation == "batchtopk" or (c.ranks and (c.scope == "all" or c.rank_by == "norm")):
-        raise ConfigError(f"a transcoder set knows TopK by value a layer and token, not this {c.activation}; convert to JumpReLU first (crosslayer.clt.convert.to_jumprelu)")  # fmt: skip
+    if c.kind.over_batch or (c.ranks and (c.scope == "all" or c.rank_by == "norm")):
+        raise ConfigError(f"a transcoder set knows TopK by value a layer and token, not this {c.activation}; convert to JumpReLU first (crosslayer.clt.calibrate.to_jumprelu)")  # fmt: skip
     config: dict[str, object] = {
         "model_kind": KIND,
         "model_name": p.model_name,
@@ -113,11 +114,11 @@ def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
         "scan": p.scan,
     }
     if c.ranks:
-        config |= {"activation": "topk", "k": c.k}
+        config |= {"activation": TOPK.name, "k": c.k}
     files = [FilePlan(CONFIG, text=yaml.safe_dump(config, sort_keys=False))]
     for i in range(c.n_layers):
         tensors = {"b_dec": whole(clt.b_dec[i], dtype), "b_enc": whole(clt.b_enc[i], dtype)}
-        if c.activation == "jumprelu":
+        if c.kind.thresholds:
             tensors[THRESHOLD] = whole(clt.threshold[i], dtype)
         if c.skip:
             tensors["W_skip"] = whole(clt.W_skip[i].T.contiguous(), dtype)

@@ -1,0 +1,199 @@
+"""`xl.attribute`: from a prompt to its attribution graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from crosslayer.attribution.local import LocalModel, local_model
+from crosslayer.attribution.opening import open_both
+from crosslayer.attribution.sweep import BYTES_AT_ONCE, Swept, sweep
+from crosslayer.attribution.targets import DESIRED_PROBABILITY, Resolved, Target, parse_target, resolve
+from crosslayer.attribution.writes import Writes, read_writes
+from crosslayer.clt.formats.opened import Opened
+from crosslayer.clt.transcoder import CLT
+from crosslayer.core.errors import ConfigError, ResourceError
+from crosslayer.core.progress import Update, track
+from crosslayer.eval.replacement_model import Prompt, ReplacementModel, tokens_of
+from crosslayer.graphs.arrays import GraphArrays
+from crosslayer.graphs.graph import Graph
+from crosslayer.host.anatomy import Anatomy
+from crosslayer.host.host import Host
+from crosslayer.schemas.graph import GraphHeader, TargetRecord
+
+TOLERANCE = 0.02
+
+
+def attribute(
+    model: str | Path | Host | ReplacementModel | None,
+    clt: str | Path | CLT | Opened | None,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    targets: Any = None,
+    tolerance: float = TOLERANCE,
+    max_nodes: int | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    console: Console | None = None,
+) -> Any:
+    """The attribution `Graph` of a prompt, or a list with that of each of several; those share the reading of decoders.
+
+    Args:
+        model: the host, or both in one object; None for the host that the transcoder names.
+        clt: a transcoder by folder, run or name on the hub, or opened; None if `model` holds it.
+        prompt: text, token ids, or a list of several of either.
+        targets: what to explain, one or several: `Target`s, token ids, or texts as the command line takes them; unless given, the fewest
+            most probable next tokens that reach 95 % of the probability, 10 at most.
+        tolerance: share of the targets' influence that may stay in nodes without a row; 0 gives every active feature its row.
+        max_nodes: features that get a row at most; the bound reached is in the result.
+        precision: of the matrix products; sums are kept in float32. `bf16` is twice as fast where the processor knows it.
+        device: cpu, cuda, or auto; a model or transcoder that is open already stays where it is.
+        console: where progress goes; quiet by default.
+
+    Raises:
+        ConfigError: for an empty prompt, a target, position or feature that is not there, a setting out of range, or a
+            transcoder of another shape than the host.
+        HostError: for a prompt longer than the host's context.
+        ResourceError: where memory does not suffice, before it is taken.
+    """
+    if not 0 <= tolerance <= 1:
+        raise ConfigError(f"tolerance={tolerance} must be between 0 and 1")
+    if max_nodes is not None and max_nodes < 1:
+        raise ConfigError(f"max_nodes={max_nodes} must be at least 1; leave it out for no limit")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision {precision!r} is not known; give fp32 or bf16")
+    host, opened = open_both(model, clt, device)
+    several = not isinstance(prompt, str | Tensor) and len(prompt) > 0 and not isinstance(prompt[0], int | np.integer)
+    prompts: list[Any] = list(prompt) if several else [prompt]
+    if isinstance(targets, Target | str) or hasattr(targets, "__index__"):
+        targets = [targets]
+    asked: list[Target] | None = None if targets is None else [_target(t) for t in targets]
+    settings = {
+        "tolerance": tolerance, "max_nodes": max_nodes, "precision": precision, "desired_logit_prob": DESIRED_PROBABILITY,
+        "targets": None,
+    }  # fmt: skip
+    with track(console or Console(quiet=True), "trace", float(len(prompts))) as update:
+        graphs = _attribute(host, opened, prompts, asked, settings, update)
+    return graphs if several else graphs[0]
+
+
+@torch.no_grad()
+def _attribute(
+    host: Host,
+    opened: Opened,
+    prompts: list[Any],
+    asked: Sequence[Target] | None,
+    settings: dict[str, Any],
+    update: Update,
+) -> list[Graph]:
+    began = time.perf_counter()
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.promote_types(host.dtype, torch.float32)
+    anatomy = Anatomy(host)
+    locals_ = []
+    for prompt in prompts:
+        tokens_BT = tokens_of(host, prompt)
+        if isinstance(prompt, str) and not prompt:
+            raise ConfigError("the prompt is empty; give some text")
+        _check_patterns(host, tokens_BT.shape[1])
+        locals_.append(local_model(host, opened.clt, tokens_BT[0], anatomy))
+    resolved = [resolve(local, asked) for local in locals_]
+    if asked is not None:
+        settings = settings | {"targets": [r.name for r in resolved[0]]}
+    _check_memory(locals_, dtype, settings)
+    graphs = []
+    all_writes = read_writes(opened.clt, locals_, dtype)
+    shared_s = time.perf_counter() - began
+    for i, (prompt, local, writes, targets) in enumerate(zip(prompts, locals_, all_writes, resolved, strict=True)):
+        began = time.perf_counter()
+        swept = sweep(
+            writes, targets, tolerance=settings["tolerance"], max_nodes=settings["max_nodes"], dtype=dtype,
+            on_progress=lambda share, figures, at=i: update(at + share, figures),
+        )  # fmt: skip
+        # What all prompts share is divided among them.
+        wall_s = shared_s / len(prompts) + time.perf_counter() - began
+        graphs.append(
+            Graph(_header(host, opened, prompt, local, targets, swept, settings, wall_s), _arrays(local, swept))
+        )
+        writes.rows.clear()
+    return graphs
+
+
+def _target(target: Any) -> Target:
+    if isinstance(target, Target):
+        return target
+    return parse_target(target) if isinstance(target, str) else Target(token=index(target))
+
+
+def _header(
+    host: Host, opened: Opened, prompt: Any, local: LocalModel, targets: Sequence[Resolved], swept: Swept,
+    settings: dict[str, Any], wall_s: float,
+) -> GraphHeader:  # fmt: skip
+    tokens = local.kept.tokens_T.tolist()
+    strings = [host.decode_token(t) for t in tokens]
+    p = opened.provenance
+    records = [
+        TargetRecord(kind=r.kind, name=r.name, position=r.position, layer=r.layer, token=r.token, weight=r.weight, probability=r.probability)  # type: ignore[arg-type]
+        for r in targets
+    ]  # fmt: skip
+    return GraphHeader(
+        prompt=prompt if isinstance(prompt, str) else "".join(strings), tokens=tokens, token_strings=strings,
+        n_layers=local.n_layers, n_skip=local.n_skip, n_vocab=host.n_vocab, targets=records, unexpanded=swept.unexpanded,
+        kept_share=1 - settings["tolerance"] / 10, host=host.name, clt=str(p.model_name), scan=p.scan or "", settings=settings,
+        versions={"crosslayer": version("crosslayer"), "torch": version("torch"), "transformers": version("transformers")},
+        created=datetime.now(UTC).isoformat(timespec="seconds"), wall_s=round(wall_s, 3),
+    )  # fmt: skip
+
+
+def _arrays(local: LocalModel, s: Swept) -> GraphArrays:
+    f = local.features
+    numpy = lambda t: t.cpu().numpy()  # noqa: E731
+    return GraphArrays(
+        numpy(f.layer_N), numpy(f.position_N), numpy(f.index_N), numpy(f.activation_N), s.influence_N, s.row_node_R, s.indptr_R1,
+        s.source_E, s.weight_E, s.value_R, s.constant_R, s.rest_R, s.sums_R4,
+    )  # fmt: skip
+
+
+def _check_patterns(host: Host, n_positions: int) -> None:
+    """Attention patterns of all layers are the one thing that grows with the square of the prompt."""
+    if n_positions > host.max_positions:
+        return
+    config = host.model.config.get_text_config()  # type: ignore[operator]
+    needed = 2 * config.num_attention_heads * host.n_layers * n_positions**2 * torch.finfo(host.dtype).bits // 8
+    _refuse(needed, host.device, f"attention patterns of {n_positions} tokens", "shorten the prompt")
+
+
+def _check_memory(locals_: Sequence[LocalModel], dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """Refuse what cannot fit, before decoders are read."""
+    needed = 0
+    for local in locals_:
+        n = len(local.features.layer_N)
+        needed += Writes.n_bytes(local, dtype)
+        rows = min(n, settings["max_nodes"] or n)
+        kept = 1.0 if settings["tolerance"] == 0 else 0.5
+        needed += int(rows * n / 2 * 8 * kept)
+    what = f"decoder rows and edges of {sum(len(x.features.layer_N) for x in locals_)} active features"
+    _refuse(
+        needed + 2 * BYTES_AT_ONCE,
+        locals_[0].x_LTD.device,
+        what,
+        "set or lower max_nodes (--max-nodes), or shorten the prompt",
+    )
+
+
+def _refuse(needed: int, device: torch.device, what: str, remedy: str) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            f"{what} take about {needed / 2**30:.1f} GiB of memory but {free / 2**30:.1f} GiB are free; {remedy}"
+        )

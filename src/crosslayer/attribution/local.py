@@ -1,0 +1,277 @@
+"""The local replacement model of one prompt: the host as a linear function of features, errors and tokens.
+
+Attention patterns and norm scales are held at their values, and each MLP's output is the sum of what active features
+write, of an error vector, and of a constant (DESIGN section 5; Ameisen et al., "Circuit Tracing", 2025). One forward pass
+of the host gives the patterns, the MLP outputs and which features are active; the stream is then added up again, in float32
+at least, from these parts alone. So edges sum to pre-activations to rounding, also where the host runs in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosslayer.clt.sparse import Active
+from crosslayer.clt.transcoder import CLT
+from crosslayer.core.errors import ConfigError
+from crosslayer.host.anatomy import Anatomy
+from crosslayer.host.host import Host
+from crosslayer.schemas.hooks import short_hook
+
+
+class Kept(NamedTuple):
+    """What one forward pass of the host leaves behind, of one row of tokens."""
+
+    tokens_T: Int[Tensor, " T"]
+    logits_TV: Float[Tensor, "T V"]
+    token_TD: Float[Tensor, "T D"]
+    """Token embeddings as they enter the stream."""
+    start_TD: Float[Tensor, "T D"]
+    """The stream below the first layer: tokens, and learned positions where there are any."""
+    patterns: list[Float[Tensor, "H T T"]]
+    x_LTD: Float[Tensor, "L T D"]
+    y_LTD: Float[Tensor, "L T D"]
+
+
+@torch.no_grad()
+def keep(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> Kept:
+    """One forward pass at batch 1.
+
+    Raises:
+        HostError: for a prompt longer than the host's context.
+    """
+    patterns: list[Tensor] = []
+    starts: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+
+    def visit(_layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
+        xs.append(x_BTD[0])
+        ys.append(y_BTD[0])
+
+    with ExitStack() as stack:
+        stack.enter_context(eager_attention(host))
+        hook = lambda handle: stack.callback(handle.remove)  # noqa: E731
+        for block in anatomy.blocks:
+            keep_pattern = lambda _m, _i, out: patterns.append(out[1][0])  # noqa: E731
+            hook(block.attention.module.register_forward_hook(keep_pattern))
+        first: Any = anatomy.blocks[0].attention_norm.module
+        hook(first.register_forward_pre_hook(lambda _m, inputs: starts.append(inputs[0][0])))
+        hook(anatomy.embedding.register_forward_hook(lambda _m, _i, out: embeddings.append(out[0])))
+        logits = host.run(tokens_T[None], visit)
+    assert logits is not None
+    x_LTD, y_LTD = torch.stack(xs), torch.stack(ys)
+    return Kept(tokens_T.to(host.device), logits[0], embeddings[0], starts[0], patterns, x_LTD, y_LTD)
+
+
+@contextmanager
+def eager_attention(host: Host) -> Iterator[None]:
+    """Let the host's attention give its patterns."""
+    model: Any = host.model
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class Features(NamedTuple):
+    """Active features of one prompt, by layer, then position, then index."""
+
+    layer_N: Int[Tensor, " N"]
+    position_N: Int[Tensor, " N"]
+    index_N: Int[Tensor, " N"]
+    activation_N: Float[Tensor, " N"]
+
+
+class Scales(NamedTuple):
+    """Norm scales of one layer, by position."""
+
+    attention_T: Float[Tensor, " T"]
+    after_attention_T: Float[Tensor, " T"] | None
+    mlp_T: Float[Tensor, " T"]
+    after_mlp_T: Float[Tensor, " T"] | None
+
+
+class LocalModel:
+    """A host and a transcoder on one prompt, linear in its features, errors and tokens.
+
+    Attributes:
+        kept: patterns and MLP outputs of the host.
+        scales, final_scale_T: of its norms.
+        features: the active features, with activations on this model's own stream.
+        firing: the same by layer, positions counted from 0.
+        error_LTD: MLP outputs less what the transcoder makes of them; zero at the first positions of the policy.
+        constant_LTD: what MLPs write that belongs to no feature: decoder biases; all of it at the first positions.
+        x_LTD: MLP inputs, as the transcoder reads them, on this model's own stream.
+        top_TD: the stream that the final norm reads.
+        early: the stream below each layer, and at the top, at the first positions of the policy.
+    """
+
+    def __init__(self, anatomy: Anatomy, clt: CLT, kept: Kept, firing: Sequence[Active]) -> None:
+        host = anatomy.host
+        self.anatomy, self.clt, self.kept = anatomy, clt, kept
+        self.dtype = torch.promote_types(host.dtype, torch.float32)
+        self.n_skip = min(host.policy.n_skip, len(kept.tokens_T))
+        self.reads_after_norm = short_hook(host.input_hook) == "mlp.hook_in"
+        self.writes_before_norm = short_hook(host.output_hook) == "mlp.hook_out"
+        self.scales: list[Scales] = []
+        self.early: list[Tensor] = []
+        xs: list[Tensor] = []
+        stream_TD = kept.start_TD.to(self.dtype)
+        for layer in range(len(anatomy.blocks)):
+            self.early.append(stream_TD[: self.n_skip])
+            scales, x_TD, stream_TD = self._up(layer, stream_TD)
+            self.scales.append(scales)
+            xs.append(x_TD)
+        self.early.append(stream_TD[: self.n_skip])
+        self.x_LTD, self.top_TD = torch.stack(xs), stream_TD
+        self.final_scale_T = anatomy.final_norm.scale(stream_TD)
+        self.firing = [self._values(layer, active) for layer, active in enumerate(firing)]
+        self.features = _in_order(self.firing)
+        self.error_LTD = torch.zeros_like(self.x_LTD)
+        self.constant_LTD = torch.zeros_like(self.x_LTD)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.anatomy.blocks)
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.kept.tokens_T)
+
+    def _up(self, layer: int, stream_TD: Tensor) -> tuple[Scales, Tensor, Tensor]:
+        """Through one layer, its MLP writing what the host's wrote."""
+        block = self._block(layer)
+        attention_T = block.attention_norm.scale(stream_TD)
+        written_TD = self._attend(layer, block.attention_norm.apply(stream_TD, attention_T))
+        after_attention_T = after_mlp_T = None
+        if block.after_attention_norm:
+            after_attention_T = block.after_attention_norm.scale(written_TD)
+            written_TD = block.after_attention_norm.apply(written_TD, after_attention_T)
+        middle_TD = stream_TD + written_TD
+        read_TD = stream_TD if self.anatomy.parallel else middle_TD
+        mlp_T = block.mlp_norm.scale(read_TD)
+        x_TD = block.mlp_norm.apply(read_TD, mlp_T) if self.reads_after_norm else read_TD
+        y_TD = self.kept.y_LTD[layer].to(self.dtype)
+        if block.after_mlp_norm and self.writes_before_norm:
+            after_mlp_T = block.after_mlp_norm.scale(y_TD)
+        scales = Scales(attention_T, after_attention_T, mlp_T, after_mlp_T)
+        return scales, x_TD, middle_TD + self._enter(layer, y_TD, scales)
+
+    def _block(self, layer: int) -> Any:
+        return self.anatomy.blocks[layer]
+
+    def _attend(self, layer: int, x_TD: Tensor) -> Tensor:
+        attention = self._block(layer).attention.to(self.dtype)
+        return attention.apply(x_TD[None], self.kept.patterns[layer].to(self.dtype))[0]
+
+    def carry_early(self, layer: int, h_XTD: Float[Tensor, "X T D"]) -> Float[Tensor, "X T D"]:
+        """Parts of the stream at the first positions of the policy, through one layer; biases and MLPs are another part."""
+        block, scales, n = self._block(layer), self.scales[layer], self.n_skip
+        linear = lambda norm: norm._replace(bias_D=None)  # noqa: E731
+        attention = block.attention.to(self.dtype)._replace(value_bias_X=None, output_bias_D=None)
+        x_XTD = linear(block.attention_norm).apply(h_XTD, scales.attention_T[:n])
+        written_XTD = attention.apply(x_XTD, self.kept.patterns[layer][:, :n, :n].to(self.dtype))
+        if scales.after_attention_T is not None:
+            written_XTD = linear(block.after_attention_norm).apply(written_XTD, scales.after_attention_T[:n])
+        return h_XTD + written_XTD
+
+    def _enter(self, layer: int, y_TD: Tensor, scales: Scales) -> Tensor:
+        """How what is written at the output site enters the stream."""
+        if scales.after_mlp_T is None:
+            return y_TD
+        return self._block(layer).after_mlp_norm.apply(y_TD, scales.after_mlp_T)
+
+    def _values(self, layer: int, active: Active) -> Active:
+        """The firing features' activations on this model's stream; positions counted from 0."""
+        position_K = active.token_K + self.n_skip
+        value_K = active.value_K.new_empty(len(position_K), dtype=self.dtype)
+        bias_F = self.clt.b_enc[layer]
+        for part in torch.arange(len(position_K), device=position_K.device).split(1 << 14):
+            rows = self.clt.W_enc.rows(layer, active.feature_K[part]).to(self.dtype)
+            x_KD = self.x_LTD[layer, position_K[part]]
+            value_K[part] = (rows * x_KD).sum(1) + bias_F[active.feature_K[part]].to(self.dtype)
+        return Active(position_K, active.feature_K, value_K, (self.n_positions, active.shape[1]))
+
+    def set_writes(self, made_LTD: Float[Tensor, "L T D"]) -> None:
+        """Split MLP outputs into what features make of them, errors and constants.
+
+        Args:
+            made_LTD: what features write, biases and skips left out.
+        """
+        y_LTD = self.kept.y_LTD.to(self.dtype)
+        later = slice(self.n_skip, None)
+        self.constant_LTD[:, : self.n_skip] = y_LTD[:, : self.n_skip]
+        for layer in range(self.n_layers):
+            bias_D = self.clt.b_dec[layer].to(self.dtype)
+            skipped_TD = self.clt.skip(self.x_LTD[layer, later], layer) if self.clt.config.skip else 0.0
+            self.constant_LTD[layer, later] = bias_D
+            self.error_LTD[layer, later] = y_LTD[layer, later] - made_LTD[layer, later] - bias_D - skipped_TD
+
+    def logits(self, made_LTD: Float[Tensor, "L T D"]) -> Float[Tensor, "T V"]:
+        """Logits with features, errors and constants in place of the MLPs.
+
+        Args:
+            made_LTD: what features write; other activations than the prompt's own give this model's linear answer to them.
+        """
+        stream_TD = self.kept.start_TD.to(self.dtype)
+        for layer, scales in enumerate(self.scales):
+            block = self._block(layer)
+            written_TD = self._attend(layer, block.attention_norm.apply(stream_TD, scales.attention_T))
+            if scales.after_attention_T is not None:
+                written_TD = block.after_attention_norm.apply(written_TD, scales.after_attention_T)
+            middle_TD = stream_TD + written_TD
+            y_TD = made_LTD[layer] + self.error_LTD[layer] + self.constant_LTD[layer]
+            if self.clt.config.skip:
+                read_TD = stream_TD if self.anatomy.parallel else middle_TD
+                x_TD = block.mlp_norm.apply(read_TD, scales.mlp_T) if self.reads_after_norm else read_TD
+                y_TD[self.n_skip :] += self.clt.skip(x_TD[self.n_skip :], layer)
+            stream_TD = middle_TD + self._enter(layer, y_TD, scales)
+        top_TD = self.anatomy.final_norm.apply(stream_TD, self.final_scale_T)
+        logits = top_TD @ self.anatomy.unembedding_VD.T.to(self.dtype)
+        if self.anatomy.unembedding_bias_V is not None:
+            logits = logits + self.anatomy.unembedding_bias_V
+        cap = self.anatomy.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _in_order(firing: Sequence[Active]) -> Features:
+    layers = [torch.full_like(a.token_K, i) for i, a in enumerate(firing)]
+    return Features(
+        torch.cat(layers),
+        torch.cat([a.token_K for a in firing]),
+        torch.cat([a.feature_K for a in firing]),
+        torch.cat([a.value_K for a in firing]),
+    )
+
+
+@torch.no_grad()
+def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anatomy | None = None) -> LocalModel:
+    """The local replacement model of a prompt, features found but their decoders not yet read.
+
+    Raises:
+        ConfigError: for a transcoder of some of the host's layers only.
+        HostError: for a prompt longer than the host's context.
+    """
+    anatomy = anatomy or Anatomy(host)
+    if host.n_layers != len(anatomy.blocks):
+        raise ConfigError(f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need one of all layers")  # fmt: skip
+    kept = keep(host, anatomy, tokens_T)
+    n_skip = min(host.policy.n_skip, len(tokens_T))
+    x_BLD = kept.x_LTD[:, n_skip:].transpose(0, 1)
+    firing = clt.encode_sparse(x_BLD)
+    firing = [_only_firing(a) for a in firing]
+    return LocalModel(anatomy, clt, kept, firing)
+
+
+def _only_firing(active: Active) -> Active:
+    fires = active.value_K > 0
+    return Active(active.token_K[fires], active.feature_K[fires], active.value_K[fires], active.shape)

@@ -1,0 +1,99 @@
+"""Where the documents of a bundle's text begin and end, and which is which by a hash of its tokens.
+
+A row of the token file begins with the policy's special token, and so does each document, wherever in a row; that is how they are told apart. Two copies of
+one text have one hash, so they cannot be on two sides. Text without such tokens is cut into blocks of rows; in an imported bundle each example is
+a document, as more is not known of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crosslayer.bundles.bundle import FeatureBundle
+
+BLOCK_ROWS = 8
+"""Of text whose documents are not marked: about as long as a document."""
+
+
+class Stretch(NamedTuple):
+    """Positions of one row and one document, from the first up to the last, which is not of it."""
+
+    first: int
+    last: int
+
+
+class Documents:
+    """The documents of a bundle.
+
+    Attributes:
+        told: how they were told apart.
+        body: positions of a row that hold text.
+    """
+
+    def __init__(self, bundle: FeatureBundle) -> None:
+        m, self.tokens = bundle.manifest, bundle.tokens
+        self.context = m.context
+        self.prepended = 1 if m.policy.prepend and m.imported is None else 0
+        self.body = max(1, self.context - m.policy.n_skip)
+        self._hashes: dict[int, bytes] = {}
+        if m.imported is not None:
+            self.told, self._begin = "by example", np.unique(np.asarray(bundle.array("example_start"), np.int64))
+            self._row = self._begin
+        else:
+            self._row = np.arange(0, len(self.tokens), self.context, dtype=np.int64)
+            streams = np.cumsum([0, *(s.n_rows * self.context for s in m.text)])[:-1]
+            if self.prepended and len(self.tokens):
+                marks = np.flatnonzero(np.asarray(self.tokens) == self.tokens[0])
+                self.told, begin = "by their first token", marks[marks % self.context != 0]
+            else:
+                self.told, begin = f"as blocks of {BLOCK_ROWS} rows", self._row[::BLOCK_ROWS]
+            self._begin = np.unique(np.concatenate([streams, begin]).astype(np.int64))
+
+    def number(self, position: int) -> int:
+        """The document that holds a position."""
+        return int(np.searchsorted(self._begin, position, side="right")) - 1
+
+    def hash(self, position: int) -> bytes:
+        """Of the text of the document that holds a position."""
+        n = self.number(position)
+        if n not in self._hashes:
+            first = int(self._begin[n])
+            last = int(self._begin[n + 1]) if n + 1 < len(self._begin) else len(self.tokens)
+            text = np.asarray(self.tokens[first:last])
+            if self.prepended:
+                text = text[np.arange(first, last) % self.context != 0]
+            self._hashes[n] = hashlib.blake2b(text.astype("<u4").tobytes(), digest_size=16).digest()
+        return self._hashes[n]
+
+    def stretch(self, position: int) -> Stretch:
+        """The part of the row around a position that is of its document, without what the policy puts in front."""
+        row = int(np.searchsorted(self._row, position, side="right")) - 1
+        row_end = int(self._row[row + 1]) if row + 1 < len(self._row) else len(self.tokens)
+        n = self.number(position)
+        end = int(self._begin[n + 1]) if n + 1 < len(self._begin) else len(self.tokens)
+        return Stretch(max(int(self._row[row]) + self.prepended, int(self._begin[n])), min(row_end, end))
+
+    def row(self, position: int) -> int:
+        """The row that holds a position."""
+        return int(np.searchsorted(self._row, position, side="right")) - 1
+
+
+def runs(tokens: NDArray, n: int) -> set[bytes]:
+    """All runs of `n` tokens in a text."""
+    raw, size = tokens.astype("<u4").tobytes(), 4
+    return {raw[i * size : (i + n) * size] for i in range(len(tokens) - n + 1)}
+
+
+def draw(*parts: object) -> int:
+    """64 bits that depend on the parts alone: what is drawn by chance is drawn so, the same every time."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def in_drawn_order(items: Iterable[int], *parts: object) -> list[int]:
+    """Numbers in an order by chance."""
+    return sorted(items, key=lambda i: draw(*parts, i))

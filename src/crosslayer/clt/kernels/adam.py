@@ -1,0 +1,54 @@
+"""Adam with stochastic rounding, in one pass over weight, gradient and moments."""
+
+# Triton turns numbers into constants of a kernel by itself.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosslayer.clt.kernels.dtypes import wide
+
+
+def adam(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *,
+    lr: float, beta1: float, beta2: float, eps: float, t: int, scale: float, seed: int, first: int,
+) -> None:  # fmt: skip
+    """Update weights and moments in place; a bfloat16 weight is rounded at random.
+
+    Args:
+        t: number of the step, from 1.
+        scale: what the gradient is multiplied by.
+        seed, first: what is drawn depends on the seed and on the number's place, counted from `first`.
+    """
+    n, block = weight.numel(), 1024
+    _adam[(triton.cdiv(n, block),)](
+        weight, grad, mean, square, n, lr / (1 - beta1**t), 1 / (1 - beta2**t), beta1, beta2, eps, scale, seed % (1 << 31), first,
+        WIDE=wide(weight.dtype), ROUND=weight.dtype == torch.bfloat16, BLOCK=block,
+    )  # fmt: skip
+
+
+@triton.jit
+def _adam(
+    weight, grad, mean, square, n, rate, correction, beta1, beta2, eps, scale, seed, first,
+    WIDE: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < n
+    g = tl.load(grad + i, mask=here, other=0.0).to(WIDE) * scale
+    m = tl.load(mean + i, mask=here, other=0.0)
+    v = tl.load(square + i, mask=here, other=0.0)
+    m += (g - m) * (1 - beta1)
+    v = v * beta2 + g * g * (1 - beta2)
+    tl.store(mean + i, m, mask=here)
+    tl.store(square + i, v, mask=here)
+    new = tl.load(weight + i, mask=here, other=0.0).to(WIDE) - rate * m / (tl.sqrt(v * correction) + eps)
+    if ROUND:
+        noise = (tl.randint(seed, (first + i).to(tl.int32)) & 0xFFFF).to(tl.int32)
+        bits = (new.to(tl.int32, bitcast=True) + noise) & -65536
+        # What is not finite must stay so.
+        new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
+    tl.store(weight + i, new.to(weight.dtype.element_ty), mask=here)

@@ -1,0 +1,195 @@
+"""Documents to rows of tokens: a stream with a cursor that can be saved and taken up again.
+
+A row is the policy's special token and then `context - 1` tokens of text. Documents follow one another, each with the
+special token in front, so that their boundaries can be found again. A policy that puts nothing in front leaves both out. Where several sources are mixed, the next document
+comes from the one whose share of the tokens so far is furthest behind its weight: shares come out exactly, without
+chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from crosslayer.core.errors import SourceError
+from crosslayer.data.documents import Document, Split
+from crosslayer.data.sources import Weighted
+from crosslayer.host.host import Host
+
+
+class Place(NamedTuple):
+    """How far one source has been read: pass over it, documents of that pass taken, tokens taken in all."""
+
+    epoch: int = 0
+    document: int = 0
+    tokens: int = 0
+
+
+class Cursor(NamedTuple):
+    """Where a stream stands: the place in each source, and the tokens already used of the document now open."""
+
+    places: tuple[Place, ...]
+    open_source: int = -1
+    used: int = 0
+
+    @classmethod
+    def of(cls, saved: Sequence) -> Cursor:
+        """From the nested lists that JSON makes of it."""
+        places, open_source, used = saved
+        return cls(tuple(Place(*p) for p in places), open_source, used)
+
+
+class Documents:
+    """The documents of weighted sources, one after another, for one rank of several.
+
+    Rank r of n takes documents r, r + n, ... of each source.
+    """
+
+    def __init__(self, sources: Sequence[Weighted], side: Split, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        total = sum(s.weight for s in sources)
+        self.sources, self.weights = [s.source for s in sources], [s.weight / total for s in sources]
+        self.side: Split = side
+        self.seed, self.rank, self.ranks = seed, rank, ranks
+        self.places = [Place()] * len(sources)
+        self._open: list[Iterator[Document] | None] = [None] * len(sources)
+
+    def _pass(self, i: int) -> Iterator[Document]:
+        everything = self.sources[i].documents_of(self.side, self.seed + i, self.places[i].epoch)
+        return islice(everything, self.rank, None, self.ranks)
+
+    def next_source(self) -> int:
+        """The source that is furthest behind its share."""
+        taken = [p.tokens for p in self.places]
+        return max(range(len(taken)), key=lambda i: self.weights[i] * (sum(taken) + 1) - taken[i])
+
+    def read(self, i: int) -> Document:
+        """The next document of source `i`, from its next pass where this one is over."""
+        for _ in range(2):
+            stream = self._open[i]
+            if stream is None:
+                stream = self._open[i] = islice(self._pass(i), self.places[i].document, None)
+            document = next(stream, None)
+            if document is not None:
+                self.places[i] = self.places[i]._replace(document=self.places[i].document + 1)
+                return document
+            self._open[i] = None
+            self.places[i] = self.places[i]._replace(epoch=self.places[i].epoch + 1, document=0)
+        name = self.sources[i].name
+        raise SourceError(f"{name} has too little {self.side} text for {self.ranks} ranks; give more text")
+
+    def move(self, places: Sequence[Place]) -> None:
+        """Stand at these places."""
+        self.places = list(places)
+        self._open = [None] * len(self.places)
+
+
+def dealt_anew(cursors: Sequence[Cursor], rank: int, ranks: int) -> Cursor:
+    """Where one rank of `ranks` takes up text that as many ranks as there are cursors have read.
+
+    In each source, at the first document that one of them had not finished: none is left out, some are read again by
+    another rank.
+    """
+    before = len(cursors)
+    places = []
+    for i, of_source in enumerate(zip(*(c.places for c in cursors), strict=True)):
+        unread = [
+            (p.epoch, r + before * (p.document - (c.open_source == i)))
+            for r, (c, p) in enumerate(zip(cursors, of_source, strict=True))
+        ]
+        epoch, document = min(unread)
+        taken = sum(p.tokens for p in of_source) // ranks
+        places.append(Place(epoch, max(0, -(-(document - rank) // ranks)), taken))
+    return Cursor(tuple(places))
+
+
+class RowStream:
+    """Endless rows of tokens from weighted sources; `cursor` may be read and set between rows."""
+
+    def __init__(self, host: Host, documents: Documents, context: int) -> None:
+        self.host, self.documents, self.context = host, documents, context
+        self._source, self._tokens, self._used = -1, list[int](), 0
+
+    @property
+    def seed(self) -> int:
+        return self.documents.seed
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(tuple(self.documents.places), self._source, self._used)
+
+    @cursor.setter
+    def cursor(self, cursor: Cursor) -> None:
+        places = list(cursor.places)
+        self._source, self._tokens, self._used = -1, [], 0
+        if cursor.open_source >= 0:
+            i = cursor.open_source
+            # Step back onto the document that was open, and read it again.
+            self.documents.move([p._replace(document=p.document - (j == i)) for j, p in enumerate(places)])
+            self._next_document(i)
+            self._used = cursor.used
+        self.documents.places = places
+        if cursor.open_source < 0:
+            self.documents.move(places)
+
+    def _next_document(self, source: int) -> None:
+        document = self.documents.read(source)
+        self._source, self._tokens, self._used = source, document_tokens(self.host, document), 0
+        place = self.documents.places[source]
+        self.documents.places[source] = place._replace(tokens=place.tokens + len(self._tokens))
+
+    def rows(self, n: int) -> Int[Tensor, "B T"]:
+        """The next `n` rows; the cursor moves past them."""
+        body = _body(self.host, self.context)
+        flat: list[int] = []
+        while len(flat) < n * body:
+            if self._used == len(self._tokens):
+                self._next_document(self.documents.next_source())
+            take = self._tokens[self._used : self._used + n * body - len(flat)]
+            flat.extend(take)
+            self._used += len(take)
+        return _rows(self.host, flat, body)
+
+
+def held_out_rows(host: Host, sources: Sequence[Weighted], context: int, n_tokens: int) -> Int[Tensor, "B T"]:
+    """Rows that together hold about `n_tokens` tokens of held-out text, each document at most once.
+
+    Raises:
+        SourceError: for held-out text that is shorter than one row.
+    """
+    body = _body(host, context)
+    documents = Documents(sources, "held_out", seed=0)
+    flat: list[int] = []
+    while len(flat) < n_tokens + body:
+        i = documents.next_source()
+        document = documents.read(i)
+        if documents.places[i].epoch:
+            break
+        tokens = document_tokens(host, document)
+        place = documents.places[i]
+        documents.places[i] = place._replace(tokens=place.tokens + len(tokens))
+        flat.extend(tokens)
+    n_rows = min(len(flat) // body, -(-n_tokens // body))
+    if n_rows == 0:
+        raise SourceError(f"the held-out text has {len(flat)} tokens, less than one row of {body}; give more text")
+    return _rows(host, flat[: n_rows * body], body)
+
+
+def document_tokens(host: Host, document: Document) -> list[int]:
+    """A document's tokens behind the special token that marks its beginning."""
+    tokens = host.tokenizer.encode(document.text, add_special_tokens=False)
+    return [host.first_token, *tokens] if host.policy.prepend else tokens
+
+
+def _body(host: Host, context: int) -> int:
+    """Tokens of text in a row."""
+    return context - host.policy.prepend
+
+
+def _rows(host: Host, flat: list[int], body: int) -> Int[Tensor, "B T"]:
+    rows_BT = torch.tensor(flat).view(-1, body)
+    return torch.nn.functional.pad(rows_BT, (1, 0), value=host.first_token) if host.policy.prepend else rows_BT

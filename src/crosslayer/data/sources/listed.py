@@ -1,0 +1,48 @@
+"""What a source is, and the kind whose documents are all known at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from crosslayer.core.errors import SourceError
+from crosslayer.data.documents import Document, Split, split_of, text_hash
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Text in documents, in an order that a seed and the number of the pass fix."""
+
+    name: str
+
+    def documents_of(self, side: Split, seed: int, epoch: int) -> Iterator[Document]:
+        """One pass over the documents on one side of the split, the same each time it is asked for."""
+        ...
+
+
+class ListedSource:
+    """Documents held in memory, shuffled for each pass."""
+
+    def __init__(self, name: str, documents: list[Document]) -> None:
+        self.name, self.documents = name, documents
+
+    def documents_of(self, side: Split, seed: int, epoch: int) -> Iterator[Document]:
+        chosen = [d for d in self.documents if split_of(d.id) == side]
+        if not chosen:
+            count = len(self.documents)
+            raise SourceError(
+                f"{self.name} has no {side} text: {count} document{'s' * (count > 1)}; give more text, in more files"
+            )
+        return (chosen[i] for i in np.random.default_rng((seed, epoch)).permutation(len(chosen)))
+
+    def digest(self) -> str:
+        """Of all documents in their order: what a resume compares."""
+        return text_hash("".join(d.id + text_hash(d.text) for d in self.documents))
+
+    def drop(self, hashes: set[str]) -> None:
+        """Leave out the texts with these hashes."""
+        self.documents = [d for d in self.documents if text_hash(d.text) not in hashes]
+        if not self.documents:
+            raise SourceError(f"{self.name} holds only text that another source has too; leave it out")

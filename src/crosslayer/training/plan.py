@@ -1,0 +1,181 @@
+"""What a run will take, before anything is allocated: parameters, memory by part, FLOPs a token, time."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from crosslayer.clt.finding import TOKENS_AT_ONCE
+from crosslayer.core.errors import ResourceError
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.gradients import NUMBERS_AT_ONCE
+from crosslayer.training.objective import SPARSE_BELOW
+
+GIB = 2**30
+RING = "ring of activations"
+LIBRARIES = 450 << 20
+"""What a process takes that has imported everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostShape:
+    """What of a host a plan needs to know."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    n_parameters: int
+    n_matrix_parameters: int
+    """Without embeddings: what a token is multiplied by, the unembedding not among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The plan of one run on one rank."""
+
+    n_parameters: int
+    memory_bytes: dict[str, int]
+    disk_bytes: int
+    host_flops: float
+    """FLOPs a token of the host's forward pass."""
+    dense_flops: float
+    """FLOPs a token of a training step with matrix products throughout."""
+    sparse_flops: float
+    """FLOPs a token of a training step whose decoder and gradients touch active features alone."""
+    tokens: int
+    reuse: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Without the ring, which is in main memory whatever the device."""
+        return self.total_bytes - self.memory_bytes[RING]
+
+    def seconds(self, flops_per_s: float, *, sparse: bool) -> float:
+        """Time of the whole run at a rate of matrix products."""
+        flops = self.host_flops / self.reuse + (self.sparse_flops if sparse else self.dense_flops)
+        return flops * self.tokens / flops_per_s
+
+
+def host_shape(name: str) -> HostShape:
+    """The shape of a host from its config alone; no weight is read or allocated.
+
+    Raises:
+        HostError: as `load_host` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from crosslayer.host.families import family_of
+    from crosslayer.host.host import folder_of, reading
+
+    config: Any = reading(name, lambda: AutoConfig.from_pretrained(folder_of(name)))
+    family_of(config.model_type, name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    embeddings = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()}
+    return HostShape(
+        name=name,
+        n_layers=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        n_parameters=model.num_parameters(),
+        n_matrix_parameters=sum(p.numel() for p in model.parameters() if id(p) not in embeddings),
+    )
+
+
+def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
+    """The plan of a run of `config` on a host of this shape."""
+    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    device = "cuda" if on_gpu else "cpu"
+    c = config.clt(shape.n_layers, shape.d_model)
+    l0 = config.target_l0(shape.n_layers)
+    n, width = c.n_parameters, c.d_model
+    weight = 2 if config.precision == "bf16" else 4
+    host_weight = 2 if config.host_precision == "bf16" else 4
+    micro = config.batch // config.accumulate
+    slots = [c.n_slots(i) for i in range(c.n_layers)]
+    activations = micro * c.n_layers * width * 4
+    rows = config.rows_per_harvest * config.context
+    start = min(l0 * config.l0_start, 0.5 * c.n_layers * c.n_features)
+    # Layers are dense at first, unless they rank few: then gradients are kept whole until the norm is known.
+    dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device] or not c.ranks
+    largest = c.n_features * width * (max(slots) + 1)
+    gradients = 0 if not dense else largest if config.fused_update else n
+    entries = micro * (start if c.ranks else min(start, SPARSE_BELOW[device] * c.n_layers * c.n_features))
+    memory = {
+        "host weights": shape.n_parameters * host_weight,
+        "transcoder weights": n * weight,
+        "gradients": gradients * weight + min(NUMBERS_AT_ONCE[device], largest) * 4,
+        "Adam moments": 2 * n * 4 if config.moments == "fp32" else round(2 * n * (1 + 4 / width)),
+        # One copy that becomes the JumpReLU transcoder in the host's units; moments and gradients are still there.
+        "transcoder as saved": n * weight,
+        RING: config.ring * c.n_layers * width * 2 * 2,
+        "harvest": rows * (2 * c.n_layers + 24) * width * host_weight,
+        # Of one layer: pre-activations, activations, what pulls them, and masks; of all of them: the entries that are kept.
+        "features of a micro-batch": round(
+            (micro * c.n_features * 24 if dense else min(micro, TOKENS_AT_ONCE[device]) * c.n_features * 16)
+            + entries * 48
+        ),
+        # Inputs and outputs as served and in the units of training, the reconstruction, and a layer's gradient laid out in rows.
+        "reconstructions": 6 * activations + micro * max(slots) * width * 4,
+    }
+    if device == "cpu":
+        memory["Python and PyTorch"] = LIBRARIES
+    encoder = 2.0 * c.n_layers * c.n_features * width
+    decoder = 2.0 * sum(slots) * c.n_features * width
+    per_feature = 2.0 * width * (sum(slots) / len(slots))
+    folder = n * 4
+    return Plan(
+        n_parameters=n,
+        memory_bytes=memory,
+        disk_bytes=folder + config.keep * 3 * folder,
+        host_flops=2.0 * shape.n_matrix_parameters,
+        dense_flops=2 * encoder + 3 * decoder,
+        sparse_flops=encoder + l0 * (2.0 * width + 3 * per_feature),
+        tokens=config.tokens,
+        reuse=config.reuse,
+    )
+
+
+def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
+    """Refuse what cannot fit, naming the largest part and the setting to change.
+
+    Raises:
+        ResourceError: for too little memory or disk.
+    """
+    if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
+        needed, free, where = plan.device_bytes, torch.cuda.mem_get_info()[0], "on the GPU"
+    else:
+        needed, free, where = plan.total_bytes, psutil.virtual_memory().available, "of memory"
+    if needed > free:
+        part = max(plan.memory_bytes, key=lambda name: plan.memory_bytes[name])
+        remedy = {
+            RING: "lower --ring",
+            "harvest": "lower --rows-per-harvest or --context",
+            "features of a micro-batch": "lower --batch or raise --accumulate",
+            "reconstructions": "lower --batch or raise --accumulate",
+            "host weights": "use --host-precision bf16",
+            "gradients": "use --fused-update, or lower --n-features",
+            "Adam moments": "use --moments 8bit, or lower --n-features"
+            if config.moments == "fp32"
+            else "lower --n-features",
+        }.get(part, "lower --n-features" + ("" if config.precision == "bf16" else " or use --precision bf16"))
+        raise ResourceError(
+            f"the run needs {needed / GIB:.1f} GiB {where} but {free / GIB:.1f} GiB are free; "
+            f"most of it, {plan.memory_bytes[part] / GIB:.1f} GiB, is for {part}: {remedy}"
+        )
+    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    free_disk = shutil.disk_usage(existing).free
+    if plan.disk_bytes > free_disk:
+        raise ResourceError(
+            f"{out} will take {plan.disk_bytes / GIB:.1f} GiB of disk but {free_disk / GIB:.1f} GiB are free; "
+            f"lower --keep={config.keep} or --n-features, or give --out on another disk"
+        )

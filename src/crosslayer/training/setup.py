@@ -1,0 +1,162 @@
+"""What a run begins with: its manifest, normalisation, first weights and biases."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from crosslayer.clt.config import CLTConfig
+from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.precision import DTYPES
+from crosslayer.clt.shard import share_of
+from crosslayer.clt.transcoder import CLT
+from crosslayer.core.errors import RunError
+from crosslayer.core.progress import track
+from crosslayer.data.rows import Documents, RowStream, document_tokens
+from crosslayer.data.sources import ListedSource, Source, Weighted
+from crosslayer.data.stream import harvest
+from crosslayer.data.units import Units, estimate_units
+from crosslayer.host.host import Host
+from crosslayer.parallel import Mesh
+from crosslayer.schemas.run import RunManifest
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.optimiser import Adam
+from crosslayer.training.plan import HostShape
+from crosslayer.training.schedule import Controller, Window
+from crosslayer.training.state import TrainState
+
+BIAS_TOKENS, BIAS_STRIDE = 8_192, 8
+"""Tokens on which biases are set at the start, and how many lie from one to the next, so that they come from many documents."""
+
+
+def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) -> TrainState:
+    """The state of a run before its first weights, for the features that this rank holds.
+
+    Args:
+        whole: the transcoder of all ranks.
+    """
+    clt = share_of(whole, mesh, dtype=DTYPES[config.precision], device=device)
+    thresholds = list(clt.threshold)
+    weights = [p for name, p in clt.named_parameters() if not name.startswith("threshold")]
+    groups = [{"params": weights, "lr": config.lr}]
+    if thresholds:
+        groups.append({"params": thresholds, "lr": config.threshold_lr})
+    start_density = first_l0(config, whole.n_layers) / (whole.n_layers * config.n_features) if whole.ranks else 1.0
+    return TrainState(
+        clt=clt,
+        optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments),
+        controller=Controller(integral=-7.0),
+        window=Window(config.eps, config.window_cap, config.eps),
+        silent_LF=torch.zeros(whole.n_layers, clt.config.n_features, dtype=torch.int64, device=device),
+        density_L=[start_density] * whole.n_layers,
+    )
+
+
+def first_l0(config: TrainConfig, n_layers: int) -> float:
+    """The L0 asked for at the first step, summed over layers."""
+    return min(config.target_l0(n_layers) * config.l0_start, 0.5 * n_layers * config.n_features)
+
+
+def set_first_weights(clt: CLT, config: TrainConfig, host: Host, sources: Sequence[Weighted], units: Units) -> None:
+    """Draw weights, and set biases so that the first L0 is the one asked for."""
+    initialise(clt, config.seed, config.threshold)
+    if not clt.config.ranks:
+        share = first_l0(config, host.n_layers) / (host.n_layers * config.n_features)
+        set_bias_for_density(clt, _sample(config, host, sources, units), share)
+    clt.mesh.data.copy_from_first(clt.parameters())
+
+
+def units_of_text(
+    config: TrainConfig, host: Host, sources: Sequence[Weighted], mesh: Mesh, device: str, console: Console
+) -> Units:
+    """Normalisation estimated on training text, the same on every rank."""
+    n_tokens = min(config.scale_tokens, _tokens_there_are(host, sources, config.scale_tokens))
+    rows = RowStream(host, Documents(sources, "train", config.seed), config.context)
+    with track(console, "normalise", n_tokens) as update:
+        units = estimate_units(
+            host, rows.rows, n_tokens, config.rows_per_harvest, lambda done: update(min(done, n_tokens))
+        )
+    # Eigenvectors have no sign of their own: ranks must not differ in it.
+    units = units.to(device)
+    mesh.world.copy_from_first(units)
+    return units
+
+
+def _sample(config: TrainConfig, host: Host, sources: Sequence[Weighted], units: Units) -> Tensor:
+    """Inputs of some tokens of training text, the same on every rank, in the units of training."""
+    rows = RowStream(host, Documents(sources, "train", config.seed), config.context)
+    n_tokens, kept, passed = min(BIAS_TOKENS * BIAS_STRIDE, config.scale_tokens), list[Tensor](), 0
+    while passed < n_tokens:
+        x_BLD = harvest(host, rows.rows(config.rows_per_harvest)).x_BLD
+        kept.append(x_BLD[::BIAS_STRIDE])
+        passed += len(x_BLD)
+    return units.inputs(torch.cat(kept))
+
+
+def new_manifest(config: TrainConfig, host: Host, clt: CLTConfig, sources: Sequence[Weighted]) -> RunManifest:
+    import transformers
+
+    total = sum(s.weight for s in sources)
+    return RunManifest(
+        state="training",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=config.as_dict(),
+        host={
+            "name": host.name,
+            "model_type": host.model_type,
+            "n_layers": host.n_layers,
+            "d_model": host.d_model,
+            "n_vocab": host.n_vocab,
+        },
+        clt={**asdict(clt), "n_parameters": clt.n_parameters},
+        policy=host.policy,
+        sources=[{"name": s.name, "share": weight / total, "digest": _digest(s)} for s, weight in sources],
+        versions={
+            "crosslayer": version("crosslayer"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def _digest(source: Source) -> str | None:
+    return source.digest() if isinstance(source, ListedSource) else None
+
+
+def check_same_text(manifest: RunManifest, sources: Sequence[Weighted]) -> None:
+    """A resume trains on the text that the run began with; streamed sources cannot be compared."""
+    for said, (source, _) in zip(manifest.sources, sources, strict=True):
+        if said.get("digest") != _digest(source):
+            raise RunError(f"{source.name} has other text than when the run began; put it back, or start a new run")
+
+
+def shape_of(host: Host) -> HostShape:
+    total = sum(p.numel() for p in host.model.parameters())
+    return HostShape(
+        name=host.name,
+        n_layers=host.n_layers,
+        d_model=host.d_model,
+        n_parameters=total,
+        n_matrix_parameters=total - host.n_vocab * host.d_model,
+    )
+
+
+def _tokens_there_are(host: Host, sources: Sequence[Weighted], most: int) -> int:
+    """Tokens in one pass over the sources, counted no further than `most`."""
+    count = 0
+    for source, _ in sources:
+        if not isinstance(source, ListedSource):
+            return most
+        for document in source.documents_of("train", 0, 0):
+            if count >= most:
+                return most
+            count += len(document_tokens(host, document))
+    return count

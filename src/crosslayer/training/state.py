@@ -1,0 +1,122 @@
+"""The state of a run, and the checkpoint that holds it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crosslayer.clt.config import CLTConfig
+from crosslayer.clt.shard import by_feature
+from crosslayer.clt.transcoder import CLT
+from crosslayer.core.errors import RunError
+from crosslayer.data.stream import StreamState
+from crosslayer.data.units import Units
+from crosslayer.training import checkpoint
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.optimiser import Adam
+from crosslayer.training.schedule import Controller, Window
+
+
+class Restored(NamedTuple):
+    """What of a checkpoint is not in the state itself."""
+
+    mesh: tuple[int, int]
+    """Data and feature ranks that saved it."""
+    streams: list[StreamState]
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """All that a step changes, as one rank has it.
+
+    Attributes:
+        clt: the features that this rank holds, in the units of training.
+        silent_LF: tokens since each feature fired.
+        density_L: of each layer's entries, at the step before.
+        last_norm: of the gradient of the step before, which a fused update is clipped by.
+        units: normalisation; set before the first step.
+        train_s, harvest_s: seconds of training, and of them those spent on activations.
+    """
+
+    clt: CLT
+    optimiser: Adam
+    controller: Controller
+    window: Window
+    silent_LF: Tensor
+    density_L: list[float]
+    units: Units | None = None
+    step: int = 0
+    train_s: float = 0.0
+    harvest_s: float = 0.0
+    last_norm: float = 0.0
+
+    def saved(self, identity: dict[str, Any], streams: list[Any]) -> checkpoint.Saved:
+        """As a checkpoint holds it.
+
+        Args:
+            identity: what it is a checkpoint of; see `identity`.
+            streams: where each rank's stream of activations stands.
+        """
+        assert self.units is not None, "a run is saved after its first step"
+        tensors: dict[str, Tensor] = {f"silent.{i}": silent_F for i, silent_F in enumerate(self.silent_LF)}
+        tensors |= {f"units.{name}": t for name, t in zip(Units._fields, self.units, strict=True)}
+        for name, p in self.clt.named_parameters():
+            tensors[f"weights.{name}"] = p.data
+            tensors |= {f"moments.{key}.{name}": t for key, t in self.optimiser.state.get(p, {}).items()}
+        numbers = {
+            "of": identity,
+            "step": self.step,
+            "train_s": self.train_s,
+            "harvest_s": self.harvest_s,
+            "density_L": self.density_L,
+            "last_norm": self.last_norm,
+            "controller": asdict(self.controller),
+            "window": self.window.eps,
+            "streams": streams,
+        }
+        return checkpoint.Saved(tensors, frozenset(name for name in tensors if _by_feature(name)), numbers)
+
+    def restore(self, folder: Path, identity: dict[str, Any]) -> Restored:
+        """Take everything from a checkpoint.
+
+        Raises:
+            RunError: for a checkpoint of another transcoder.
+        """
+        numbers = checkpoint.numbers(folder)
+        for name, mine in identity.items():
+            if numbers["of"].get(name) != mine:
+                raise RunError(f"checkpoint {folder} is of another transcoder, with {name}={numbers['of'].get(name)} and not {mine}; put back the run's own, or start a new run")  # fmt: skip
+        device = self.clt.device
+        tensors = checkpoint.load(folder, _by_feature, self.clt.mesh)
+        for name, p in self.clt.named_parameters():
+            p.data.copy_(tensors[f"weights.{name}"])
+            of_it = {key.split(".")[1]: t for key, t in tensors.items() if key.startswith("moments.") and key.split(".", 2)[2] == name}  # fmt: skip
+            if of_it:
+                self.optimiser.state[p] = {key: t.to("cpu" if key == "step" else device) for key, t in of_it.items()}
+        n_layers = len(self.silent_LF)
+        self.silent_LF = torch.stack([tensors[f"silent.{i}"] for i in range(n_layers)]).to(device)
+        self.step, self.train_s, self.harvest_s, self.density_L, self.last_norm, self.window.eps = (
+            numbers[name] for name in ("step", "train_s", "harvest_s", "density_L", "last_norm", "window")
+        )
+        self.controller = Controller(**numbers["controller"])
+        self.units = Units(*(tensors[f"units.{name}"] for name in Units._fields)).to(str(device))
+        rows, columns = numbers["mesh"]
+        return Restored((rows, columns), [StreamState(*s) for s in numbers["streams"]])
+
+
+def identity(host_name: str, whole: CLTConfig, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint must be of, for a run to resume from it."""
+    return {"host": host_name, **asdict(whole), "precision": config.precision, "moments": config.moments}
+
+
+def _by_feature(name: str) -> bool:
+    """Whether a tensor of a checkpoint has a row for each feature."""
+    kind, _, rest = name.partition(".")
+    if kind == "moments":
+        key, _, rest = rest.partition(".")
+        return key != "step" and by_feature(rest)
+    return kind == "silent" or (kind == "weights" and by_feature(rest))

@@ -1,0 +1,400 @@
+"""The training loop: from a config and a folder to a trained, measured, saved transcoder.
+
+    open the host and the text -> estimate normalisation -> fill the ring -> step, step, step -> convert, fold, save -> measure
+
+The same code runs in one process and under `torchrun`, on a mesh of ranks that share the tokens and ranks that share the
+features (docs/many-gpus.md). Each rank harvests its part of the batch; ranks that share features gather theirs, so that all of
+them see all their tokens; what their features write is summed; gradients are averaged over ranks that share the tokens.
+Killed at any step and resumed, a run ends bit-equal to one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn import Parameter
+
+from crosslayer import parallel
+from crosslayer.clt.open import load_clt
+from crosslayer.clt.precision import DTYPES
+from crosslayer.clt.transcoder import CLT
+from crosslayer.core.errors import ConfigError, CrosslayerError, RunError
+from crosslayer.core.files import locked
+from crosslayer.core.progress import Update, track
+from crosslayer.data.rows import Cursor, Documents, RowStream, dealt_anew, held_out_rows
+from crosslayer.data.sources import Weighted, open_sources
+from crosslayer.data.stream import ActivationStream, StreamState
+from crosslayer.eval.evaluate import evaluate_rows
+from crosslayer.host.host import Host, choose_device, load_host
+from crosslayer.parallel import Mesh
+from crosslayer.schemas.evaluation import Evaluation
+from crosslayer.training import checkpoint
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.gradients import FusedUpdate, Gradients
+from crosslayer.training.objective import SPARSE_BELOW, compute
+from crosslayer.training.plan import check_fits
+from crosslayer.training.publish import in_host_units, publish
+from crosslayer.training.run_folder import Log, check_same_config, read_manifest, refuse_unless_new, write_manifest
+from crosslayer.training.schedule import l0_asked, learning_rate
+from crosslayer.training.setup import (
+    check_same_text,
+    empty_state,
+    first_l0,
+    new_manifest,
+    set_first_weights,
+    shape_of,
+    units_of_text,
+)
+from crosslayer.training.share import plan_of_one_rank
+from crosslayer.training.signals import stop_signals
+from crosslayer.training.sinks import open_sinks
+from crosslayer.training.state import Restored, identity
+
+FIGURES = ("reconstruction", "sparsity", "revival", "variance", "dead_share")
+
+
+class Trained(NamedTuple):
+    """What a finished run gives back."""
+
+    folder: Path
+    clt: CLT
+    """In the host's own units, as saved under `clt/`."""
+    evaluation: Evaluation
+
+
+class Stopped(CrosslayerError):
+    """The run was asked to stop; its state is saved and `--resume` goes on."""
+
+
+def train(
+    config: TrainConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    step: int | None = None,
+    host: Host | None = None,
+    console: Console | None = None,
+) -> Trained:
+    """Train a transcoder into the folder `out`.
+
+    Args:
+        config: every setting; `crosslayer.training.recipes` has some that work.
+        out: the run folder, new unless `resume`.
+        resume: go on from the last checkpoint of `out`.
+        step: go on from this step's checkpoint instead.
+        host: a host that is loaded already, in place of `config.model`.
+        console: where progress goes; quiet by default.
+
+    Raises:
+        CrosslayerError: for everything that a person can get wrong, before anything is written.
+        Stopped: after Ctrl-C or SIGTERM, the state saved.
+        RunError: also where another rank was lost; it names the checkpoint to go on from.
+    """
+    try:
+        return _train(config, out, resume, step, host, console)
+    except parallel.LostRank as error:
+        there = checkpoint.steps(Path(out))
+        remedy = f"go on from the checkpoint of step {there[-1]} with --resume {out}, on as many ranks or others" if there else "there is no checkpoint yet, start again"  # fmt: skip
+        raise RunError(f"{error}; {remedy}") from error
+
+
+def _train(
+    config: TrainConfig, out: Path | str, resume: bool, step: int | None, host: Host | None, console: Console | None
+) -> Trained:
+    run, console = Path(out), console or Console(quiet=True)
+    parallel.start()
+    if not parallel.is_first():
+        console = Console(quiet=True)
+    if resume:
+        manifest = read_manifest(run)
+        check_same_config(manifest.config, config.as_dict())
+    else:
+        parallel.world().by_first(lambda: refuse_unless_new(run))
+    device = choose_device(config.device)
+    mesh = parallel.lay_out(config.feature_ranks, torch.device(device).type)
+    host = load_host(
+        host or config.model,
+        dtype=DTYPES[config.host_precision],
+        device=device,
+        input_hook=config.input_hook,
+        output_hook=config.output_hook,
+        policy=config.policy,
+    )
+    if config.context > host.max_positions:
+        raise ConfigError(
+            f"context={config.context} exceeds that of {host.name}, {host.max_positions}; lower --context"
+        )
+    check_fits(plan_of_one_rank(config, shape_of(host), mesh.data.size), config, run)
+    sources = open_sources(config.text)
+    held_out = held_out_rows(host, sources, config.context, config.eval_tokens)
+    with _locked_by_first(run):
+        trainer = Trainer(config, run, host, sources, device, console, mesh)
+        trainer.prepare(resume, step)
+        trainer.run_steps(held_out)
+        return trainer.finish(held_out)
+
+
+class Trainer:
+    """What happens to the state of a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        host: Host,
+        sources: Sequence[Weighted],
+        device: str,
+        console: Console,
+        mesh: Mesh,
+    ) -> None:
+        self.config, self.run, self.host, self.sources = config, run, host, sources
+        self.device, self.console, self.mesh = device, console, mesh
+        documents = Documents(sources, "train", config.seed, mesh.world.rank, mesh.world.size)
+        self.rows = RowStream(host, documents, config.context)
+        self.whole = config.clt(host.n_layers, host.d_model)
+        self.state = empty_state(config, self.whole, mesh, device)
+        self.base_lr = [config.lr, config.threshold_lr]
+        self.target = config.target_l0(host.n_layers)
+        # Since the last report.
+        self.error_L = self.variance_L = torch.zeros(host.n_layers, dtype=torch.float64)
+        self.log = Log(run)
+        self.manifest = new_manifest(config, host, self.whole, sources)
+
+    def prepare(self, resume: bool, step: int | None) -> None:
+        """Bring normalisation, ring and weights to where the run begins or goes on."""
+        first, config, state = self.mesh.world.rank == 0, self.config, self.state
+        found = checkpoint.find(self.run, step, self.mesh) if resume else None
+        if resume:
+            self.manifest = read_manifest(self.run)
+            self.manifest.state, self.manifest.config = "training", config.as_dict()
+            check_same_text(self.manifest, self.sources)
+        restored = self.restore(found) if found else None
+        self.sinks = self.mesh.world.by_first(lambda: open_sinks(config, self.run)) or []
+        if first:
+            write_manifest(self.run, self.manifest)
+            checkpoint.clear_unfinished(self.run)
+            self.log.cut_back(state.step)
+            if found:
+                checkpoint.drop_after(self.run, state.step)
+        self.mesh.world.barrier()
+        if not (self.run / "run.json").exists():
+            raise RunError(f"rank {self.mesh.world.rank} does not see {self.run}, which rank 0 has made; give --out on a file system that all nodes share")  # fmt: skip
+        if state.units is None:
+            state.units = units_of_text(config, self.host, self.sources, self.mesh, self.device, self.console)
+        self.stream = ActivationStream(
+            self.rows,
+            config.ring // self.mesh.world.size,
+            config.rows_per_harvest,
+            reuse=config.reuse,
+            state=self._stream_state(restored) if restored else None,
+        )
+        if not restored:
+            set_first_weights(state.clt, config, self.host, self.sources, state.units)
+
+    def restore(self, folder: Path) -> Restored:
+        """Take the state of a checkpoint."""
+        return self.state.restore(folder, identity(self.host.name, self.whole, self.config))
+
+    def _stream_state(self, restored: Restored) -> StreamState | None:
+        """Where this rank's stream goes on; on another mesh, the text that is left is dealt to the ranks anew."""
+        if restored.mesh == self.mesh.shape:
+            return restored.streams[self.mesh.world.rank]
+        self.console.print("the run was on {} x {} ranks (data x features) and goes on on {} x {}: weights and optimiser as they were, the text dealt out anew".format(*restored.mesh, *self.mesh.shape), highlight=False)  # fmt: skip
+        cursors = [Cursor.of(state.begun_at) for state in restored.streams]
+        self.rows.cursor = dealt_anew(cursors, self.mesh.world.rank, self.mesh.world.size)
+        return None
+
+    def run_steps(self, held_out: Tensor) -> None:
+        """Train until the last step.
+
+        Raises:
+            Stopped: after Ctrl-C or SIGTERM.
+        """
+        window: list[dict[str, float]] = []
+        config, state, steps = self.config, self.state, self.config.steps
+        with stop_signals() as asked, track(self.console, "train", steps) as update:
+            while state.step < steps:
+                began = time.perf_counter()
+                window.append(self.one_step())
+                state.step += 1
+                state.train_s += time.perf_counter() - began
+                if state.step % config.log_every == 0 or state.step == steps:
+                    self._report(window, update)
+                    window.clear()
+                if config.eval_every and state.step % config.eval_every == 0 and state.step < steps:
+                    self._evaluate_on_the_way(held_out)
+                stop = self.mesh.world.any_(bool(asked))
+                if stop or state.step % config.checkpoint_every == 0:
+                    self.save()
+                if stop and state.step < steps:
+                    self._write_state("stopped")
+                    raise Stopped(f"stopped at step {state.step} of {steps}; go on with --resume {self.run}")
+
+    def one_step(self) -> dict[str, float]:
+        """One update of the weights; returns its figures."""
+        config, state = self.config, self.state
+        clt, steps = state.clt, config.steps
+        progress = state.step / steps
+        asked = l0_asked(progress, first_l0(config, self.host.n_layers), self.target, config.l0_ramp)
+        coefficient = state.controller.coefficient(asked) if config.sparsity == "tanh" else 1.0
+        for group, base in zip(state.optimiser.param_groups, self.base_lr, strict=False):
+            group["lr"] = base * learning_rate((state.step + 1) / (steps + 1), config.warmup, config.decay)
+        dead_LF = state.silent_LF >= config.dead_after
+        revive_LF = dead_LF & (not clt.config.ranks or state.step % config.auxiliary_every == 0)
+        sparse_L = [density < SPARSE_BELOW[torch.device(self.device).type] for density in state.density_L]
+        gradients = FusedUpdate(self._update) if config.fused_update else Gradients()
+        fired_LF = torch.zeros_like(state.silent_LF)
+        sums, micro = torch.zeros(len(FIGURES), dtype=torch.float64), config.batch // config.accumulate
+        layers_3L = torch.zeros(3, self.host.n_layers, dtype=torch.float64)
+        features, data = self.mesh.features, self.mesh.data
+        for _ in range(config.accumulate):
+            x_BLD, y_BLD = self._batch(micro // self.mesh.world.size)
+            terms = compute(
+                clt, x_BLD, y_BLD, config, gradients,
+                coefficient=coefficient, running_l0=state.controller.running_l0, asked_l0=asked, eps=state.window.eps,
+                dead_LF=revive_LF, sparse_L=sparse_L, share=1 / config.accumulate,
+            )  # fmt: skip
+            fired_LF += terms.fired_LF
+            mean_LD = data.sum_(y_BLD.mean(0)) / data.size
+            variance_L = (y_BLD - mean_LD).square().sum(dim=(0, 2)) / len(y_BLD)
+            # Ranks that share features have the same reconstruction, and each the penalties of its own features.
+            of_all = 1 / features.size
+            sums += torch.tensor([
+                terms.reconstruction * of_all, terms.sparsity, terms.revival * (of_all if clt.config.ranks else 1),
+                variance_L.sum() * of_all, dead_LF.double().mean() * of_all,
+            ], dtype=torch.float64)  # fmt: skip
+            layers_3L[:2] += torch.stack([terms.error_L, variance_L]).double().cpu() * of_all
+            layers_3L[2] += terms.entries_L / len(x_BLD)
+        self.mesh.world.sum_(sums)
+        self.mesh.world.sum_(layers_3L)
+        self.error_L, self.variance_L = self.error_L + layers_3L[0], self.variance_L + layers_3L[1]
+        entries_L = layers_3L[2] / (config.accumulate * data.size)
+        figures: dict[str, float] = dict(zip(FIGURES, (sums / (config.accumulate * data.size)).tolist(), strict=True))
+        figures["loss"] = figures["reconstruction"] + coefficient * figures["sparsity"] + figures["revival"]
+        if not math.isfinite(figures["loss"]):
+            raise RunError(f"the loss of step {state.step + 1} is not finite; lower --lr in a new run, or go on from an earlier step with --resume {self.run} --step")  # fmt: skip
+        gradients.average(data)
+        if config.clip:
+            state.last_norm = figures["gradient_norm"] = float(gradients.norm(clt))
+        if not config.fused_update:
+            state.optimiser.step(gradients, self._scale())
+        del gradients
+        if len(clt.threshold):
+            for theta in clt.threshold:
+                theta.data.clamp_(min=1e-6)
+        data.sum_(fired_LF)
+        state.silent_LF = torch.where(fired_LF > 0, 0, state.silent_LF + config.batch)
+        state.density_L = (entries_L / config.n_features).tolist()
+        l0 = features.total(float(fired_LF.sum())) / config.batch
+        state.controller.observe(l0, asked)
+        figures |= {"l0": l0, "l0_asked": asked, "lambda": coefficient, "window": state.window.eps}
+        state.window.observe(float(entries_L.sum()) - l0, max(l0, asked))
+        return figures
+
+    def _update(self, p: Parameter, blocks: Iterator[tuple[slice, Tensor]]) -> None:
+        """Update one parameter while the step goes on."""
+        self.state.optimiser.update(p, blocks, self._scale())
+
+    def _scale(self) -> float:
+        """What gradients are multiplied by, so that their norm is at most what is allowed."""
+        return (
+            min(1.0, self.config.clip / (self.state.last_norm + 1e-6))
+            if self.config.clip and self.state.last_norm
+            else 1.0
+        )
+
+    def _batch(self, n: int) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs of this rank's next `n` tokens, and of those of the ranks that share the features with it."""
+        began = time.perf_counter()
+        x_BLD, y_BLD = (self.mesh.features.cat(a.to(self.device)) for a in self.stream.batch(n))
+        assert self.state.units is not None
+        x_BLD, y_BLD = self.state.units.inputs(x_BLD), self.state.units.outputs(y_BLD)
+        self.state.harvest_s += time.perf_counter() - began
+        return x_BLD, y_BLD
+
+    def _report(self, window: list[dict[str, float]], update: Update) -> None:
+        state = self.state
+        means = {name: sum(w[name] for w in window) / len(window) for name in window[-1]}
+        tokens = state.step * self.config.batch
+        record = {
+            "step": state.step,
+            "tokens": tokens,
+            **{k: means[k] for k in ("loss", "reconstruction", "sparsity", "revival")},
+            "fvu": means["reconstruction"] / means["variance"],
+            "fvu_L": (self.error_L / self.variance_L).tolist(),
+            "l0": means["l0"],
+            "l0_per_layer": means["l0"] / self.host.n_layers,
+            **{k: means[k] for k in ("l0_asked", "lambda", "window", "dead_share")},
+            "gradient_norm": means.get("gradient_norm"),
+            "lr": state.optimiser.param_groups[0]["lr"],
+            "train_s": round(state.train_s, 3),
+            "harvest_s": round(state.harvest_s, 3),
+            "tokens_per_s": tokens / state.train_s,
+            "harvest_tokens_per_s": tokens / state.harvest_s,
+            "step_tokens_per_s": tokens / (state.train_s - state.harvest_s),
+        }
+        self.error_L = self.variance_L = torch.zeros_like(self.error_L)
+        if self.mesh.world.rank == 0:
+            self._record(record)
+        update(
+            state.step,
+            f"loss {record['loss']:.1f}  FVU {record['fvu']:.3f}  L0 {record['l0']:.1f} ({record['l0_per_layer']:.1f} a layer)  "
+            f"dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s, {state.harvest_s / state.train_s:.0%} of it harvest",
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """One line for the log and the sinks."""
+        self.log.write(record)
+        for sink in self.sinks:
+            sink(record)
+
+    def _evaluate_on_the_way(self, held_out: Tensor) -> None:
+        clt = self.in_host_units()
+        e = evaluate_rows(self.host, clt, held_out[:64], [s.source.name for s in self.sources], replacement_tokens=4096)
+        if self.mesh.world.rank == 0:
+            self._record({"step": self.state.step, "eval": e.model_dump(exclude={"density_log10_edges", "sources"})})
+
+    def in_host_units(self) -> CLT:
+        """The transcoder as it is now, as JumpReLU at the target L0, in the host's units."""
+        assert self.state.units is not None
+        return in_host_units(self.state.clt, self.state.units, self.config, self.host, self.sources)
+
+    def finish(self, held_out: Tensor) -> Trained:
+        """Convert, fold, save, measure."""
+        self.save()
+        clt = self.in_host_units()
+        evaluation = publish(
+            clt, self.config, self.run, self.host, self.sources, held_out, self.mesh, self.console, self.state.train_s
+        )
+        self._write_state("finished")
+        self.mesh.world.barrier()
+        return Trained(self.run, clt if self.mesh.features.size == 1 else load_clt(self.run).clt, evaluation)
+
+    def save(self) -> None:
+        """Write the checkpoint of this step."""
+        streams = self.mesh.world.objects(self.stream.state.plain())
+        saved = self.state.saved(identity(self.host.name, self.whole, self.config), streams)
+        checkpoint.save(self.run, self.state.step, saved, self.config.keep, self.mesh)
+        self._write_state("training")
+
+    def _write_state(self, state: Any) -> None:
+        self.manifest.state = state
+        self.manifest.step, self.manifest.train_s = self.state.step, round(self.state.train_s, 3)
+        self.manifest.tokens = self.state.step * self.config.batch
+        if self.mesh.world.rank == 0:
+            write_manifest(self.run, self.manifest)
+
+
+@contextmanager
+def _locked_by_first(run: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        parallel.world().by_first(lambda: held.enter_context(locked(run)))
+        yield

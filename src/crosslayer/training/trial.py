@@ -1,0 +1,119 @@
+"""How long a run will take, from a few steps on random numbers: the same code, the same shapes, this machine.
+
+A step's time depends on how much fires, which falls over the run: it is tried at several points of the schedule. What is too large to
+try is tried with fewer layers and fewer tokens, and scaled: the arithmetic by tokens and parameters, the optimiser by parameters.
+The host is tried with random weights. Nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.transcoder import CLT
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.gradients import Gradients
+from crosslayer.training.objective import SPARSE_BELOW, compute
+from crosslayer.training.optimiser import Adam
+from crosslayer.training.plan import HostShape
+from crosslayer.training.schedule import Window, l0_asked
+
+PARAMETERS = 1 << 27
+"""Of a trial's transcoder, about."""
+TOKENS = 1024
+POINTS = (0.04, 0.13, 0.25, 0.42, 0.58, 0.75, 0.92)
+"""Shares of the run at which a step is tried; each stands for its neighbourhood."""
+SETTLE = 5
+"""Steps that JumpReLU's window needs to become as narrow as its cap wants it."""
+
+
+class Trial(NamedTuple):
+    """Seconds a token of training."""
+
+    harvest_s: float
+    step_s: float
+
+    def seconds(self, config: TrainConfig) -> float:
+        """Of a whole run."""
+        return config.tokens * (self.harvest_s / config.reuse + self.step_s)
+
+
+def trial(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype, host_dtype: torch.dtype) -> Trial:
+    """Try a run of `config` on a host of this shape."""
+    return Trial(_harvest(config, shape, device, host_dtype), _step(config, shape, device, dtype))
+
+
+def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype) -> float:
+    whole = config.clt(shape.n_layers, shape.d_model)
+    n_layers = max(1, min(whole.n_layers, round(whole.n_layers * PARAMETERS / whole.n_parameters)))
+    part = replace(config, l0=config.target_l0(shape.n_layers) * n_layers / shape.n_layers, l0_per_layer=None)
+    clt = CLT(part.clt(n_layers, shape.d_model), dtype=dtype, device=device)
+    initialise(clt, 0, config.threshold)
+    scale = whole.n_parameters / clt.config.n_parameters
+    micro = config.batch // config.accumulate
+    n_tokens, of_all = min(micro, TOKENS), n_layers * config.n_features
+    x_BLD, y_BLD = torch.randn(2, n_tokens, n_layers, shape.d_model, device=device)
+    optimiser = Adam([{"params": list(clt.parameters()), "lr": 0.0}], (0.9, 0.999), 0, config.moments)
+    silent_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
+    start = min(part.target_l0(n_layers) * config.l0_start, 0.5 * of_all)
+    passes, updates = list[float](), list[float]()
+    for progress in POINTS:
+        asked = l0_asked(progress, start, part.target_l0(n_layers), config.l0_ramp)
+        if not clt.config.ranks:
+            set_bias_for_density(clt, x_BLD, asked / of_all)
+        # Some features are dead by then, and take part in an auxiliary loss.
+        dead_LF = silent_LF.clone()
+        dead_LF[:, ::10] = progress * config.tokens > config.dead_after and bool(config.auxiliary)
+        window, density_L = Window(config.eps, config.window_cap, config.eps), [asked / of_all] * n_layers
+        for turn in range(2 if clt.config.ranks else SETTLE):
+            gradients = Gradients()
+            sparse_L = [density < SPARSE_BELOW[torch.device(device).type] for density in density_L]
+            one_pass = partial(
+                compute, clt, x_BLD, y_BLD, part, gradients,
+                coefficient=1e-3, running_l0=asked, asked_l0=asked, eps=window.eps, dead_LF=dead_LF, sparse_L=sparse_L,
+            )  # fmt: skip
+            pass_s, terms = _timed(one_pass, device)
+            if config.clip:
+                pass_s += _timed(partial(gradients.norm, clt), device)[0]
+            update_s, _ = _timed(partial(optimiser.step, gradients), device)
+            density_L = (terms.entries_L / (n_tokens * config.n_features)).tolist()
+            window.observe(float(terms.entries_L.sum()) / n_tokens - asked, asked)
+            if turn:
+                last = pass_s, update_s
+        passes.append(last[0])
+        updates.append(last[1])
+    return scale * (sum(passes) / len(passes) / n_tokens + median(updates) / config.batch)
+
+
+def _harvest(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype) -> float:
+    """Seconds a token of the host's forward pass."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from crosslayer.host.host import folder_of
+
+    settings: Any = AutoConfig.from_pretrained(folder_of(shape.name))
+    text = settings.get_text_config()
+    n_layers = min(shape.n_layers, 8)
+    text.num_hidden_layers = n_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:n_layers]
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype).to(device).eval()
+    rows = torch.randint(0, text.vocab_size, (min(config.rows_per_harvest, 8), config.context), device=device)
+    with torch.inference_mode():
+        runs = [_timed(lambda: model.base_model(rows, use_cache=False), device)[0] for _ in range(4)]
+    return median(runs[1:]) / rows.numel() * shape.n_layers / n_layers
+
+
+def _timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result

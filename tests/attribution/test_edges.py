@@ -1,0 +1,174 @@
+"""Edges against autograd through the host itself, on every family: the local replacement model is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import crosslayer as xl
+import tiny
+from crosslayer.attribution.freeze import frozen
+from crosslayer.attribution.local import LocalModel, local_model
+from crosslayer.attribution.writes import read_writes
+from crosslayer.graphs.graph import Graph
+from pairs import TOKENS, Pair, make_pair
+
+AFTER_NORM, BEFORE_NORM = ("mlp.hook_in", "mlp.hook_out"), ("hook_resid_mid", "hook_mlp_out")
+CASES = [
+    (family, hooks, skip)
+    for family in tiny.CONFIGS
+    for hooks in (AFTER_NORM, BEFORE_NORM)
+    for skip in (False, True)
+    if not (family == "gpt_neox" and hooks == BEFORE_NORM)
+]
+
+
+def local_of(pair: Pair) -> tuple[LocalModel, torch.Tensor]:
+    local = local_model(pair.host, pair.clt, torch.tensor(TOKENS))
+    return local, read_writes(pair.clt, [local], local.dtype)[0].made_LTD
+
+
+@pytest.mark.parametrize(("family", "hooks", "skip"), CASES)
+def test_the_local_model_gives_the_hosts_logits(family: str, hooks: tuple[str, str], skip: bool):
+    local, made_LTD = local_of(make_pair(family, hooks=hooks, skip=skip))
+    own = local.kept.logits_TV
+    assert (local.logits(made_LTD) - own).abs().max() <= 1e-5 * own.abs().max()
+    assert not torch.allclose(local.logits(torch.zeros_like(made_LTD)), own, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("family", "hooks", "skip"), CASES)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_incoming_edges_sum_to_the_preactivation(
+    family: str, hooks: tuple[str, str], skip: bool, dtype: torch.dtype, most: float
+):
+    pair = make_pair(family, hooks=hooks, skip=skip, dtype=dtype)
+    for tolerance in (0.0, 0.1):
+        graph = xl.attribute(*pair, TOKENS, tolerance=tolerance)
+        assert graph.sum_error() < most
+        assert (graph.arrays.row_R < graph.n_features).sum() > 10
+
+
+@pytest.mark.parametrize(("family", "hooks", "skip"), CASES)
+def test_edges_are_those_of_autograd_one_target_at_a_time(family: str, hooks: tuple[str, str], skip: bool):
+    pair = make_pair(family, hooks=hooks, skip=skip, dtype=torch.float64)
+    graph = xl.attribute(*pair, TOKENS, tolerance=0.0, targets=["#5", "#7@3", "#9-minus-#2", "#11@0"])
+    expected = brute_force(pair, graph)
+    dense = graph.to_dense()
+    scale = np.abs(expected).max(1, keepdims=True)
+    # The norms of some families work in float32 whatever the model's dtype, so that autograd's own path is no more exact.
+    assert (np.abs(dense - expected) <= 1e-5 * scale + 1e-12).all()
+    assert (scale[np.sort(graph.arrays.row_R)] > 0).mean() > 0.9
+
+
+def brute_force(pair: Pair, graph: Graph) -> np.ndarray:
+    """All edges, from gradients through the host's own modules with patterns and scales held and MLP outputs as leaves."""
+    host, clt = pair
+    local, _ = local_of(pair)
+    a, n_layers, n_positions = graph.arrays, host.n_layers, len(TOKENS)
+    leaves = [local.kept.y_LTD[i].clone()[None].requires_grad_() for i in range(n_layers)]
+    xs: list[torch.Tensor] = []
+    embedded: list[torch.Tensor] = []
+
+    def visit(layer: int, x_BTD: torch.Tensor, _y: torch.Tensor) -> torch.Tensor:
+        xs.append(x_BTD)
+        if not clt.config.skip:
+            return leaves[layer]
+        through = clt.skip(x_BTD, layer) - clt.skip(x_BTD, layer).detach()
+        return leaves[layer] + torch.cat([torch.zeros_like(through[:, :1]), through[:, 1:]], dim=1)
+
+    def keep_embedding(_m: Any, _i: Any, out: torch.Tensor) -> torch.Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[0]
+
+    hook = local.anatomy.embedding.register_forward_hook(keep_embedding)
+    with frozen(local, "both"):
+        logits = host.run(torch.tensor([TOKENS]), visit)
+    hook.remove()
+    assert logits is not None
+    cap = local.anatomy.softcap
+    logits = cap * torch.atanh(logits / cap) if cap else logits
+    centred = (logits - logits.mean(-1, keepdim=True))[0]
+    values: list[tuple[int, torch.Tensor]] = []
+    for n in range(graph.n_features):
+        layer, position, index = int(a.layer_F[n]), int(a.position_F[n]), int(a.index_F[n])
+        values.append((n, xs[layer][0, position] @ clt.W_enc[layer][index]))
+    last = centred[-1]
+    for i, value in enumerate([last[5], centred[3][7], last[9] - last[2], centred[0][11]]):
+        values.append((graph.first_target + i, value))
+    dense = np.zeros((graph.n_nodes, graph.n_nodes))
+    errors = local.error_LTD
+    for n, value in values:
+        grads = torch.autograd.grad(value, [*leaves, embedded[0]], retain_graph=True, allow_unused=True)
+        g_LTD = torch.stack([torch.zeros_like(leaves[0][0]) if g is None else g[0] for g in grads[:-1]])
+        for s in range(graph.n_features):
+            layer, position = int(a.layer_F[s]), int(a.position_F[s])
+            row_SD = clt.W_dec[layer][int(a.index_F[s])]
+            dense[n, s] = a.activation_F[s] * float((row_SD * g_LTD[layer:, position][: len(row_SD)]).sum())
+        error_LT = (errors * g_LTD).sum(-1)
+        dense[n, graph.first_error : graph.first_token] = error_LT.flatten().numpy()
+        token = grads[-1]
+        if token is not None:
+            dense[n, graph.first_token : graph.first_target] = (token[0] * embedded[0][0]).sum(-1).detach().numpy()
+    assert n_positions == graph.n_positions
+    return dense
+
+
+def test_per_layer_transcoders_and_longer_prompts_too():
+    pair = make_pair("qwen3", dtype=torch.float64, cross_layer=False)
+    assert xl.attribute(*pair, TOKENS, tolerance=0.0).sum_error() < 1e-9
+    long = torch.randint(0, tiny.N_VOCAB, (50,), generator=torch.Generator().manual_seed(0))
+    assert xl.attribute(*make_pair(dtype=torch.float64), long, tolerance=0.05, max_nodes=200).sum_error() < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_other_activations(kind: str):
+    config = {"activation": kind, "k": 6, "scope": "layer"} if kind == "topk" else {"activation": kind}
+    pair = make_pair(dtype=torch.float64, **config)
+    graph = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    assert graph.sum_error() < 1e-9
+    if kind == "topk":
+        assert np.bincount(graph.arrays.layer_F).tolist() == [6 * (len(TOKENS) - 1)] * tiny.N_LAYERS
+
+
+def test_without_skipped_positions_every_position_has_features():
+    pair = make_pair(dtype=torch.float64)
+    pair.host.policy = xl.FirstPosition(prepend=False, n_skip=0)
+    graph = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    assert (graph.arrays.position_F == 0).any()
+    assert graph.sum_error() < 1e-9
+    pair.host.policy = xl.FirstPosition(n_skip=3)
+    graph = xl.attribute(*pair, TOKENS, tolerance=0.0, targets=["#5", "#4@1"])
+    assert graph.arrays.position_F.min() == 3
+    assert graph.sum_error() < 1e-9
+
+
+def test_a_chunked_sweep_and_several_prompts_give_the_same(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    other = [tiny.N_VOCAB - 1, 40, 41, 5]
+    alone = [xl.attribute(*pair, t) for t in (TOKENS, other)]
+    together = xl.attribute(*pair, [TOKENS, other])
+    monkeypatch.setattr("crosslayer.attribution.sweep.BYTES_AT_ONCE", 1)
+    chunked = xl.attribute(*pair, TOKENS)
+    for one, two in [(alone[0], together[0]), (alone[1], together[1]), (alone[0], chunked)]:
+        np.testing.assert_allclose(one.to_dense(), two.to_dense(), atol=1e-5)
+        np.testing.assert_allclose(one.influence_N, two.influence_N, atol=1e-6)
+
+
+def test_bfloat16_products_are_within_a_hundredth_of_a_rows_largest():
+    pair = make_pair()
+    exact, narrow = (xl.attribute(*pair, TOKENS, tolerance=0.0, precision=p).to_dense() for p in ("fp32", "bf16"))
+    assert (np.abs(exact - narrow).max(1) <= 2e-2 * np.abs(exact).max(1) + 1e-9).all()
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu(pair: Pair):
+    cpu = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    pair.host.model.cuda()
+    pair.clt.cuda()
+    gpu = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    pair.host.model.cpu()
+    pair.clt.cpu()
+    scale = np.abs(cpu.to_dense()).max(1, keepdims=True)
+    assert (np.abs(cpu.to_dense() - gpu.to_dense()) <= 1e-4 * scale + 1e-7).all()

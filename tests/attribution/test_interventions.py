@@ -1,0 +1,202 @@
+"""Interventions: measured effects are the edges when everything else is held, and nothing is nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import crosslayer as xl
+import tiny
+from crosslayer.attribution.interventions import Intervention, Watch
+from crosslayer.attribution.validate import validate
+from crosslayer.core.errors import ConfigError
+from crosslayer.graphs import merge
+from pairs import TOKENS, Pair, make_pair
+
+ALL = range(tiny.N_LAYERS)
+
+
+@pytest.mark.parametrize("family", list(tiny.CONFIGS))
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_edge_is_the_effect_with_everything_else_held(family: str, skip: bool):
+    pair = make_pair(family, skip=skip)
+    pair.host.model.config.get_text_config().final_logit_softcapping = None
+    graph = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    a, dense = graph.arrays, graph.to_dense()
+    sources = [int(n) for n in np.argsort(-np.abs(dense).sum(0)[: graph.n_features])[:3]]
+    later = [int(n) for n in np.flatnonzero(a.layer_F > 0)]
+    watch = [Watch(int(a.layer_F[n]), int(a.position_F[n]), int(a.index_F[n])) for n in later]
+    sets = [
+        [Intervention(layer=int(a.layer_F[s]), index=int(a.index_F[s]), positions=int(a.position_F[s]), scale=1.5)] for s in sources
+    ]  # fmt: skip
+    r = xl.intervene(*pair, TOKENS, sets, freeze="both", hold=ALL, watch=watch)
+    for row, s in enumerate(sources):
+        predicted = 0.5 * dense[later, s]
+        measured = (r.watched_BK[row] - r.watched_before_K).numpy()
+        assert np.abs(measured - predicted).max() <= 1e-3 * np.abs(predicted).max()
+        change = r.after_BTV[row, -1] - r.before_TV[-1]
+        tokens = [t.token for t in graph.header.targets]
+        predicted = 0.5 * dense[graph.first_target :, s]
+        assert np.abs((change[tokens] - change.mean()).numpy() - predicted).max() <= 1e-3 * np.abs(predicted).max()
+
+
+@pytest.mark.parametrize("family", list(tiny.CONFIGS))
+def test_changing_nothing_changes_nothing_bit_for_bit(family: str):
+    pair = make_pair(family)
+    same = Intervention(layer=1, index=3, scale=1.0)
+    silent = Intervention(layer=0, index=0, set=0.0, positions=2)
+    f = xl.attribute(*pair, TOKENS).arrays
+    assert not ((f.layer_F == 0) & (f.index_F == 0) & (f.position_F == 2)).any() or family != "qwen3"
+    sets = [[], [same]] + ([[silent]] if family == "qwen3" else [])
+    for one in sets:
+        r = xl.intervene(*pair, TOKENS, one)
+        torch.testing.assert_close(r.after_BTV[0], r.before_TV, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_replaced_mlps_with_nothing_changed_are_the_host(skip: bool):
+    pair = make_pair(skip=skip)
+    r = xl.intervene(*pair, TOKENS, [], mlps="replaced")
+    torch.testing.assert_close(r.after_BTV[0], r.before_TV, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_what_each_gives_alone(pair: Pair):
+    sets = [[Intervention(layer=0, index=i, set=2.0, positions=slice(2, None))] for i in (1, 2, 3)]
+    together = xl.intervene(*pair, TOKENS, sets, mlps="replaced")
+    for row, one in enumerate(sets):
+        alone = xl.intervene(*pair, TOKENS, one, mlps="replaced")
+        torch.testing.assert_close(together.after_BTV[row], alone.after_BTV[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together.after_BTV[0], together.after_BTV[1])
+
+
+def test_positions_touch_only_what_they_say(pair: Pair):
+    r = xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=5, set=3.0, positions=4)])
+    torch.testing.assert_close(r.after_BTV[0, :4], r.before_TV[:4])
+    assert not torch.allclose(r.after_BTV[0, 4:], r.before_TV[4:])
+    last = [
+        xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=5, set=3.0, positions=p)])
+        for p in (-1, 6, [6], np.int64(6))
+    ]
+    for other in last[1:]:
+        torch.testing.assert_close(other.after_BTV, last[0].after_BTV)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("mlps", ["host", "replaced"])
+def test_generation_with_open_positions_goes_on_over_new_tokens(family: str, mlps: str):
+    """Against generation without a cache, each time from the whole text."""
+    pair = make_pair(family)
+    forever = [Intervention(layer=0, index=i, set=4.0, positions=slice(3, None)) for i in (1, 2, 5)]
+    r = xl.intervene(*pair, TOKENS, forever, generate=5, mlps=mlps)
+    if mlps == "host":
+        tokens = list(TOKENS)
+        for _ in range(5):
+            again = xl.intervene(*pair, tokens, forever)
+            tokens.append(int(again.after_BTV[0, -1].argmax()))
+        assert r.generated[0] == tokens[len(TOKENS) :]
+        only = [Intervention(layer=i.layer, index=i.index, set=4.0, positions=slice(3, len(TOKENS))) for i in forever]
+        closed = xl.intervene(*pair, TOKENS, only, generate=5)
+        assert closed.generated[0][0] == r.generated[0][0]
+    tokens = list(TOKENS)
+    for _ in range(5):
+        logits = pair.host.run(torch.tensor([tokens]))
+        assert logits is not None
+        tokens.append(int(logits[0, -1].argmax()))
+    assert r.generated_before == tokens[len(TOKENS) :]
+
+
+def test_holding_layers_leaves_features_above_untouched_but_directly(pair: Pair):
+    """With all layers held and an edit in the last layer, nothing but the logits can change."""
+    watch = [Watch(layer, 6, i) for layer in ALL for i in range(5)]
+    r = xl.intervene(*pair, TOKENS, [Intervention(layer=2, index=3, set=5.0, positions=6)], hold=ALL, watch=watch)
+    torch.testing.assert_close(r.watched_BK[0], r.watched_before_K, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(r.after_BTV[0, 6], r.before_TV[6])
+
+
+@pytest.mark.parametrize(
+    ("interventions", "knobs", "words"),
+    [
+        ([Intervention(layer=5, index=0, scale=0.0)], {}, "there is no feature 0 in layer 5"),
+        ([Intervention(layer=0, index=99, scale=0.0)], {}, "there is no feature 99"),
+        ([Intervention(layer=0, index=9, scale=0.0, positions=7)], {}, "position 7 is not among the prompt's 7"),
+        ([Intervention(layer=0, index=9, scale=0.0, positions=0)], {}, "position 0 is among the first 1, which have no features"),
+        ([], {"hold": [3]}, "there is no layer 3 to hold"),
+        ([], {"freeze": "heads"}, "freeze='heads' is not known; give one of none, attention"),
+        ([], {"mlps": "mine"}, "give host or replaced"),
+        ([], {"generate": 60}, "does not fit the context"),
+        ([], {"watch": [Watch(0, 9, 1)]}, "is not there to be watched"),
+    ],
+)  # fmt: skip
+def test_bad_interventions(pair: Pair, interventions: list[Intervention], knobs: dict[str, object], words: str):
+    with pytest.raises(ConfigError, match=words):
+        xl.intervene(*pair, TOKENS, interventions, **knobs)
+
+
+@pytest.mark.parametrize(
+    "two",
+    [
+        [Intervention(layer=0, index=3, scale=0), Intervention(layer=0, index=3, scale=0)],
+        [Intervention(layer=0, index=3, scale=0), Intervention(layer=0, index=3, positions=4, set=2.0)],
+        [
+            Intervention(layer=0, index=3, positions=slice(2, 5), scale=0),
+            Intervention(layer=0, index=3, positions=-3, set=2.0),
+        ],
+    ],
+)
+def test_two_changes_of_one_feature_at_one_place_are_refused(pair: Pair, two: list[Intervention]):
+    with pytest.raises(ConfigError, match="L0/3 is changed twice at position"):
+        xl.intervene(*pair, TOKENS, two)
+    # Side by side they are no contradiction.
+    xl.intervene(*pair, TOKENS, [[i] for i in two])
+
+
+def test_positions_that_hold_nothing_are_refused(pair: Pair):
+    with pytest.raises(ConfigError, match="hold none of the prompt's 7"):
+        xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=3, positions=slice(99, None), scale=0)])
+
+
+def test_batchtopk_is_refused():
+    pair = make_pair(activation="batchtopk", k=5, scope="layer")
+    with pytest.raises(ConfigError, match="ranks the tokens of a batch together"):
+        xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=3, scale=0)])
+
+
+def test_one_of_set_and_scale():
+    for fields in ({}, {"set": 1.0, "scale": 2.0}):
+        with pytest.raises(ConfigError, match="exactly one of set and scale"):
+            Intervention(layer=0, index=0, **fields)
+    with pytest.raises(ConfigError, match="finite"):
+        Intervention(layer=0, index=0, set=float("nan"))
+
+
+def test_validation_is_perfect_where_edges_are_exact(pair: Pair):
+    graph = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    v = validate(graph, *pair, n_sources=6, freeze="both")
+    assert v.n_sources == 6
+    assert v.n_pairs > 100
+    assert v.feature_pearson > 0.99999
+    assert v.feature_spearman > 0.999
+    loose = validate(graph, *pair, n_sources=6)
+    assert 0.5 < loose.feature_pearson < 1
+    assert -1 <= loose.kl_spearman <= 1
+    assert np.isnan(v.cosine_L[0])
+    assert ((v.cosine_L[1:] >= -1) & (v.cosine_L[1:] <= 1)).all()
+
+
+def test_merged_graphs(pair: Pair):
+    other = [*TOKENS[:-1], 44]
+    graphs = [xl.attribute(*pair, t) for t in (TOKENS, other)]
+    merged = merge(graphs)
+    for g, graph in enumerate(graphs):
+        total = graph.weight_N.sum()
+        assert merged.influence_GF[g].sum() == pytest.approx(graph.influence_N[: graph.n_features].sum() / total)
+    has = merged.influence_GF > 0
+    assert (merged.shared() | merged.only(0) | merged.only(1) | ~has.any(0)).all()
+    assert merged.shared().any()
+    same = merge([graphs[0], graphs[0]])
+    assert not same.difference().any()
+    assert not same.only(0).any()
+    np.testing.assert_allclose(same.mean_edges().toarray(), same.edges[0].toarray())
+    with pytest.raises(ConfigError, match="no graph"):
+        merge([])

@@ -1,0 +1,179 @@
+"""Losses are means over tokens; each against its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clt.test_transcoder import KINDS, inputs, make
+from crosslayer.clt.activations.straight_through import step
+from crosslayer.clt.config import CLTConfig
+from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.transcoder import CLT
+from crosslayer.training import losses
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.gradients import NUMBERS_AT_ONCE, Gradients
+from crosslayer.training.objective import Terms, compute
+from training.by_autograd import FIGURES, by_parts, plainly
+
+
+def config(**kwargs) -> TrainConfig:
+    values = {"text": ("x",), "l0": 4.0, "batch": 40, "tokens": 400, "ring": 100, "n_features": 24, "eps": 0.3}
+    return TrainConfig(**(values | kwargs))
+
+
+def some_dead(dead: bool = True) -> torch.Tensor:
+    dead_LF = torch.zeros(3, 24, dtype=torch.bool)
+    dead_LF[:, ::5] = dead
+    return dead_LF
+
+
+def terms(clt: CLT, x, y, c: TrainConfig, *, sparse: bool = True, dead: bool = False) -> Terms:
+    """The losses, whose gradients are left in the parameters."""
+    found, gradients = by_parts(clt, x, y, c, some_dead(dead), sparse)
+    for name, p in clt.named_parameters():
+        p.grad = gradients[name].to(p.dtype)
+    return found
+
+
+def gradients(clt: CLT) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for n, p in clt.named_parameters()}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS), sparsity=st.sampled_from(["tanh", "l0"]), density=st.floats(0, 1), sparse=st.lists(st.booleans(), min_size=3, max_size=3),
+    dead=st.booleans(), cross_layer=st.booleans(), skip=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]), eps=st.floats(0.05, 3.0),
+)  # fmt: skip
+def test_either_path_gives_the_losses_and_gradients_of_autograd_on_matrices(kind, sparsity, density, sparse, dead, cross_layer, skip, dtype, eps):  # fmt: skip
+    clt = make(*kind, dtype=dtype, cross_layer=cross_layer, skip=skip)
+    x, y = inputs(40).to(dtype), inputs(80)[40:].to(dtype)
+    if not clt.config.ranks:
+        set_bias_for_density(clt, x, density)
+        for b in clt.b_enc:
+            b.data += 1e-3  # a token lies exactly on each threshold, where a rounding decides
+    if kind[0] == "relu":
+        sparsity = "tanh"
+    c = config(activation=kind[0], scope=kind[1], sparsity=sparsity, cross_layer=cross_layer, skip=skip, eps=eps)
+    asked = max(1.0, density * 72)
+    expected = plainly(clt, x, y, c, some_dead(dead), **(FIGURES | {"asked_l0": asked}))
+    found, slopes = by_parts(clt, x, y, c, some_dead(dead), sparse, asked_l0=asked)
+    close = 1e-12 if dtype == torch.float64 else 1e-5
+    for name, loss in expected.items():
+        torch.testing.assert_close(getattr(found, name), loss.detach().to(found.total.dtype), rtol=close, atol=close)
+    for name, p in clt.named_parameters():
+        grad = p.grad if p.grad is not None else torch.zeros_like(p)
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(slopes[name], grad, rtol=close, atol=close * max(scale, 1e-3), msg=lambda m, n=name: f"{n}: {m}")  # fmt: skip
+
+
+@pytest.mark.parametrize("sparsity", ["tanh", "l0"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_losses_and_gradients_do_not_change_with_the_batch_split(sparsity: str, sparse: bool):
+    c, clt, x, y = config(sparsity=sparsity), make(), inputs(40), inputs(80)[40:]
+    whole, expected = by_parts(clt, x, y, c, some_dead(), sparse)
+    into = Gradients()
+    parts = [by_parts(clt, a, b, c, some_dead(), sparse, 0.25, into)[0] for a, b in zip(x.split(10), y.split(10), strict=True)]  # fmt: skip
+    for name in ("total", "reconstruction", "sparsity", "revival"):
+        torch.testing.assert_close(sum(getattr(p, name) for p in parts) / 4, getattr(whole, name))
+    for name, p in clt.named_parameters():
+        torch.testing.assert_close(into.of(p), expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_come_in_blocks_whose_norm_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch):
+    clt, x, y = make(), inputs(40), inputs(80)[40:]
+    into, whole = Gradients(), Gradients()
+    _, expected = by_parts(clt, x, y, config(), some_dead(), True, into=whole)
+    monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", 5 * 8)
+    _, found = by_parts(clt, x, y, config(), some_dead(), True, into=into)
+    for name, p in clt.named_parameters():
+        torch.testing.assert_close(found[name], expected[name])
+        if name.startswith("W_enc"):
+            assert [rows for rows, _ in into.blocks(p)] == [slice(a, min(a + 5, 24)) for a in range(0, 24, 5)]
+    norm = torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()
+    torch.testing.assert_close(into.norm(clt), norm)
+
+
+def test_no_tensor_of_all_layers_features_is_ever_made():
+    """The largest tensor of a step has fewer numbers than tokens x layers x features, and than the weights of two layers."""
+    clt = CLT(CLTConfig(n_layers=6, d_model=4, n_features=256, activation="jumprelu"))
+    initialise(clt, 0)
+    x, c = torch.randn(512, 6, 4), config(n_features=256)
+    for sparse in (True, False):
+        with Largest() as largest:
+            compute(clt, x, x, c, Gradients(), eps=0.5, dead_LF=torch.ones(6, 256, dtype=torch.bool), sparse_L=[sparse] * 6, **FIGURES)  # fmt: skip
+        assert 512 * 256 <= largest.numel < 2 * 512 * 256
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made in the block has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel() if t.layout == torch.strided else 0)
+        return out
+
+
+def test_every_threshold_in_the_window_gets_its_gradient_from_the_l0_penalty():
+    clt, x = make(), inputs(40)
+    terms(clt, x, clt(x).detach(), config(sparsity="l0"), sparse=True)
+    for i, theta in enumerate(clt.threshold):
+        z = clt.pre(x[:, i], i)
+        inside = ((z - theta).abs() < 0.15).sum(0)
+        slope = 0.7 * (4 / 4.0) * (9.0 - 4.0) * -(inside / 0.3) / 40
+        torch.testing.assert_close(theta.grad, slope.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_tanh_sparsity_is_its_formula():
+    f, norm = torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([0.5, 3.0])
+    expected = (torch.tanh(torch.tensor(2.0 * 3.0 * 2.0)) + torch.tanh(torch.tensor(2.0 * 0.5 * 1.0))) / 2
+    torch.testing.assert_close(losses.tanh_sparsity(f, norm, 2.0, 2), expected)
+
+
+def test_l0_target_descends_to_the_target():
+    theta = torch.tensor([0.5], requires_grad=True)
+    z = torch.tensor([[0.45], [0.55]])
+    for running, sign in ((8.0, -1.0), (2.0, 1.0)):
+        theta.grad = None
+        losses.l0_target(step(z, theta, 0.5), running, 4.0, 2).backward()
+        assert torch.sign(theta.grad) == sign  # above the target, descent raises the threshold
+
+
+def test_preactivation_loss_draws_silent_features_up():
+    clt, x = make(), inputs(40)
+    for b in clt.b_enc:
+        b.data.fill_(-50.0)
+    t = terms(clt, x, x, config(), dead=True)
+    assert t.revival > 0
+    for b in clt.b_enc:
+        assert (b.grad[::5] < 0).all()
+        assert (b.grad[1::5] == 0).all()
+
+
+def test_auxiliary_loss_moves_dead_features_only():
+    clt, x, y = make("batchtopk"), inputs(40), inputs(80)[40:]
+    clt.zero_grad()
+    terms(clt, x, y, config(activation="batchtopk"))
+    before = gradients(clt)
+    clt.zero_grad()
+    with_dead = terms(clt, x, y, config(activation="batchtopk"), dead=True)
+    assert with_dead.revival > 0
+    for name, grad in gradients(clt).items():
+        moved = (grad - before[name]).abs().flatten(1).sum(1) if grad.ndim > 1 else (grad - before[name]).abs()
+        if name.startswith(("W_dec", "W_enc", "b_enc")):
+            others = torch.ones(24, dtype=torch.bool)
+            others[::5] = False
+            torch.testing.assert_close(moved[others], torch.zeros_like(moved[others]))
+
+
+def test_initial_density_is_the_one_asked_for():
+    clt, x = make(), inputs(400)
+    set_bias_for_density(clt, x, 10 / 72)
+    assert abs(float(terms(clt, x, x, config()).fired_LF.sum()) / 400 - 10.0) < 0.5

@@ -1,0 +1,267 @@
+"""Whole runs on a tiny host: what they leave, the L0 they reach, and going on after being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crosslayer.clt.open import load_clt
+from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
+from crosslayer.core.files import locked
+from crosslayer.data.rows import held_out_rows
+from crosslayer.data.sources import open_sources
+from crosslayer.eval.api import evaluate
+from crosslayer.host.host import load_host
+from crosslayer.parallel import ALONE
+from crosslayer.schemas.evaluation import Evaluation
+from crosslayer.schemas.policy import FirstPosition
+from crosslayer.schemas.run import RunManifest
+from crosslayer.training import checkpoint, plan
+from crosslayer.training.config import TrainConfig
+from crosslayer.training.run_folder import read_manifest
+from crosslayer.training.trainer import Stopped, Trainer, train
+
+RUN = (
+    "import sys, json; from crosslayer.training.config import TrainConfig; from crosslayer.training.trainer import train; \
+train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=len(sys.argv) > 3)"
+)
+
+
+def start(config: TrainConfig, out: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config.as_dict()), str(out), *more])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {k: v for p in sorted((run / "clt").glob("*.safetensors")) for k, v in load_file(p).items()}
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny_config, out)
+    return out
+
+
+def test_a_run_leaves_what_it_says(finished: Path, tiny_config: TrainConfig):
+    manifest = RunManifest.model_validate_json((finished / "run.json").read_text())
+    assert (manifest.state, manifest.step, manifest.tokens) == ("finished", 60, 12_000)
+    assert TrainConfig.from_dict(manifest.config) == tiny_config
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == list(range(5, 61, 5))
+    assert log[-1]["fvu"] < log[0]["fvu"]
+    for line in log:
+        # The pooled one lies among those of the layers; harvest is part of training.
+        assert min(line["fvu_L"]) <= line["fvu"] <= max(line["fvu_L"])
+        assert 0 < line["harvest_s"] < line["train_s"]
+    assert checkpoint.steps(finished) == [40, 60]
+    e = Evaluation.model_validate_json((finished / "eval.json").read_text())
+    card = (finished / "clt" / "README.md").read_text()
+    for figure in (f"{e.l0:.1f}", f"{e.fvu:.4f}", f"{e.replacement.kl:.4f}", f"{e.dead_share:.1%}"):
+        assert figure in card
+
+
+def test_evaluating_the_saved_folder_again_gives_eval_json(finished: Path, tiny_config: TrainConfig):
+    saved = Evaluation.model_validate_json((finished / "eval.json").read_text())
+    again = evaluate(finished, text=tiny_config.text, tokens=tiny_config.eval_tokens, context=tiny_config.context)
+    assert again.fvu == pytest.approx(saved.fvu, rel=1e-5)
+    assert again.l0 == pytest.approx(saved.l0, rel=1e-5)
+    assert again.replacement.ce_replaced == pytest.approx(saved.replacement.ce_replaced, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"activation": "batchtopk", "reuse": 2, "accumulate": 2}, {"precision": "bf16"}]
+)
+def test_killed_at_a_random_step_and_resumed_is_bit_equal(tiny_config, finished, tmp_path: Path, settings: dict):
+    config = replace(tiny_config, checkpoint_every=7, **settings)
+    whole = finished if not settings else tmp_path / "whole"
+    if settings:
+        train(config, whole)
+    killed = tmp_path / "killed"
+    process = start(config, killed)
+    wanted = random.randint(8, 45)
+    log = killed / "log.jsonl"
+    while process.poll() is None:
+        steps = [json.loads(x)["step"] for x in log.read_text().splitlines() if x.endswith("}")] if log.exists() else []
+        if steps and steps[-1] >= wanted:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait()
+    assert not (killed / "clt").exists(), "the run ended before it could be killed"
+    assert start(config, killed, "resume").wait() == 0
+    assert same(whole, killed)
+    steps = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(tiny_config, finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    step = Trainer.one_step
+
+    def interrupted(self: Trainer) -> dict[str, float]:
+        if self.state.step == 23:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "one_step", interrupted)
+    with pytest.raises(Stopped, match="stopped at step 24 of 60; go on with --resume"):
+        train(tiny_config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "stopped"
+    with pytest.raises(FormatError, match="has not finished"):
+        load_clt(tmp_path / "run")
+    monkeypatch.undo()
+    train(tiny_config, tmp_path / "run", resume=True)
+    assert same(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk", "topk"])
+@pytest.mark.parametrize("l0_per_layer", [2.0, 8.0])
+def test_the_l0_asked_for_is_the_l0_measured(tiny_config, tmp_path: Path, activation: str, l0_per_layer: float):
+    config = replace(tiny_config, activation=activation, l0_per_layer=l0_per_layer, eval_tokens=10_000)
+    e = train(config, tmp_path / "run").evaluation
+    assert e.l0_per_layer == pytest.approx(l0_per_layer, rel=0.05)
+    assert e.l0 == pytest.approx(3 * e.l0_per_layer)
+
+
+@pytest.mark.parametrize("settings", [{"cross_layer": False, "skip": True}, {"activation": "relu"}, {"sparsity": "l0"}])
+def test_other_kinds_train_save_and_open(tiny_config, tmp_path: Path, settings: dict):
+    done = train(replace(tiny_config, tokens=4000, eval_every=10, **settings), tmp_path / "run")
+    assert done.evaluation.fvu < 1.0
+    opened = load_clt(tmp_path / "run").clt
+    assert opened.config == done.clt.config
+    assert any("eval" in line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+
+
+def test_gradient_accumulation_gives_the_whole_batchs_update(tiny_config, tmp_path: Path):
+    settings = {"tokens": 600, "scale_tokens": 500}
+    settings["log_every"] = 1
+    one = train(replace(tiny_config, **settings), tmp_path / "one").clt
+    four = train(replace(tiny_config, accumulate=4, **settings), tmp_path / "four").clt
+    first = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0]) for run in ("one", "four")]
+    # Adam forgives a gradient of the wrong size; its norm does not.
+    assert first[0]["gradient_norm"] == pytest.approx(first[1]["gradient_norm"], rel=1e-4)
+    for (name, a), (_, b) in zip(one.named_parameters(), four.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_run_that_diverges_says_so_and_is_not_finished(tiny_config, tmp_path: Path):
+    with pytest.raises(RunError, match="is not finite; lower --lr"):
+        train(replace(tiny_config, lr=1e30, clip=0.0), tmp_path / "run")
+    assert read_manifest(tmp_path / "run").state == "training"
+    assert not (tmp_path / "run" / "eval.json").exists()
+
+
+def test_other_text_is_refused_on_resume(tiny_config, text_folder: Path, tmp_path: Path):
+    shutil.copytree(text_folder, tmp_path / "text")
+    config = replace(tiny_config, text=(str(tmp_path / "text"),), tokens=2000)
+    train(config, tmp_path / "run")
+    (tmp_path / "text" / "001.txt").write_text("something else\n" * 50)
+    with pytest.raises(RunError, match="has other text than when the run began"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_loaded_host_must_be_the_one_asked_for(tiny_config, host_folder: Path, tmp_path: Path):
+    other = load_host(host_folder, input_hook="hook_resid_mid")
+    with pytest.raises(ConfigError, match=r"loaded with input_hook=hook_resid_mid, but mlp\.hook_in is asked for"):
+        train(tiny_config, tmp_path / "run", host=other)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_that_puts_nothing_in_front_is_obeyed(tiny_config, host_folder: Path):
+    policy = FirstPosition(prepend=False)
+    host = load_host(host_folder, policy=policy)
+    rows_BT = held_out_rows(host, open_sources(tiny_config.text), 33, 500)
+    assert rows_BT.shape[1] == 33
+    assert (rows_BT != host.first_token).all()
+
+
+def test_a_sink_that_cannot_be_opened_leaves_nothing(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        train(replace(tiny_config, wandb=True), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_another_config_is_refused_on_resume(tiny_config, finished: Path):
+    with pytest.raises(RunError, match=r"begun with lr=0\.003, not 0\.1"):
+        train(replace(tiny_config, lr=0.1), finished, resume=True)
+
+
+def test_a_checkpoint_of_another_transcoder_is_refused(tiny_config, finished: Path, tmp_path: Path):
+    other = replace(tiny_config, n_features=32, tokens=4000)
+    train(other, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(finished / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(
+        RunError, match="is of another transcoder, with n_features=64 and not 32; put back the run's own"
+    ):
+        train(other, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_read(tiny_config, finished: Path, tmp_path: Path):
+    step = tmp_path / "step"
+    shutil.copytree(finished / "checkpoints" / "step-00000060", step)
+    (step / ".metadata").write_bytes(pickle.dumps(Path.unlink))
+    with pytest.raises(RunError, match=r"its metadata names .*, which is not part of the format"):
+        checkpoint.load(step, lambda name: False, ALONE)
+
+
+def test_folders_in_use_finished_or_filled_are_refused(tiny_config, finished: Path, tmp_path: Path):
+    with pytest.raises(RunError, match="holds a run already"):
+        train(tiny_config, finished)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        train(tiny_config, tmp_path)
+    with pytest.raises(RunError, match=r"no run\.json"):
+        train(tiny_config, tmp_path, resume=True)
+    with locked(tmp_path / "busy"), pytest.raises(RunError, match="in use by another process"):
+        train(tiny_config, tmp_path / "busy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["busy", "notes.txt"]
+
+
+def test_a_damaged_checkpoint_offers_the_one_before(tiny_config, finished: Path, tmp_path: Path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "clt")
+    state = run / "checkpoints" / "step-00000060" / "__0_0.distcp"
+    raw = bytearray(state.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    state.write_bytes(raw)
+    with pytest.raises(RunError, match=r"damaged.*go on from the one before with --step 40"):
+        train(tiny_config, run, resume=True)
+    with pytest.raises(RunError, match="no checkpoint of step 41; there are 40, 60"):
+        train(tiny_config, run, resume=True, step=41)
+    train(tiny_config, run, resume=True, step=40)
+    assert same(finished, run)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_config, tmp_path: Path, monkeypatch):
+    with pytest.raises(ResourceError, match=r"GiB are free; most of it, .* GiB, is for .*: lower --"):
+        train(replace(tiny_config, n_features=2_000_000_000), tmp_path / "run")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ResourceError, match=r"of disk but 0\.0 GiB are free"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
