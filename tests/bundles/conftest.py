@@ -1,5 +1,5 @@
 """A bundle of a tiny host, built once."""
 
-from made_bundle import texts, clt_folder, made
+from made_bundle import clt_folder, made, texts
 
-__all__ = ["texts", "clt_folder", "made"]
+__all__ = ["clt_folder", "made", "texts"]
