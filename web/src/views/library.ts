@@ -1,8 +1,8 @@
 // What is here.
-import { get, type Entry } from "./api";
-import { button, fill, h, section } from "./dom";
-import { take } from "./drop";
-import { newGraph } from "./prompt";
+import { get, type Entry } from "../api";
+import { button, fill, h, section } from "../dom";
+import { take } from "../drop";
+import { newGraph } from "../prompt";
 
 const KINDS = [
   ["run", "Runs", "No runs here. Train one with: crosslayer quickstart"],

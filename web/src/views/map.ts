@@ -1,8 +1,8 @@
 // The atlas: all features as points, near to what they are near to.
-import { bytes, get, type Bundle, type Feature, type Found, type Group } from "./api";
-import { button, field, fill, h, later } from "./dom";
-import { count, name, percent, visible } from "./format";
-import { trail } from "./main";
+import { bytes, get, type Bundle, type Feature, type Found, type Group } from "../api";
+import { button, field, fill, h, later } from "../dom";
+import { count, name, percent, visible } from "../format";
+import { trail } from "../trail";
 
 const REACH = 8;
 const SHADES = 64;

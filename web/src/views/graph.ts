@@ -2,17 +2,17 @@
 import { get, send, type Entry, type Graph, type Interval } from "../api";
 import { button, field, fill, form, h, keep, later, notice, section } from "../dom";
 import { count, percent, short } from "../format";
-import { trail } from "../main";
+import { trail } from "../trail";
 import { newGraph } from "../prompt";
-import { Changes } from "./change";
-import { circuit, draw as drawCircuit } from "./circuit";
-import { FIRST_NAME, Keeping } from "./keeping";
-import { layout, nearest, type Layout } from "./layout";
-import { Net } from "./net";
-import { coloursOf, paintBase, paintChosen } from "./paint";
-import { savePng, saveSvg, type Picture } from "./pictures";
-import { nodePane } from "./side";
-import { Supernodes } from "./supernodes";
+import { Changes } from "../graph/change";
+import { circuit, draw as drawCircuit } from "../graph/circuit";
+import { FIRST_NAME, Keeping } from "../graph/keeping";
+import { layout, nearest, type Layout } from "../graph/layout";
+import { Net } from "../graph/net";
+import { coloursOf, paintBase, paintChosen } from "../graph/paint";
+import { savePng, saveSvg, type Picture } from "../graph/pictures";
+import { nodePane } from "../graph/side";
+import { Supernodes } from "../graph/supernodes";
 
 const STATES = { kept: "kept", keeping: "keeping …", conflict: "", lost: "" };
 

@@ -1,9 +1,9 @@
 // A run: settings, measures, curves while it trains, the model card.
-import { get, type Entry } from "./api";
-import { fill, h, s, section } from "./dom";
-import { bar, count, percent, short } from "./format";
-import { trail } from "./main";
-import { newGraph } from "./prompt";
+import { get, type Entry } from "../api";
+import { fill, h, s, section } from "../dom";
+import { bar, count, percent, short } from "../format";
+import { trail } from "../trail";
+import { newGraph } from "../prompt";
 
 type Line = Record<string, number | number[] | null | Record<string, unknown>>;
 interface Run {

@@ -1,8 +1,8 @@
 // The list of features: sorted, filtered, searched by words, or by what fires on a text.
-import { get, job, type Bundle, type Entry, type Found } from "./api";
-import { button, field, fill, form, h, later, notice, section } from "./dom";
-import { chip, count, name, percent, short, stage, visible } from "./format";
-import { trail } from "./main";
+import { get, job, type Bundle, type Entry, type Found } from "../api";
+import { button, field, fill, form, h, later, notice, section } from "../dom";
+import { chip, count, name, percent, short, stage, visible } from "../format";
+import { trail } from "../trail";
 
 const COLUMNS = [
   ["rank", "feature", ""],
