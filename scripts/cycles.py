@@ -15,7 +15,7 @@ import ast
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 Graph = Mapping[str, set[str]]
@@ -23,7 +23,8 @@ Graph = Mapping[str, set[str]]
 PACKAGE = Path("src/crosslayer")
 WEB = Path("web/src")
 
-# `import a, { type B } from "./c"`, `export * from "./c"`; the clause holds no `=`, so `export const a = "./c"` is none.
+# `import a, { type B } from "./c"`, `export * from "./c"`. The clause holds no `=`, so `export const a = "./c"` does not
+# match.
 CLAUSE = r"(type\s+)?([\w$*{}\s,]+?)"
 FROM = re.compile(rf"""^(?:import|export)\s+{CLAUSE}\s*from\s*["'](\.[^"']*)["']""", re.MULTILINE)
 BARE = re.compile(r"""^import\s*["'](\.[^"']*)["']""", re.MULTILINE)
@@ -64,19 +65,15 @@ def cycles(graph: Graph) -> list[tuple[str, ...]]:
 
 
 def _shortest(graph: Graph, start: str, end: str) -> list[str] | None:
-    before: dict[str, str | None] = {start: None}
+    paths = {start: [start]}
     queue = deque([start])
     while queue:
         at = queue.popleft()
         if at == end:
-            path, step = [], at
-            while step is not None:
-                path.append(step)
-                step = before[step]
-            return path[::-1]
-        for other in sorted(graph.get(at, ())):
-            if other not in before:
-                before[other] = at
+            return paths[at]
+        for other in sorted(graph[at]):
+            if other not in paths:
+                paths[other] = [*paths[at], other]
                 queue.append(other)
     return None
 
@@ -108,10 +105,9 @@ def _imported(name: str, path: Path, modules: Mapping[str, Path]) -> Iterator[st
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parts = name.split(".") + ["__init__"] * (path.name == "__init__.py")
-            base = ".".join(
-                [*parts[: len(parts) - node.level], *filter(None, [node.module])] if node.level else [node.module]
-            )
+            parts = [*name.split("."), *(["__init__"] if path.name == "__init__.py" else [])]
+            above = parts[: len(parts) - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 # A name is a module of the package, or something that the package's own file defines.
                 whole = f"{base}.{alias.name}"
@@ -121,11 +117,10 @@ def _imported(name: str, path: Path, modules: Mapping[str, Path]) -> Iterator[st
 def _run(node: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those under `if TYPE_CHECKING:`."""
     yield node
-    checking = isinstance(node, ast.If) and "TYPE_CHECKING" in (
-        getattr(node.test, "id", ""),
-        getattr(node.test, "attr", ""),
-    )
-    for child in node.orelse if checking else ast.iter_child_nodes(node):
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        children = node.orelse
+    for child in children:
         yield from _run(child)
 
 

@@ -39,49 +39,50 @@ export function labelling(id: string, f: Feature, told: (label: string | null) =
     if (shown) shown.textContent = said.label ?? "no label";
     from.textContent = source(said.label_from);
     told(said.label);
-    notice(mine ? "label kept" : "label taken away");
+    notice(mine ? "label saved" : "label removed");
   };
   const r = f.rule;
   const scored =
     r &&
     r.auroc !== null &&
-    `rule by ${r.kind}: AUROC ${r.auroc.toFixed(3)}, precision ${(r.precision ?? 0).toFixed(2)}, recall ${(r.recall ?? 0).toFixed(2)}, on text that did not choose it`;
+    `rule by ${r.kind}: AUROC ${r.auroc.toFixed(3)}, precision ${(r.precision ?? 0).toFixed(2)}, ` +
+      `recall ${(r.recall ?? 0).toFixed(2)}, on held-out text`;
   return h(
     "div",
     { class: "labelling" },
-    form(() => void save(), input, h("button", {}, "Keep label"), pin, from),
+    form(() => void save(), input, h("button", {}, "Save label"), pin, from),
     scored && h("p", { class: "soft" }, scored),
     ...f.labels.filter((x) => x.source !== "person").map(given),
   );
 }
 
 const source = (from: string | null): string =>
-  from === null ? "no rule names it" : from === "person" ? "labelled by you" : `labelled by ${from}`;
+  from === null ? "no label" : from === "person" ? "labelled by you" : `labelled by ${from}`;
 
 function given(x: GivenLabel): HTMLElement {
   return h(
     "p",
     {},
     h("b", {}, x.label),
-    h("span", { class: "soft" }, ` by ${x.source}${x.scored ? ` (${x.scored})` : ""}`),
+    h("span", { class: "soft" }, ` autointerp label by ${x.source}${x.scored ? ` (${x.scored})` : ""}`),
     x.explanation && h("span", {}, `: ${x.explanation}`),
   );
 }
 
-export function figures(f: Feature): HTMLElement {
-  if (!f.count && !f.max) return h("p", { class: "soft" }, `Dead: it fired on none of ${count(f.n_tokens)} tokens.`);
+export function metrics(f: Feature): HTMLElement {
+  if (!f.count && !f.max) return h("p", { class: "soft" }, `Dead: no activation on ${count(f.n_tokens)} tokens.`);
   const sources = Object.entries(f.density_by_source);
   const parts = [
     `fires on ${percent(f.density, 3)} of tokens${f.n_tokens ? ` (${count(f.count)} of ${count(f.n_tokens)})` : ""}`,
-    f.mean !== null && f.count ? `${short(f.mean)} on average` : "",
-    `${short(f.max)} at most`,
+    f.mean !== null && f.count ? `mean ${short(f.mean)}` : "",
+    `max ${short(f.max)}`,
     sources.length > 1 ? sources.map(([n, d]) => `${n} ${percent(d, 3)}`).join(", ") : "",
   ];
   return h("p", { class: "soft" }, parts.filter(Boolean).join(" · "));
 }
 
 export function logits(side: Logit[], most = 12): HTMLElement {
-  if (!side.length) return h("p", { class: "soft" }, "not known");
+  if (!side.length) return h("p", { class: "soft" }, "unknown");
   const peak = Math.max(...side.map((x) => Math.abs(x.value ?? 0)), 1e-9);
   const rows = side
     .slice(0, most)
@@ -100,13 +101,14 @@ export function logits(side: Logit[], most = 12): HTMLElement {
 
 export function examples(f: Feature, most = Infinity): HTMLElement[] {
   const bins = [...new Set(f.examples.map((e) => e.bin))];
-  if (!bins.length) return [h("p", { class: "soft" }, "none: it did not fire on the text that was looked at")];
+  if (!bins.length) return [h("p", { class: "soft" }, "none: no activation on the bundle's text")];
   return bins.map((bin, i) => {
     const some = f.examples.filter((e) => e.bin === bin).slice(0, most);
+    const [from, to] = [f.quantile_edges[bin - 1], f.quantile_edges[bin]];
     const title =
       bin === 0
-        ? "Highest"
-        : `Quantile ${bin} of ${f.quantile_edges.length - 1}: ${short(f.quantile_edges[bin - 1])} to ${short(f.quantile_edges[bin])}`;
+        ? "Top activations"
+        : `Quantile ${bin} of ${f.quantile_edges.length - 1}: ${short(from)} to ${short(to)}`;
     return h(
       "details",
       { open: i < 5 },

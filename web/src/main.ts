@@ -30,7 +30,7 @@ async function show(): Promise<void> {
     if (mine === turn) leave = left;
     else left?.();
   } catch (error) {
-    const back = h("p", {}, h("a", { href: "#/" }, "See what is here"));
+    const back = h("p", {}, h("a", { href: "#/" }, "Back to the library"));
     fill(main, h("h1", {}, "This cannot be shown"), h("p", { class: "error" }, (error as Error).message), back);
   }
   main.removeAttribute("aria-busy");

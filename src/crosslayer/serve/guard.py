@@ -57,7 +57,7 @@ class Guard:
             return
         most = MOST_IMPORT if scope["path"] in self.imports else MOST_BODY
         if not headers.get("content-length", "0").isascii() or not headers.get("content-length", "0").isdigit():
-            await _answer(send, 400, "the Content-Length is no number")
+            await _answer(send, 400, "the Content-Length is not a number")
             return
         if int(headers.get("content-length", "0")) > most:
             await _answer(send, 413, f"the body exceeds {most >> 20} MiB")
@@ -99,13 +99,13 @@ class Guard:
             return 421, f"this server is not {host[:100]!r}; open it by the address that it printed"
         origin = headers.get("origin")
         if origin is not None and origin not in {f"http://{h}" for h in self.hosts}:
-            return 403, f"a page of {origin[:100]!r} may not ask this server"
+            return 403, f"requests from pages of {origin[:100]!r} are not allowed"
         if (
             scope["method"] not in ("GET", "HEAD")
             and origin is None
             and headers.get("sec-fetch-site") not in (None, "same-origin")
         ):
-            return 403, "only a page of this server may change something"
+            return 403, "only pages of this server may make changes"
         if self.token is not None and not self._has_token(scope, headers):
             return 401, "the token is missing or wrong; open the address with the token that the server printed"
         return None

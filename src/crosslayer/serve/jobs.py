@@ -79,7 +79,7 @@ class Jobs:
             Busy: behind too many others.
         """
         if sum(j.state not in FINAL for j in self.jobs.values()) >= MOST_WAITING:
-            raise Busy(f"{MOST_WAITING} jobs are waiting already; stop some, or wait")
+            raise Busy(f"{MOST_WAITING} jobs are already waiting; stop some, or wait")
         job = Job(max(self.jobs, default=0) + 1, kind, arguments)
         self.jobs[job.number] = job
         for old in [n for n, j in self.jobs.items() if j.state in FINAL][: max(0, len(self.jobs) - MOST_JOBS)]:
@@ -113,7 +113,7 @@ class Jobs:
             try:
                 await self._do(job)
             except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-                self._fail(job, f"the worker cannot be spoken to ({error}); start the job again")
+                self._fail(job, f"the worker does not respond ({error}); start the job again")
             self._current = None
 
     async def _do(self, job: Job) -> None:
@@ -131,7 +131,7 @@ class Jobs:
                 await process.wait()
                 self._fail(
                     job,
-                    f"the worker ended (exit code {process.returncode}), perhaps for want of memory; start the job again",
+                    f"the worker ended (exit code {process.returncode}), perhaps out of memory; start the job again",
                 )
                 return
             said = json.loads(line)

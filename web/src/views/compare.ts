@@ -99,7 +99,7 @@ export async function compareView(main: HTMLElement, first: string, second: stri
   );
   fill(
     main,
-    h("h1", {}, "Two graphs"),
+    h("h1", {}, "Compare graphs"),
     h("div", { class: "pair" }, ...sides),
     table("In both", shared),
     h(

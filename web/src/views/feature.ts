@@ -1,20 +1,20 @@
-// One feature: what it is called and why, when it fires, what it writes, what is near it.
+// One feature: its labels, top activations, logits, decoder norms, neighbours and clusters.
 import { get, job, type Bundle, type Entry, type Feature, type Group, type Histogram, type Near } from "../api";
 import { field, fill, form, h, notice, section, type Child } from "../dom";
 import { bar, chip, count, heat, name, short, stage, visible } from "../format";
-import { examples, figures, labelling, logits } from "../feature";
+import { examples, labelling, logits, metrics } from "../feature";
 import { trail } from "../trail";
 
 const PLACES: Record<string, string> = {
-  peak: "at the peak",
-  before: "just before it",
-  first: "first of the run",
-  last: "last of the run",
+  peak: "at the max",
+  before: "just before the max",
+  first: "first of consecutive activations",
+  last: "last of consecutive activations",
 };
 const NEAR: Record<string, string> = {
-  encoder: "Like encoders",
-  decoder: "Like decoders",
-  coactivation: "Fire together",
+  encoder: "Similar encoders",
+  decoder: "Similar decoders",
+  coactivation: "Coactivating features",
   upstream: "Strongest upstream",
   downstream: "Strongest downstream",
 };
@@ -55,7 +55,7 @@ export async function oneFeature(main: HTMLElement, id: string, layer: number, i
       h("span", { class: "row" }, beside(index - 1), beside(index + 1)),
     ),
     labelling(id, f),
-    figures(f),
+    metrics(f),
     h(
       "div",
       { class: "feature" },
@@ -65,14 +65,14 @@ export async function oneFeature(main: HTMLElement, id: string, layer: number, i
         {},
         section(
           "Activations",
-          bars(f.linear, "Histogram of activations, evenly divided"),
-          bars(f.log, "Histogram of activations, two bins an octave"),
+          bars(f.linear, "Histogram of activations, linear bins"),
+          bars(f.log, "Histogram of activations, two bins per octave"),
         ),
-        section("Promotes", logits(f.promotes)),
-        section("Suppresses", logits(f.suppresses)),
-        section("Writes to", norms(f.decoder_norms, layer)),
+        section("Promoted tokens (positive logits)", logits(f.promotes)),
+        section("Suppressed tokens (negative logits)", logits(f.suppresses)),
+        section("Decoder norm per layer", norms(f.decoder_norms, layer)),
         section("Tokens", ...tokens(f)),
-        section("Groups", groupList(id, f, groups)),
+        section("Clusters", groupList(id, f, groups)),
       ),
     ),
     h(
@@ -90,7 +90,7 @@ function bars(x: Histogram, label: string): HTMLElement {
   );
   const last = x.counts.findLastIndex((c) => c > 0);
   const most = Math.max(...x.counts, 1);
-  if (last < 0) return h("p", { class: "soft" }, "not known");
+  if (last < 0) return h("p", { class: "soft" }, "unknown");
   const shown = x.counts.slice(first, last + 1).map((c, i) => {
     const one = h("span", { title: `${short(x.edges[i + first])} to ${short(x.edges[i + 1 + first])}: ${count(c)}` });
     one.style.height = c ? `${Math.max(2, (100 * c) / most)}%` : "0";
@@ -112,7 +112,7 @@ function bars(x: Histogram, label: string): HTMLElement {
 
 function norms(values: number[], layer: number): HTMLElement {
   const most = Math.max(...values, 1e-9);
-  if (!values.length) return h("p", { class: "soft" }, "not known");
+  if (!values.length) return h("p", { class: "soft" }, "unknown");
   const rows = values.map((v, i) =>
     i < layer
       ? null
@@ -141,11 +141,15 @@ function groupList(id: string, f: Feature, groups: (Group | null | undefined)[])
       h(
         "li",
         {},
-        h("a", { href: `#/bundle/${id}/map?level=${level}&group=${f.groups[level]}` }, g.label || `group ${g.number}`),
+        h(
+          "a",
+          { href: `#/bundle/${id}/map?level=${level}&group=${f.groups[level]}` },
+          g.label || `cluster ${g.number}`,
+        ),
         h("span", { class: "soft" }, ` ${count(g.size)} features`),
       ),
   );
-  return lines.some(Boolean) ? h("ul", { class: "entries" }, ...lines) : h("p", { class: "soft" }, "in none");
+  return lines.some(Boolean) ? h("ul", { class: "entries" }, ...lines) : h("p", { class: "soft" }, "in no cluster");
 }
 
 function neighbours(id: string, near: Near[]): HTMLElement {
@@ -166,7 +170,7 @@ function attempt(f: Feature, run: string | null | undefined): HTMLElement {
   if (!run)
     return section(
       "Try it",
-      h("p", { class: "soft" }, "The bundle does not lie in a run, so its transcoder is not known."),
+      h("p", { class: "soft" }, "The bundle is not in a run's folder, so its transcoder is unknown."),
     );
   const text = h("textarea", { rows: 2, cols: 44, placeholder: "your own text" });
   const seen = h("div", { role: "status" });
@@ -187,7 +191,7 @@ function attempt(f: Feature, run: string | null | undefined): HTMLElement {
         h(
           "p",
           { class: "soft" },
-          `highest here ${short(Math.max(...result.activations))}, on the bundle's text ${short(f.max)}`,
+          `max here ${short(Math.max(...result.activations))}, max on the bundle's text ${short(f.max)}`,
         ),
       );
     } catch (error) {
@@ -197,7 +201,7 @@ function attempt(f: Feature, run: string | null | undefined): HTMLElement {
   }
   return section(
     "Try it",
-    form(() => void look(), field("Text", text), h("button", { class: "main" }, "How active is it?")),
+    form(() => void look(), field("Text", text), h("button", { class: "main" }, "Test activation")),
     seen,
   );
 }
