@@ -1,4 +1,4 @@
-"""The page in a real browser: what a person does with it, and that it is still there after a reload and in a fresh profile."""
+"""The page in a real browser: what a person does with it, and that it is saved across a reload and a fresh profile."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Watched:
 @contextmanager
 def profile(browser: Browser, served: Served, *, refusals: int = 0, **options: object) -> Iterator[Watched]:
     """A fresh browser profile. `refusals`: answers of 4xx that the browser may log."""
-    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 900}, **options)  # type: ignore[arg-type]
+    settings = {"accept_downloads": True, "viewport": {"width": 1280, "height": 900}, **options}
+    context = browser.new_context(**settings)  # type: ignore[arg-type]
     context.set_default_timeout(15_000)
     watched = Watched(context.new_page(), served.url)
     yield watched
@@ -128,7 +129,7 @@ def test_features_are_sorted_filtered_and_searched(visit: Watched, served: Serve
 def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: Watched, served: Served, made):
     at = f"bundle/{served.id('bundle')}/2/7"
     page = visit.open(at)
-    for title in (
+    titles = (
         "Examples",
         "Activations",
         "Promoted tokens (positive logits)",
@@ -137,8 +138,9 @@ def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: W
         "Clusters",
         "Similar decoders",
         "Strongest upstream",
-    ):
-        expect(page.get_by_role("heading", name=title)).to_be_visible()  # fmt: skip
+    )
+    for title in titles:
+        expect(page.get_by_role("heading", name=title)).to_be_visible()
     assert page.locator(".example").count() == len(made.bundle.feature(2, 7).examples)
     hot = page.locator(".example .token.peak").first
     assert "rgba" in hot.get_attribute("style")  # type: ignore[operator]
@@ -465,8 +467,9 @@ def test_exports_hold_what_was_made(visit: Watched, graph: Traced, tmp_path: Pat
         download.value.save_as(kept[kind])
     file = read_graph_file(kept["JSON"])
     (pinned,) = file.qParams.pinnedIds
-    layer, index, position = re.fullmatch(r"L(\d+)/(\d+) @(\d+)", graph.features[0]).groups()  # type: ignore[union-attr]
-    assert pinned == f"{layer}_{index}_{position}"
+    place = re.fullmatch(r"L(\d+)/(\d+) @(\d+)", graph.features[0])
+    assert place is not None
+    assert pinned == "_".join(place.groups())
     assert file.qParams.supernodes == [["mine", pinned]]
     assert kept["SVG"].read_text().startswith("<svg")
     assert kept["PNG"].read_bytes().startswith(b"\x89PNG")
@@ -530,7 +533,8 @@ def test_a_job_is_stopped_from_the_page(visit: Watched, served: Served):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_is_accessible(browser: Browser, served: Served, scheme: str):
     bundle, graph = served.id("bundle"), served.id("graph", "one")
-    views = ["", f"run/{served.id('run')}", f"bundle/{bundle}", f"bundle/{bundle}/2/7", f"bundle/{bundle}/map", f"graph/{graph}?node=3", f"compare/{graph}/{graph}"]  # fmt: skip
+    features = [f"bundle/{bundle}", f"bundle/{bundle}/2/7", f"bundle/{bundle}/map"]
+    views = ["", f"run/{served.id('run')}", *features, f"graph/{graph}?node=3", f"compare/{graph}/{graph}"]
     with profile(browser, served, color_scheme=scheme) as watched:
         for view in views:
             page = watched.open(view)

@@ -101,10 +101,16 @@ def _nodes(g: Graph, kept: np.ndarray, total: float, labels: dict[tuple[int, int
         index.append(int(a.index_F[node]) if is_feature else None)
         activation.append(float(a.activation_F[node]) if is_feature else None)
     return {
-        "id": kept.tolist(), "kind": [kinds[k] for k in kind], "layer": layer, "index": index, "position": [g.position(n) for n in kept.tolist()],
-        "activation": activation, "influence": (g.influence_N[kept] / total).tolist(), "name": [g.name(n) for n in kept.tolist()],
+        "id": kept.tolist(),
+        "kind": [kinds[k] for k in kind],
+        "layer": layer,
+        "index": index,
+        "position": [g.position(n) for n in kept.tolist()],
+        "activation": activation,
+        "influence": (g.influence_N[kept] / total).tolist(),
+        "name": [g.name(n) for n in kept.tolist()],
         "label": [labels.get((la, i)) if i is not None else None for la, i in zip(layer, index, strict=True)],
-    }  # fmt: skip
+    }
 
 
 def _check_nodes(g: Graph, nodes: Sequence[int]) -> None:

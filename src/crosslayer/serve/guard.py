@@ -1,7 +1,8 @@
-"""What stands between a browser and the routes: Host and Origin, the token, the size of bodies, and what a page of ours may load.
+"""Checks between a browser and the routes: Host and Origin, the token, the size of bodies, and what a page may load.
 
-A page of another site that the same browser shows can send requests to 127.0.0.1, and by a name of its own that resolves there even read the answers.
-So requests must name this server as their host, and those that change something must come from a page of this server.
+A page of another site in the same browser can send requests to 127.0.0.1. By a host name of its own that resolves to
+127.0.0.1 (DNS rebinding) it can even read the answers. So requests must name this server as their host, and requests that
+change something must come from a page of this server.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ MOST_BODY = 1 << 20
 MOST_IMPORT = 64 << 20
 COOKIE = "crosslayer_token"
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; font-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "content-security-policy": POLICY,

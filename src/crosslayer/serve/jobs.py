@@ -1,7 +1,8 @@
-"""Work that needs host and transcoder: one worker process, a queue of jobs, and what they tell as they go.
+"""Work that needs host and transcoder: one worker process, a queue of jobs, and their progress events.
 
-The worker is the hidden verb `crosslayer worker`. It is given one job a line on its standard input and answers in lines, each with the job's number; it keeps what it
-has loaded for the next job. A job that is cancelled while it runs takes the worker with it, the one way to stop a matrix product; the next job starts another.
+The worker is the hidden verb `crosslayer worker`. It reads one job per line from its standard input and answers in lines,
+each with the job's number. It caches what it has loaded for the next job. Cancelling a running job kills the worker, the
+only way to stop a matrix product; the next job starts another worker.
 """
 
 from __future__ import annotations

@@ -94,22 +94,37 @@ async def intervene(request: Request, asked: Intervene) -> dict[str, int]:
     graph: Graph = opened(request).graph(entry.path)
     clt = _run_of(request, entry)
     a = graph.arrays
-    changes, factors = [], {}
+    changes, factors = list[dict[str, int | float | None]](), {}
     for c in asked.changes:
         if not 0 <= c.node < graph.n_features:
             raise ConfigError(f"node {c.node} is not a feature of the graph; interventions change features only")
         if (c.set is None) == (c.scale is None):
-            raise ConfigError(f"node {c.node} needs exactly one of set and scale")
+            raise ConfigError(f"node {c.node} needs exactly one of set and scale; give one")
         was = float(a.activation_F[c.node])
         factors[c.node] = c.scale if c.scale is not None else (c.set or 0.0) / was if was else 1.0
-        changes.append({"layer": int(a.layer_F[c.node]), "index": int(a.index_F[c.node]), "position": int(a.position_F[c.node]), "set": c.set, "scale": c.scale})  # fmt: skip
+        changes.append(_place(graph, c.node) | {"set": c.set, "scale": c.scale})
     watched = [n for n in asked.watch if 0 <= n < graph.n_features]
     predicted = predicted_changes(graph, factors)
     arguments = {
-        "clt": str(clt), "tokens": graph.header.tokens, "changes": changes, "freeze": asked.freeze,
-        "watch": [{"node": n, "layer": int(a.layer_F[n]), "index": int(a.index_F[n]), "position": int(a.position_F[n]), "predicted": float(predicted[n]), "activation": float(a.activation_F[n])} for n in watched],
-    }  # fmt: skip
+        "clt": str(clt),
+        "tokens": graph.header.tokens,
+        "changes": changes,
+        "freeze": asked.freeze,
+        "watch": [
+            {"node": n, **_place(graph, n), "predicted": float(predicted[n]), "activation": float(a.activation_F[n])}
+            for n in watched
+        ],
+    }
     return {"job": _jobs(request).add("intervene", arguments).number}
+
+
+def _place(graph: Graph, node: int) -> dict[str, int]:
+    a = graph.arrays
+    return {
+        "layer": int(a.layer_F[node]),
+        "index": int(a.index_F[node]),
+        "position": int(a.position_F[node]),
+    }
 
 
 @router.post("/jobs/activations")
