@@ -140,7 +140,7 @@ def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: W
         "Strongest upstream",
     )
     for title in titles:
-        expect(page.get_by_role("heading", name=title)).to_be_visible()
+        expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
     assert page.locator(".example").count() == len(made.bundle.feature(2, 7).examples)
     hot = page.locator(".example .token.peak").first
     assert "rgba" in hot.get_attribute("style")  # type: ignore[operator]

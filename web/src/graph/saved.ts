@@ -11,6 +11,8 @@ export class SavedView {
   private revision = "";
   private busy = false;
   private again = false;
+  // Of the view; counts its changes.
+  private version = 0;
 
   constructor(
     readonly graph: string,
@@ -41,6 +43,7 @@ export class SavedView {
   }
 
   changed(): void {
+    this.version++;
     this.told("saving");
     this.soon();
   }
@@ -53,11 +56,13 @@ export class SavedView {
       return;
     }
     this.busy = true;
+    const { version } = this;
     try {
       const body = { value: this.view, over: this.revision };
       this.revision = (await send<{ revision: string }>("PUT", this.at(this.name), body)).revision;
       if (!this.names.includes(this.name)) this.names.push(this.name);
-      this.told("saved");
+      // A change made in the meantime is not saved yet.
+      if (version === this.version) this.told("saved");
     } catch (error) {
       this.told(error instanceof Refused && error.status === 409 ? "conflict" : "lost", (error as Error).message);
     } finally {
