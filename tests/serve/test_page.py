@@ -206,7 +206,7 @@ def test_an_odd_address_says_that_there_is_no_such_page(visit: Watched, at: str)
 def test_which_features_fire_on_a_text(visit: Watched, served: Served):
     page = visit.open(f"bundle/{served.id('bundle')}")
     page.get_by_label("Text").fill("def return")
-    page.get_by_role("button", name="Which features fire?").click()
+    page.get_by_role("button", name="Which features are active?").click()
     expect(page.locator(".tokens button").last).to_have_attribute("aria-pressed", "true", timeout=60_000)
     expect(page.locator("ol.list li a").first).to_have_text(re.compile(r"L\d+/\d+"))
     page.locator("ol.list li a").first.click()

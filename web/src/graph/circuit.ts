@@ -93,7 +93,7 @@ export function draw(into: HTMLElement, c: Circuit, chosen: number, hands: Hands
       h(
         "p",
         { class: "soft empty" },
-        "Nothing is pinned yet. Click a node above, then Pin to subgraph (or press p), or take a suggested supernode.",
+        "Nothing is pinned yet. Click a node above, then Pin to subgraph (or press p), or add a suggested supernode.",
       ),
     );
     return;

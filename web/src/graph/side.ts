@@ -21,7 +21,7 @@ export function nodePane(into: HTMLElement, net: Net, i: number, hands: SideHand
   const token = visible(net.graph.header.token_strings[position[i]!] ?? "");
   const facts = [
     `at “${token}” (${position[i]})`,
-    activation[i] === null ? "" : `active at ${short(activation[i])}`,
+    activation[i] === null ? "" : `activation ${short(activation[i])}`,
     kind[i] === "feature" || kind[i] === "error" ? `${percent(influence[i]!, 2)} of influence` : "",
   ];
   const pin = button(hands.isPinned(i) ? "Unpin from subgraph" : "Pin to subgraph", () => hands.pin(i), {

@@ -203,7 +203,11 @@ function byPrompt(id: string, run: string | null | undefined): HTMLElement {
       "By prompt",
       h("p", { class: "soft" }, "This bundle is not in a run's folder, so its transcoder is unknown."),
     );
-  const text = h("textarea", { rows: 2, cols: 60, placeholder: "type text to see which features fire on which token" });
+  const text = h("textarea", {
+    rows: 2,
+    cols: 60,
+    placeholder: "type text to see which features are active at which token",
+  });
   const seen = h("div", { role: "status" });
   async function look(): Promise<void> {
     if (!text.value) return notice("type some text first");
@@ -244,7 +248,7 @@ function byPrompt(id: string, run: string | null | undefined): HTMLElement {
   }
   return section(
     "By prompt",
-    form(() => void look(), field("Text", text), h("button", { class: "main" }, "Which features fire?")),
+    form(() => void look(), field("Text", text), h("button", { class: "main" }, "Which features are active?")),
     seen,
   );
 }

@@ -15,7 +15,7 @@ const CURVES = [
   ["loss", "Loss"],
   ["fvu", "FVU"],
   ["l0", "L0 per token"],
-  ["dead_share", "Dead share"],
+  ["dead_share", "Dead features (share)"],
 ] as const;
 const EVERY_MS = 2000;
 
