@@ -1,4 +1,4 @@
-// Builds the page into the package, with a hash of the sources that a test compares, so that a stale build is found without Node.
+// Builds the page into the package, with a hash of the sources that a test compares: a stale build is found without Node.
 import { build } from "esbuild";
 import { createHash } from "node:crypto";
 import { copyFileSync, mkdirSync, readFileSync, readdirSync, writeFileSync } from "node:fs";

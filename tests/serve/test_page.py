@@ -1,4 +1,4 @@
-"""The page in a real browser: what a person does with it, and that it is still there after a reload and in a fresh profile."""
+"""The page in a real browser: what a person does with it, and that it is saved across a reload and a fresh profile."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Watched:
 @contextmanager
 def profile(browser: Browser, served: Served, *, refusals: int = 0, **options: object) -> Iterator[Watched]:
     """A fresh browser profile. `refusals`: answers of 4xx that the browser may log."""
-    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 900}, **options)  # type: ignore[arg-type]
+    settings = {"accept_downloads": True, "viewport": {"width": 1280, "height": 900}, **options}
+    context = browser.new_context(**settings)  # type: ignore[arg-type]
     context.set_default_timeout(15_000)
     watched = Watched(context.new_page(), served.url)
     yield watched
@@ -128,29 +129,30 @@ def test_features_are_sorted_filtered_and_searched(visit: Watched, served: Serve
 def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: Watched, served: Served, made):
     at = f"bundle/{served.id('bundle')}/2/7"
     page = visit.open(at)
-    for title in (
+    titles = (
         "Examples",
         "Activations",
-        "Promotes",
-        "Suppresses",
-        "Writes to",
-        "Groups",
-        "Like decoders",
+        "Promoted tokens (positive logits)",
+        "Suppressed tokens (negative logits)",
+        "Decoder norm per layer",
+        "Clusters",
+        "Similar decoders",
         "Strongest upstream",
-    ):
-        expect(page.get_by_role("heading", name=title)).to_be_visible()  # fmt: skip
+    )
+    for title in titles:
+        expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
     assert page.locator(".example").count() == len(made.bundle.feature(2, 7).examples)
     hot = page.locator(".example .token.peak").first
     assert "rgba" in hot.get_attribute("style")  # type: ignore[operator]
     assert re.search(r"\d", hot.get_attribute("title") or "")
     page.get_by_label("Your label").fill(HARM)
-    page.get_by_role("button", name="Keep label").click()
+    page.get_by_role("button", name="Save label").click()
     expect(page.locator("#label")).to_have_text(HARM)
     page.get_by_role("button", name="Pin").click()
     expect(page.get_by_role("button", name="Pin")).to_have_attribute("aria-pressed", "true")
     page.get_by_label("Text").fill("def return")
-    page.get_by_role("button", name="How active is it?").click()
-    expect(page.get_by_text("highest here")).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Test activation").click()
+    expect(page.get_by_text("max here")).to_be_visible(timeout=60_000)
     page.reload()
     expect(page.locator("#label")).to_have_text(HARM)
     assert page.title() != "harmed"
@@ -159,7 +161,7 @@ def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: W
         expect(other.locator("#label")).to_have_text(HARM)
         expect(other.get_by_role("button", name="Pin")).to_have_attribute("aria-pressed", "true")
         other.get_by_label("Your label").fill("")
-        other.get_by_role("button", name="Keep label").click()
+        other.get_by_role("button", name="Save label").click()
         expect(other.locator("#label")).not_to_have_text(HARM)
 
 
@@ -170,10 +172,10 @@ def test_a_models_label_is_shown_with_its_scores_beside_ones_own(visit: Watched,
     bundle.close()
     page = visit.open(f"bundle/{served.id('bundle')}/1/2")
     expect(page.locator("#label")).to_have_text("says zebra")
-    expect(page.get_by_text("by some-model (detection 0.85 [0.64, 0.95])")).to_be_visible()
+    expect(page.get_by_text("autointerp label by some-model (detection 0.85 [0.64, 0.95])")).to_be_visible()
     expect(page.get_by_text("Fires on stripes.")).to_be_visible()
     page.get_by_label("Your label").fill("mine")
-    page.get_by_role("button", name="Keep label").click()
+    page.get_by_role("button", name="Save label").click()
     expect(page.locator("#label")).to_have_text("mine")
     page.reload()
     expect(page.locator("#label")).to_have_text("mine")
@@ -204,7 +206,7 @@ def test_an_odd_address_says_that_there_is_no_such_page(visit: Watched, at: str)
 def test_which_features_fire_on_a_text(visit: Watched, served: Served):
     page = visit.open(f"bundle/{served.id('bundle')}")
     page.get_by_label("Text").fill("def return")
-    page.get_by_role("button", name="Which features fire?").click()
+    page.get_by_role("button", name="Which features are active?").click()
     expect(page.locator(".tokens button").last).to_have_attribute("aria-pressed", "true", timeout=60_000)
     expect(page.locator("ol.list li a").first).to_have_text(re.compile(r"L\d+/\d+"))
     page.locator("ol.list li a").first.click()
@@ -215,8 +217,8 @@ def test_the_map_is_searched_and_opens_features(visit: Watched, served: Served):
     page = visit.open(f"bundle/{served.id('bundle')}/map")
     canvas = page.locator("canvas.map[data-points]")
     assert int(canvas.get_attribute("data-points") or 0) > 20
-    page.get_by_label("Colour by").select_option("group")
-    page.get_by_label("Groups").select_option("0")
+    page.get_by_label("Colour by").select_option("cluster")
+    page.get_by_label("Clusters").select_option("0")
     page.get_by_role("searchbox").fill("quagga")
     expect(page.get_by_text("0 match")).to_be_visible()
     page.get_by_role("searchbox").fill("")
@@ -246,7 +248,7 @@ def find(page: Page, text: str) -> None:
 
 
 class Traced(NamedTuple):
-    """A graph of its own for each test, so that what one keeps is not another's."""
+    """A graph of its own for each test, so that what one saves is not another's."""
 
     id: str
     features: list[str]
@@ -299,18 +301,18 @@ def test_thresholds_act_at_once(visit: Watched, served: Served, graph: Traced):
     before = int(nodes.get_attribute("data-nodes") or 0)
     page.get_by_label("Nodes").evaluate("e => { e.value = 0.3; e.dispatchEvent(new Event('input')); }")
     expect(nodes).not_to_have_attribute("data-nodes", str(before))
-    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    expect(page.get_by_text("saved", exact=True)).to_be_visible()
     page.reload()
     page.wait_for_selector(".stage[data-nodes]")
     assert int(nodes.get_attribute("data-nodes") or 0) < before
     errors = page.get_by_label("errors")
     errors.uncheck()
-    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    expect(page.get_by_text("saved", exact=True)).to_be_visible()
     page.reload()
     expect(errors).not_to_be_checked()
 
 
-def test_a_circuit_is_pinned_grouped_named_moved_and_kept(
+def test_a_circuit_is_pinned_grouped_named_moved_and_saved(
     browser: Browser, visit: Watched, served: Served, graph: Traced
 ):
     page = graph_page(visit, graph)
@@ -339,10 +341,10 @@ def test_a_circuit_is_pinned_grouped_named_moved_and_kept(
     page.locator(".side").get_by_label("Name of the supernode").fill(HARM)
     page.get_by_role("button", name="Rename").click()
     expect(group).to_contain_text("<img src=x")
-    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    expect(page.get_by_text("saved", exact=True)).to_be_visible()
     page.get_by_label("Name of the view").fill("first look")
-    page.get_by_role("button", name="Keep as").click()
-    expect(page.get_by_text("kept as “first look”")).to_be_visible()
+    page.get_by_role("button", name="Save as").click()
+    expect(page.get_by_text("saved as “first look”")).to_be_visible()
     address = page.url
     assert "view=first" in address
     with profile(browser, served) as fresh:
@@ -355,19 +357,19 @@ def test_a_circuit_is_pinned_grouped_named_moved_and_kept(
         other.locator(".box.super").click()
         other.get_by_role("button", name="Ungroup").click()
         expect(other.locator(".box")).to_have_count(3)
-        expect(other.get_by_text("kept", exact=True)).to_be_visible()
+        expect(other.get_by_text("saved", exact=True)).to_be_visible()
     page.reload()
     expect(page.locator(".box")).to_have_count(3)
 
 
-def test_suggested_supernodes_are_taken_or_left(visit: Watched, served: Served, graph: Traced):
+def test_suggested_supernodes_are_added(visit: Watched, served: Served, graph: Traced):
     page = graph_page(visit, graph)
     suggested = served.get(f"graphs/{graph.id}/suggestions?node_threshold=1")
     page.get_by_role("button", name="Suggest").click()
     if not suggested:
-        expect(page.get_by_text("no two features shown are alike enough")).to_be_visible()
+        expect(page.get_by_text("no two features shown are similar enough")).to_be_visible()
         return
-    page.get_by_role("button", name="Take").first.click()
+    page.get_by_role("button", name="Add", exact=True).first.click()
     expect(page.locator(".box.super")).to_have_count(1)
 
 
@@ -375,8 +377,8 @@ def test_a_feature_is_labelled_in_the_graph(visit: Watched, graph: Traced):
     page = graph_page(visit, graph)
     find(page, graph.features[0])
     page.get_by_label("Your label").fill("hands on")
-    page.get_by_role("button", name="Keep label").click()
-    expect(page.get_by_text("label kept")).to_be_visible()
+    page.get_by_role("button", name="Save label").click()
+    expect(page.get_by_text("label saved")).to_be_visible()
     page.reload()
     expect(page.locator(".side h2")).to_have_text("hands on")
 
@@ -390,7 +392,7 @@ def test_an_intervention_and_what_the_edges_said(visit: Watched, graph: Traced):
     page.get_by_role("button", name="Run").click()
     table = page.get_by_role("table", name="Next token")
     expect(table).to_be_visible(timeout=60_000)
-    expect(page.get_by_role("table", name="Pinned features: change of activation")).to_contain_text(graph.features[1])
+    expect(page.get_by_role("table", name="Pinned features: activation change")).to_contain_text(graph.features[1])
     page.get_by_label("Factor or activation").fill("")
     page.get_by_role("button", name="= Set").click()
     expect(page.get_by_text("type a number first")).to_be_visible()
@@ -422,8 +424,8 @@ DROP = """text => {
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "theirs.json: it holds no JSON object, or not a whole one; fetch or make it again"),
-        ("[]", "theirs.json: it holds no JSON object"),
+        ("{", "theirs.json: it is not a complete JSON object; download or export it again"),
+        ("[]", "theirs.json: it is not a complete JSON object"),
         ('{"nodes": [], "links": []}', "theirs.json is no graph file: metadata: Field required"),
     ],
 )
@@ -456,7 +458,7 @@ def test_exports_hold_what_was_made(visit: Watched, graph: Traced, tmp_path: Pat
     page.get_by_role("checkbox", name=graph.features[0]).check()
     page.get_by_label("Name of the supernode").fill("mine")
     page.get_by_role("button", name="Group", exact=True).click()
-    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    expect(page.get_by_text("saved", exact=True)).to_be_visible()
     kept = {}
     for kind in ("JSON", "SVG", "PNG"):
         with page.expect_download() as download:
@@ -465,8 +467,9 @@ def test_exports_hold_what_was_made(visit: Watched, graph: Traced, tmp_path: Pat
         download.value.save_as(kept[kind])
     file = read_graph_file(kept["JSON"])
     (pinned,) = file.qParams.pinnedIds
-    layer, index, position = re.fullmatch(r"L(\d+)/(\d+) @(\d+)", graph.features[0]).groups()  # type: ignore[union-attr]
-    assert pinned == f"{layer}_{index}_{position}"
+    place = re.fullmatch(r"L(\d+)/(\d+) @(\d+)", graph.features[0])
+    assert place is not None
+    assert pinned == "_".join(place.groups())
     assert file.qParams.supernodes == [["mine", pinned]]
     assert kept["SVG"].read_text().startswith("<svg")
     assert kept["PNG"].read_bytes().startswith(b"\x89PNG")
@@ -481,12 +484,12 @@ def test_two_tabs_lose_nothing_silently(browser: Browser, served: Served, graph:
         two.wait_for_selector(".stage[data-nodes]")
         find(one, graph.features[0])
         one.get_by_role("button", name="Pin to subgraph").click()
-        expect(one.get_by_text("kept", exact=True)).to_be_visible()
+        expect(one.get_by_text("saved", exact=True)).to_be_visible()
         find(two, graph.features[1])
         two.get_by_role("button", name="Pin to subgraph").click()
         expect(two.get_by_role("alert")).to_contain_text("changed elsewhere")
-        two.get_by_role("button", name="Keep mine apart").click()
-        expect(two.get_by_text("kept as")).to_be_visible()
+        two.get_by_role("button", name="Save mine as a copy").click()
+        expect(two.get_by_text("saved as")).to_be_visible()
         assert len(served.get(f"graphs/{graph.id}/views")) == 2  # type: ignore[arg-type]
         one.reload()
         expect(one.locator(".box")).to_have_count(1)
@@ -494,13 +497,13 @@ def test_two_tabs_lose_nothing_silently(browser: Browser, served: Served, graph:
         expect(one.get_by_role("button", name="Unpin from subgraph")).to_be_visible()
 
 
-def test_what_was_kept_outlives_a_killed_server(browser: Browser, root: Path, graph: Traced):
+def test_what_was_saved_outlives_a_killed_server(browser: Browser, root: Path, graph: Traced):
     served = Served(root)
     with profile(browser, served) as watched:
         page = graph_page(watched, graph)
         find(page, graph.features[0])
         page.get_by_role("button", name="Pin to subgraph").click()
-        expect(page.get_by_text("kept", exact=True)).to_be_visible()
+        expect(page.get_by_text("saved", exact=True)).to_be_visible()
         served.stop(signal.SIGKILL)
         find(page, graph.features[1])
         page.get_by_role("button", name="Pin to subgraph").click()
@@ -517,20 +520,21 @@ def test_a_job_is_stopped_from_the_page(visit: Watched, served: Served):
     page = visit.open(f"bundle/{served.id('bundle')}/2/7")
     page.get_by_label("Text").fill("def return")
     page.route("**/events", lambda route: (time.sleep(0.2), route.continue_()))
-    page.get_by_role("button", name="How active is it?").click()
+    page.get_by_role("button", name="Test activation").click()
     stop = page.get_by_role("button", name="Stop")
     try:
         stop.click(timeout=1500)
     except Exception:  # noqa: BLE001
-        expect(page.get_by_text("highest here")).to_be_visible()
+        expect(page.get_by_text("max here")).to_be_visible()
         return
-    expect(page.get_by_text(re.compile("stopped|highest here"))).to_be_visible()
+    expect(page.get_by_text(re.compile("stopped|max here"))).to_be_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_is_accessible(browser: Browser, served: Served, scheme: str):
     bundle, graph = served.id("bundle"), served.id("graph", "one")
-    views = ["", f"run/{served.id('run')}", f"bundle/{bundle}", f"bundle/{bundle}/2/7", f"bundle/{bundle}/map", f"graph/{graph}?node=3", f"compare/{graph}/{graph}"]  # fmt: skip
+    features = [f"bundle/{bundle}", f"bundle/{bundle}/2/7", f"bundle/{bundle}/map"]
+    views = ["", f"run/{served.id('run')}", *features, f"graph/{graph}?node=3", f"compare/{graph}/{graph}"]
     with profile(browser, served, color_scheme=scheme) as watched:
         for view in views:
             page = watched.open(view)
@@ -556,4 +560,4 @@ def test_an_address_that_is_nothing(browser: Browser, served: Served):
         for view in ("nowhere/x", "graph/none", "bundle/none", "run/%3Cb%3E"):
             page = watched.open(view)
             expect(page.get_by_role("heading", name="This cannot be shown")).to_be_visible()
-            expect(page.get_by_role("link", name="See what is here")).to_be_visible()
+            expect(page.get_by_role("link", name="Back to the library")).to_be_visible()

@@ -42,7 +42,7 @@ export interface GivenLabel {
   source: string;
   label: string;
   explanation: string | null;
-  // Its scores in words, empty for none.
+  // Its scores as text, empty for none.
   scored: string;
 }
 export interface Feature {
@@ -178,7 +178,8 @@ export async function send<T>(method: "POST" | "PUT" | "DELETE", path: string, b
   return (await fetched(path, options)).json();
 }
 
-// Runs a job to its end; `told` hears of its stages, and gets a way to stop it. Gives the result, and what was said when it was taken on.
+// Runs a job to its end. `told` is called with each stage and a function that stops the job. Returns the result, and
+// the server's answer to the request.
 export async function job<T, A = { job: number }>(
   kind: string,
   asked: unknown,

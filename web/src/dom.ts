@@ -77,7 +77,7 @@ export function later<T extends unknown[]>(work: (...given: T) => void, ms = 180
   };
 }
 
-export function keep(blob: Blob, name: string): void {
+export function download(blob: Blob, name: string): void {
   const link = h("a", { href: URL.createObjectURL(blob), download: name });
   link.click();
   window.setTimeout(() => URL.revokeObjectURL(link.href), 1000);

@@ -24,7 +24,7 @@ function notJson(text: string): string | null {
   } catch {
     // said below
   }
-  return "it holds no JSON object, or not a whole one; fetch or make it again";
+  return "it is not a complete JSON object; download or export it again";
 }
 
 export function takeDrops(): void {

@@ -1,13 +1,14 @@
 // The address after # names what is shown; each view is a function of its parts.
-import { compareView } from "./compare";
-import { fill, h, notice, type Child } from "./dom";
+import { fill, h, notice } from "./dom";
 import { takeDrops } from "./drop";
-import { oneFeature } from "./feature";
-import { featureList } from "./features";
-import { graphView } from "./graph/view";
-import { library } from "./library";
-import { mapView } from "./map";
-import { runView } from "./run";
+import { trail } from "./trail";
+import { compareView } from "./views/compare";
+import { oneFeature } from "./views/feature";
+import { featureList } from "./views/features";
+import { graphView } from "./views/graph";
+import { library } from "./views/library";
+import { mapView } from "./views/map";
+import { runView } from "./views/run";
 
 type Leave = (() => void) | void;
 let leave: Leave;
@@ -22,14 +23,14 @@ async function show(): Promise<void> {
   // Each view has an element of its own, so that one that comes late writes where nobody looks.
   const main = h("main", { id: "main", tabindex: "-1", "aria-busy": "true" });
   old.replaceWith(main);
-  fill(document.getElementById("trail")!);
+  trail();
   try {
     const parts = path.split("/").map(decodeURIComponent);
     const left = await view(main, parts, new URLSearchParams(query));
     if (mine === turn) leave = left;
     else left?.();
   } catch (error) {
-    const back = h("p", {}, h("a", { href: "#/" }, "See what is here"));
+    const back = h("p", {}, h("a", { href: "#/" }, "Back to the library"));
     fill(main, h("h1", {}, "This cannot be shown"), h("p", { class: "error" }, (error as Error).message), back);
   }
   main.removeAttribute("aria-busy");
@@ -48,11 +49,6 @@ async function view(main: HTMLElement, parts: string[], query: URLSearchParams):
   if (kind === "bundle" && id && a && b) return oneFeature(main, id, Number(a), Number(b));
   if (kind === "bundle" && id) return featureList(main, id, query);
   throw new Error(`There is no page ${location.hash}.`);
-}
-
-export function trail(...parts: Child[]): void {
-  const links = parts.filter(Boolean).map((p) => h("li", {}, p));
-  fill(document.getElementById("trail")!, h("ol", {}, ...links));
 }
 
 window.addEventListener("hashchange", () => {

@@ -4,11 +4,11 @@ import { field, fill, form, h, notice } from "./dom";
 import { stage } from "./format";
 
 export function newGraph(runs: Entry[], prompt = ""): HTMLElement {
-  if (!runs.length) return h("p", { class: "soft" }, "A prompt is traced with a run's transcoder; none is here.");
+  if (!runs.length) return h("p", { class: "soft" }, "Tracing needs a run's transcoder; there is no run here.");
   const run = h("select", {}, ...runs.map((r) => h("option", { value: r.id }, r.name)));
   const text = h("textarea", { rows: 2, cols: 44, required: true, placeholder: "text whose next token is explained" });
   const called = h("input", { required: true, maxlength: 80, size: 16, placeholder: "a name for the graph" });
-  const target = h("input", { size: 16, placeholder: "likeliest tokens", "aria-describedby": "target-help" });
+  const target = h("input", { size: 16, placeholder: "most likely tokens", "aria-describedby": "target-help" });
   const said = h("div", { role: "status" });
   text.value = prompt;
   const trace = async (): Promise<void> => {
@@ -36,7 +36,8 @@ export function newGraph(runs: Entry[], prompt = ""): HTMLElement {
     h(
       "p",
       { class: "soft", id: "target-help" },
-      "A target is a token with its blank (“ width”), two of them (“ a-minus- b”), or a feature (“L3/120”); each may have “@POSITION”.",
+      "A target is a token with its leading space (“ width”), a difference of two tokens (“ a-minus- b”), or a " +
+        "feature (“L3/120”). Add “@POSITION” for another position.",
     ),
     said,
   );

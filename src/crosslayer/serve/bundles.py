@@ -1,4 +1,4 @@
-"""`/api/bundles`: lists of features, one feature, search, the map, labels and pins."""
+"""`/api/bundles`: lists of features, one feature, search, the feature map, labels and pins."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def features(
     offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
     filters: Annotated[list[str], Query(alias="filter", max_length=20)] = [],  # noqa: B006
 ) -> list[dict[str, Any]]:
-    """A page of the list. A filter is `column:least:greatest`, either of which may be empty."""
+    """A page of the list. A filter is `column:min:max`; either bound may be empty."""
     bounds = dict(map(_filter, filters))
     found = _bundle(request, id).page(sort, descending=descending, limit=limit, offset=offset, filters=bounds)
     return [x._asdict() for x in found]
@@ -55,7 +55,7 @@ def _filter(text: str) -> tuple[str, tuple[float | None, float | None]]:
     try:
         column, least, greatest = parts[0], *(float(p) if p else None for p in parts[1:])
     except ValueError as error:
-        raise ConfigError(f"the filter {text!r} is not understood; write column:least:greatest") from error
+        raise ConfigError(f"the filter {text!r} is not understood; write column:min:max") from error
     return column, (least, greatest)
 
 
@@ -100,7 +100,7 @@ def labels(request: Request, id: str, of: Annotated[list[str], Query(max_length=
     for name in of:
         layer, slash, index = name.partition("/")
         if not (slash and re.fullmatch("[0-9]{1,9}", layer) and re.fullmatch("[0-9]{1,9}", index)):
-            raise ConfigError(f"{name!r} names no feature; write layer/index, as 3/120")
+            raise ConfigError(f"{name!r} is not a feature; write layer/index, as in 3/120")
         ids[found.id(int(layer), int(index))] = name
     return {ids[n]: label for n, (label, _) in found.labels(list(ids)).items() if label}
 
@@ -114,7 +114,10 @@ def set_label(
     label: Annotated[str, Body(max_length=MOST_LABEL)],
     over: Annotated[str | None, Body(max_length=MOST_LABEL)] = None,
 ) -> dict[str, str | None]:
-    """Keep a person's label, in place of the one `over` if that is given; an empty one takes it away. Gives the label that counts now; 409 if another is there."""
+    """Save a person's label; an empty one removes it. Returns the label shown from now on.
+
+    `over` is the label that it replaces, if given; 409 if another is there.
+    """
     found = _bundle(request, id)
     n = found.id(layer, index)
     found.set_label(layer, index, label, over=over)
@@ -126,7 +129,7 @@ def set_label(
 def pin(
     request: Request, id: str, layer: int, index: int, pinned: Annotated[bool, Body(embed=True)]
 ) -> dict[str, bool]:
-    """Pin a feature, or take its pin away."""
+    """Pin a feature, or unpin it."""
     found = _bundle(request, id)
     found.user.pin(found.id(layer, index), pinned=pinned)
     return {"pinned": pinned}
@@ -146,16 +149,19 @@ def groups(
     level: Annotated[int, PathParameter(ge=0, le=100)],
     only: Annotated[int | None, Query(ge=0, le=2**40)] = None,
 ) -> list[dict[str, Any]]:
-    """Clusters at one level, the largest first, or one of them."""
+    """Clusters of the feature map at one level, the largest first, or one of them."""
     return [x._asdict() for x in _bundle(request, id).groups(level, only)]
 
 
 @router.get("/bundles/{id}/map")
 def feature_map(request: Request, id: str, level: Annotated[int, Query(ge=0, le=100)] = 0) -> Response:
-    """The map as bytes, little-endian: a count n, then n ids (uint32), x (float32), y (float32), groups (int32), densities (float32)."""
+    """The feature map as bytes, little-endian.
+
+    A count n, then n ids (uint32), x (float32), y (float32), clusters (int32), densities (float32).
+    """
     found = _bundle(request, id)
     if not found.has("map") or level >= _levels(found):
-        raise ConfigError(f"the bundle has no map with groups at level {level}; imported ones have none")
+        raise ConfigError(f"the bundle has no feature map with clusters at level {level}; imported bundles have none")
     xy = np.asarray(found.array("map"))
     at = np.flatnonzero(np.isfinite(xy[:, 0]))
     density = found.array("count")[at].sum(1) / max(found.manifest.n_tokens, 1)

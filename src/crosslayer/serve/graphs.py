@@ -23,29 +23,29 @@ from crosslayer.serve.library import Entry
 from crosslayer.serve.opened import library, opened
 
 router = APIRouter(tags=["graphs"])
-MOST_KEPT = 2000
+MOST_SAVED = 2000
 Share = Annotated[float, Query(ge=0, le=1)]
 Nodes = Annotated[list[int], Query(max_length=2000)]
 Name = Annotated[str, PathParameter(min_length=1, max_length=80)]
 
 
-class _Kept(BaseModel):
+class _Saved(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Supernode(_Kept):
+class Supernode(_Saved):
     """Nodes that are drawn as one."""
 
     name: Annotated[str, Field(max_length=200)]
-    members: Annotated[list[int], Field(max_length=MOST_KEPT)]
+    members: Annotated[list[int], Field(max_length=MOST_SAVED)]
 
 
-class View(_Kept):
-    """What a person has made of a graph."""
+class View(_Saved):
+    """Pins, supernodes and thresholds that a person has set on a graph."""
 
-    pins: Annotated[list[int], Field(max_length=MOST_KEPT)] = []
-    supernodes: Annotated[list[Supernode], Field(max_length=MOST_KEPT)] = []
-    places: Annotated[dict[str, tuple[float, float]], Field(max_length=2 * MOST_KEPT)] = {}
+    pins: Annotated[list[int], Field(max_length=MOST_SAVED)] = []
+    supernodes: Annotated[list[Supernode], Field(max_length=MOST_SAVED)] = []
+    places: Annotated[dict[str, tuple[float, float]], Field(max_length=2 * MOST_SAVED)] = {}
     """Of pinned nodes (by number) and supernodes (`s` and name) in the drawing of the subgraph."""
     node_threshold: Annotated[float, Field(ge=0, le=1)] = 0.8
     edge_threshold: Annotated[float, Field(ge=0, le=1)] = 0.98
@@ -60,11 +60,14 @@ def graph(
     edge_threshold: Share = 0.98,
     wanted: Nodes = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Header, scores, and the nodes and edges kept, in columns; edges name nodes by their place among those kept. Nodes that are `wanted` are kept too."""
+    """Header, scores, and the nodes and edges that pruning keeps, in columns.
+
+    Edges name nodes by their place in the columns. Nodes that are `wanted` are never pruned.
+    """
     entry = library(request).find("graph", id)
     found: Graph = opened(request).graph(entry.path)
     _check_nodes(found, wanted)
-    # An imported graph was pruned before it came, and its rows are not whole.
+    # An imported graph is pruned already, and its rows are incomplete.
     pruned = found.prune(1.0, 1.0) if found.imported else found.prune(node_threshold, edge_threshold, wanted)
     kept = np.flatnonzero(pruned.node_N)
     place = np.full(found.n_nodes, -1)
@@ -98,10 +101,16 @@ def _nodes(g: Graph, kept: np.ndarray, total: float, labels: dict[tuple[int, int
         index.append(int(a.index_F[node]) if is_feature else None)
         activation.append(float(a.activation_F[node]) if is_feature else None)
     return {
-        "id": kept.tolist(), "kind": [kinds[k] for k in kind], "layer": layer, "index": index, "position": [g.position(n) for n in kept.tolist()],
-        "activation": activation, "influence": (g.influence_N[kept] / total).tolist(), "name": [g.name(n) for n in kept.tolist()],
+        "id": kept.tolist(),
+        "kind": [kinds[k] for k in kind],
+        "layer": layer,
+        "index": index,
+        "position": [g.position(n) for n in kept.tolist()],
+        "activation": activation,
+        "influence": (g.influence_N[kept] / total).tolist(),
+        "name": [g.name(n) for n in kept.tolist()],
         "label": [labels.get((la, i)) if i is not None else None for la, i in zip(layer, index, strict=True)],
-    }  # fmt: skip
+    }
 
 
 def _check_nodes(g: Graph, nodes: Sequence[int]) -> None:
@@ -111,7 +120,7 @@ def _check_nodes(g: Graph, nodes: Sequence[int]) -> None:
 
 
 def _labels(request: Request, entry: Entry, g: Graph) -> dict[tuple[int, int], str]:
-    """From the bundle of the run that the graph lies in, if it has one of its shape; an imported graph brings its own."""
+    """From the bundle of the graph's run, if that is of its shape; an imported graph brings its own."""
     a = g.arrays
     if g.imported:
         numbered_nodes, file = opened(request).imported(entry.path)
@@ -157,13 +166,16 @@ def _first_view(request: Request, entry: Entry, g: Graph) -> dict[str, Any]:
 def add(
     request: Request, file: Annotated[dict[str, Any], Body()], name: Annotated[str, Query(min_length=1, max_length=80)]
 ) -> dict[str, str]:
-    """Import a graph of the interchange format, of any writer; gives its id. It is kept in `graphs/` of the first folder served."""
+    """Import a graph of the interchange format, of any writer; returns its id.
+
+    It is saved in `graphs/` of the first folder served.
+    """
     root = library(request).roots[0]
     if not root.is_dir():
-        raise ConfigError(f"{root} is a file, so that graphs cannot be kept beside it; serve a folder")
+        raise ConfigError(f"{root} is a file, so graphs cannot be saved beside it; serve a folder")
     path = root / "graphs" / f"{slug_of(f'{name}.json')}.json"
     if path.exists():
-        raise ConfigError(f"there is a graph {path.stem!r} already; give another name")
+        raise ConfigError(f"there is already a graph {path.stem!r}; give another name")
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
@@ -175,12 +187,12 @@ def add(
         if entry.path == path:
             return {"id": entry.id}
     path.unlink()
-    raise ConfigError(f"{root} is no folder in which graphs can be shown; serve the folder above it")
+    raise ConfigError(f"graphs saved in {root} cannot be shown; serve the folder above it")
 
 
 @router.get("/graphs/{id}/suggestions")
 def suggestions(request: Request, id: str, node_threshold: Share = 0.8) -> list[dict[str, Any]]:
-    """Supernodes to take or leave, among the features that pruning keeps."""
+    """Suggested supernodes, among the features that pruning keeps."""
     found: Graph = opened(request).graph(library(request).find("graph", id).path)
     kept = np.flatnonzero(found.prune(1.0 if found.imported else node_threshold, 1.0).node_N)
     return [s._asdict() for s in suggested(found, kept.tolist())]
@@ -194,7 +206,7 @@ def subgraph(
     found: Graph = opened(request).graph(library(request).find("graph", id).path)
     if found.imported:
         raise ConfigError(
-            "the graph was imported from a pruned file, whose rows are not whole; trace the prompt for scores"
+            "the graph was imported from a pruned file, whose rows are incomplete; trace the prompt for scores"
         )
     _check_nodes(found, nodes)
     return {
@@ -202,45 +214,48 @@ def subgraph(
     }
 
 
-class KeptView(NamedTuple):
-    """Where views of a graph are kept: `user.sqlite` beside it."""
+class SavedViews(NamedTuple):
+    """Where the views of a graph are saved: `user.sqlite` beside it."""
 
     store: UserStore
     kind: str
 
 
-def _views(request: Request, id: str) -> KeptView:
+def _views(request: Request, id: str) -> SavedViews:
     entry = library(request).find("graph", id)
-    return KeptView(opened(request).user(entry.path.parent / USER), f"graph {entry.path.name}")
+    return SavedViews(opened(request).user(entry.path.parent / USER), f"graph {entry.path.name}")
 
 
 @router.get("/graphs/{id}/views")
 def views(request: Request, id: str) -> list[str]:
-    """Names of what was kept of a graph."""
+    """Names of the saved views of a graph."""
     store, kind = _views(request, id)
     return store.views(kind)
 
 
 @router.get("/graphs/{id}/views/{name}")
 def view(request: Request, id: str, name: Name) -> dict[str, Any]:
-    """What was kept under a name, null for nothing, and its revision."""
+    """The view saved under a name, null for none, and its revision."""
     store, kind = _views(request, id)
     value, revision = store.view(kind, name)
     return {"value": value, "revision": revision}
 
 
 @router.put("/graphs/{id}/views/{name}")
-def keep_view(
+def save_view(
     request: Request, id: str, name: Name, value: Annotated[View, Body()], over: Annotated[str | None, Body()] = None
 ) -> dict[str, str]:
-    """Keep pins, supernodes, positions and thresholds under a name, in place of the revision `over`, empty for a new one; 409 if another is there."""
+    """Save pins, supernodes, positions and thresholds under a name.
+
+    `over` is the revision that it replaces, empty for a new view; 409 if another is there.
+    """
     store, kind = _views(request, id)
     return {"revision": store.save_view(kind, name, value.model_dump(), over=over)}
 
 
 @router.delete("/graphs/{id}/views/{name}")
 def drop_view(request: Request, id: str, name: Name) -> dict[str, str]:
-    """Take a view away."""
+    """Delete a view."""
     store, kind = _views(request, id)
     store.drop_view(kind, name)
     return {"dropped": name}
@@ -250,14 +265,17 @@ def drop_view(request: Request, id: str, name: Name) -> dict[str, str]:
 def export(
     request: Request, id: str, node_threshold: Share = 0.8, edge_threshold: Share = 0.98, view: str | None = None
 ) -> Response:
-    """The pruned graph as the JSON that circuit-tracer's and Neuronpedia's viewers read, with labels, and with pins and supernodes of a view."""
+    """The pruned graph as JSON for the viewers of circuit-tracer and Neuronpedia.
+
+    With labels, and with the pins and supernodes of a view.
+    """
     entry = library(request).find("graph", id)
     found: Graph = opened(request).graph(entry.path)
     store, kind = _views(request, id)
-    kept = View.model_validate((store.view(kind, view)[0] if view is not None else None) or {})
+    saved = View.model_validate((store.view(kind, view)[0] if view is not None else None) or {})
     labels = _labels(request, entry, found)
-    pinned = [n for n in kept.pins if 0 <= n < found.n_nodes]
-    groups = [(s.name, s.members) for s in kept.supernodes]
+    pinned = [n for n in saved.pins if 0 <= n < found.n_nodes]
+    groups = [(s.name, s.members) for s in saved.supernodes]
     if found.imported:
         # Already pruned: it goes out as it came, but for what the view adds.
         node_threshold = edge_threshold = 1.0

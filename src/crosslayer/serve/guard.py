@@ -1,7 +1,8 @@
-"""What stands between a browser and the routes: Host and Origin, the token, the size of bodies, and what a page of ours may load.
+"""Checks between a browser and the routes: Host and Origin, the token, the size of bodies, and what a page may load.
 
-A page of another site that the same browser shows can send requests to 127.0.0.1, and by a name of its own that resolves there even read the answers.
-So requests must name this server as their host, and those that change something must come from a page of this server.
+A page of another site in the same browser can send requests to 127.0.0.1. By a host name of its own that resolves to
+127.0.0.1 (DNS rebinding) it can even read the answers. So requests must name this server as their host, and requests that
+change something must come from a page of this server.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ MOST_BODY = 1 << 20
 MOST_IMPORT = 64 << 20
 COOKIE = "crosslayer_token"
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; font-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "content-security-policy": POLICY,
@@ -57,7 +58,7 @@ class Guard:
             return
         most = MOST_IMPORT if scope["path"] in self.imports else MOST_BODY
         if not headers.get("content-length", "0").isascii() or not headers.get("content-length", "0").isdigit():
-            await _answer(send, 400, "the Content-Length is no number")
+            await _answer(send, 400, "the Content-Length is not a number")
             return
         if int(headers.get("content-length", "0")) > most:
             await _answer(send, 413, f"the body exceeds {most >> 20} MiB")
@@ -99,13 +100,13 @@ class Guard:
             return 421, f"this server is not {host[:100]!r}; open it by the address that it printed"
         origin = headers.get("origin")
         if origin is not None and origin not in {f"http://{h}" for h in self.hosts}:
-            return 403, f"a page of {origin[:100]!r} may not ask this server"
+            return 403, f"requests from pages of {origin[:100]!r} are not allowed"
         if (
             scope["method"] not in ("GET", "HEAD")
             and origin is None
             and headers.get("sec-fetch-site") not in (None, "same-origin")
         ):
-            return 403, "only a page of this server may change something"
+            return 403, "only pages of this server may make changes"
         if self.token is not None and not self._has_token(scope, headers):
             return 401, "the token is missing or wrong; open the address with the token that the server printed"
         return None

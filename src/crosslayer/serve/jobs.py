@@ -1,7 +1,8 @@
-"""Work that needs host and transcoder: one worker process, a queue of jobs, and what they tell as they go.
+"""Work that needs host and transcoder: one worker process, a queue of jobs, and their progress events.
 
-The worker is the hidden verb `crosslayer worker`. It is given one job a line on its standard input and answers in lines, each with the job's number; it keeps what it
-has loaded for the next job. A job that is cancelled while it runs takes the worker with it, the one way to stop a matrix product; the next job starts another.
+The worker is the hidden verb `crosslayer worker`. It reads one job per line from its standard input and answers in lines,
+each with the job's number. It caches what it has loaded for the next job. Cancelling a running job kills the worker, the
+only way to stop a matrix product; the next job starts another worker.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Jobs:
             Busy: behind too many others.
         """
         if sum(j.state not in FINAL for j in self.jobs.values()) >= MOST_WAITING:
-            raise Busy(f"{MOST_WAITING} jobs are waiting already; stop some, or wait")
+            raise Busy(f"{MOST_WAITING} jobs are already waiting; stop some, or wait")
         job = Job(max(self.jobs, default=0) + 1, kind, arguments)
         self.jobs[job.number] = job
         for old in [n for n, j in self.jobs.items() if j.state in FINAL][: max(0, len(self.jobs) - MOST_JOBS)]:
@@ -113,7 +114,7 @@ class Jobs:
             try:
                 await self._do(job)
             except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-                self._fail(job, f"the worker cannot be spoken to ({error}); start the job again")
+                self._fail(job, f"the worker does not respond ({error}); start the job again")
             self._current = None
 
     async def _do(self, job: Job) -> None:
@@ -131,7 +132,7 @@ class Jobs:
                 await process.wait()
                 self._fail(
                     job,
-                    f"the worker ended (exit code {process.returncode}), perhaps for want of memory; start the job again",
+                    f"the worker ended (exit code {process.returncode}), perhaps out of memory; start the job again",
                 )
                 return
             said = json.loads(line)

@@ -1,6 +1,7 @@
 """What there is to show below the paths that were given: runs, feature bundles and graphs.
 
-Each thing has an id, made from its path when it is found. A request names an id; nothing of a request ever becomes part of a path.
+Each thing has an id, made from its path when it is found. A request names an id; no part of a request ever becomes part
+of a path.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def _bind(host: str, port: int) -> tuple[socket.socket, int]:
         return bound, candidate
     assert error is not None
     raise ConfigError(
-        f"nothing can listen on {host}, ports {port} to {port + TRIES - 1} ({error.strerror or error}); give another --host or --port"
+        f"cannot listen on {host}, ports {port} to {port + TRIES - 1} ({error.strerror or error}); "
+        "give another --host or --port"
     ) from error
 
 

@@ -1,4 +1,4 @@
-"""What was opened for earlier requests, kept for later ones: bundles, and the last few graphs."""
+"""A cache of what was opened for earlier requests: bundles, and the last few graphs."""
 
 from __future__ import annotations
 

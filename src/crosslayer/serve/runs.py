@@ -1,4 +1,4 @@
-"""`/api/runs`: what a run is, what it measured, and its curves while it trains."""
+"""`/api/runs`: what a run is, its metrics, and its curves while it trains."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MOST_LINES = 5000
 
 @router.get("/runs/{id}")
 def run(request: Request, id: str) -> dict[str, Any]:
-    """Manifest, measures and model card; the last two as soon as they are there."""
+    """Manifest, metrics and model card; the last two as soon as they are there."""
     path = library(request).find("run", id).path
-    manifest = read_json(path / "run.json", missing=f"{path} is no run any more", remedy="look again in a moment")
-    measures = path / "eval.json"
+    manifest = read_json(path / "run.json", missing=f"{path} is no longer a run", remedy="look again in a moment")
+    metrics = path / "eval.json"
     card = path / CARD
     return {
         "manifest": manifest,
-        "evaluation": read_json(measures, missing="", remedy="look again in a moment")
-        if measures.is_file() and not measures.is_symlink()
+        "evaluation": read_json(metrics, missing="", remedy="look again in a moment")
+        if metrics.is_file() and not metrics.is_symlink()
         else None,
         "card": card.read_text(encoding="utf-8") if card.is_file() and not _linked(path, card) else None,
     }
@@ -39,7 +39,7 @@ def _linked(run: Path, path: Path) -> bool:
 
 @router.get("/runs/{id}/log")
 def log(request: Request, id: str, after: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
-    """Lines of `log.jsonl` from byte `after` on, and where to ask from next. A line that is still being written waits."""
+    """Lines of `log.jsonl` from byte `after` on, and the byte to ask from next; whole lines only."""
     path = library(request).find("run", id).path / "log.jsonl"
     if not path.is_file() or path.is_symlink():
         return {"lines": [], "next": 0, "restarted": False}

@@ -28,7 +28,7 @@ class _Asked(BaseModel):
 
 
 class Trace(_Asked):
-    """A new graph of a run's transcoder, kept in the run's `graphs/`."""
+    """A new graph of a run's transcoder, saved in the run's `graphs/`."""
 
     run: str
     prompt: Annotated[str, Field(min_length=1, max_length=MOST_PROMPT)]
@@ -76,12 +76,12 @@ async def trace(request: Request, asked: Trace) -> dict[str, Any]:
     jobs: Jobs = _jobs(request)
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", asked.name).strip(".-")
     if not slug:
-        raise ConfigError(f"{asked.name!r} is no name for a graph; use letters, digits, '_' and '-'")
+        raise ConfigError(f"{asked.name!r} is not a name for a graph; use letters, digits, '_' and '-'")
     # A dot would be taken for the beginning of a suffix.
     out = run.path / "graphs" / slug.replace(".", "-")
     waiting = {j.arguments.get("out") for j in jobs.jobs.values() if j.kind == "trace" and j.state not in FINAL}
     if out.with_suffix(".json").exists() or str(out) in waiting:
-        raise ConfigError(f"the run has a graph {out.name!r} already; give another name")
+        raise ConfigError(f"the run already has a graph {out.name!r}; give another name")
     arguments = asked.model_dump(exclude={"run", "name"}) | {"clt": str(run.path), "out": str(out)}
     number = jobs.add("trace", arguments).number
     return {"job": number, "graph": id_of(out.with_suffix(".json"))}
@@ -89,27 +89,42 @@ async def trace(request: Request, asked: Trace) -> dict[str, Any]:
 
 @router.post("/jobs/intervene")
 async def intervene(request: Request, asked: Intervene) -> dict[str, int]:
-    """Carry an intervention out; the result has top tokens before and after, and the watched nodes against what edges predict."""
+    """Run an intervention: top tokens before and after, and watched nodes, measured and predicted by edges."""
     entry = library(request).find("graph", asked.graph)
     graph: Graph = opened(request).graph(entry.path)
     clt = _run_of(request, entry)
     a = graph.arrays
-    changes, factors = [], {}
+    changes, factors = list[dict[str, int | float | None]](), {}
     for c in asked.changes:
         if not 0 <= c.node < graph.n_features:
-            raise ConfigError(f"node {c.node} is no feature of the graph; change features only")
+            raise ConfigError(f"node {c.node} is not a feature of the graph; interventions change features only")
         if (c.set is None) == (c.scale is None):
-            raise ConfigError(f"node {c.node} is to be set or scaled; give one of the two")
+            raise ConfigError(f"node {c.node} needs exactly one of set and scale; give one")
         was = float(a.activation_F[c.node])
         factors[c.node] = c.scale if c.scale is not None else (c.set or 0.0) / was if was else 1.0
-        changes.append({"layer": int(a.layer_F[c.node]), "index": int(a.index_F[c.node]), "position": int(a.position_F[c.node]), "set": c.set, "scale": c.scale})  # fmt: skip
+        changes.append(_place(graph, c.node) | {"set": c.set, "scale": c.scale})
     watched = [n for n in asked.watch if 0 <= n < graph.n_features]
     predicted = predicted_changes(graph, factors)
     arguments = {
-        "clt": str(clt), "tokens": graph.header.tokens, "changes": changes, "freeze": asked.freeze,
-        "watch": [{"node": n, "layer": int(a.layer_F[n]), "index": int(a.index_F[n]), "position": int(a.position_F[n]), "predicted": float(predicted[n]), "activation": float(a.activation_F[n])} for n in watched],
-    }  # fmt: skip
+        "clt": str(clt),
+        "tokens": graph.header.tokens,
+        "changes": changes,
+        "freeze": asked.freeze,
+        "watch": [
+            {"node": n, **_place(graph, n), "predicted": float(predicted[n]), "activation": float(a.activation_F[n])}
+            for n in watched
+        ],
+    }
     return {"job": _jobs(request).add("intervene", arguments).number}
+
+
+def _place(graph: Graph, node: int) -> dict[str, int]:
+    a = graph.arrays
+    return {
+        "layer": int(a.layer_F[node]),
+        "index": int(a.index_F[node]),
+        "position": int(a.position_F[node]),
+    }
 
 
 @router.post("/jobs/activations")
@@ -124,14 +139,14 @@ async def activations(request: Request, asked: Activations) -> dict[str, int]:
 def _run_of(request: Request, entry: Entry) -> Path:
     if entry.run is None:
         raise ConfigError(
-            f"the graph {entry.name!r} does not lie in a run, so its transcoder is not known; put it into the run's graphs/"
+            f"the graph {entry.name!r} is not in a run, so its transcoder is unknown; move it into the run's graphs/"
         )
     return library(request).find("run", entry.run).path
 
 
 @router.get("/jobs/{number}")
 async def job(request: Request, number: int) -> dict[str, Any]:
-    """What a job has come to."""
+    """The state of a job."""
     found = _jobs(request).job(number)
     return {"job": number, "kind": found.kind, **found.events[-1]}
 
@@ -142,7 +157,7 @@ async def events(request: Request, number: int) -> StreamingResponse:
     jobs: Jobs = _jobs(request)
     found = jobs.job(number)
     if jobs.streams >= MOST_STREAMS:
-        raise Busy(f"{MOST_STREAMS} streams of events are open already; close some tabs")
+        raise Busy(f"{MOST_STREAMS} event streams are already open; close some tabs")
 
     async def lines() -> AsyncIterator[str]:
         jobs.streams += 1

@@ -1,8 +1,9 @@
-// Interventions: features ablated, scaled or set on the graph's own prompt; the next tokens, and pinned nodes against what edges predict.
+// Interventions: features ablated, scaled or set on the graph's own prompt; the next tokens, and the measured and
+// predicted changes of pinned nodes.
 import { job } from "../api";
 import { button, field, fill, form, h, notice } from "../dom";
 import { bar, chip, percent, short, signed, stage } from "../format";
-import type { Keeping } from "./keeping";
+import type { SavedView } from "./saved";
 import type { Net } from "./net";
 
 interface Change {
@@ -24,7 +25,7 @@ export class Changes {
 
   constructor(
     private readonly net: () => Net,
-    private readonly keeping: Keeping,
+    private readonly saved: SavedView,
     private readonly possible: boolean,
   ) {
     if (!possible) {
@@ -33,7 +34,7 @@ export class Changes {
         h(
           "p",
           { class: "soft" },
-          "The graph's transcoder is not here, so nothing can be changed. Trace the prompt with a run of this page.",
+          "The graph's transcoder is not here: interventions cannot run. Trace the prompt with a run of the library.",
         ),
       );
       return;
@@ -94,7 +95,7 @@ export class Changes {
           this.changes = this.changes.filter((x) => x !== c);
           this.show();
         },
-        { "aria-label": `Do not change ${name(c.node)}` },
+        { "aria-label": `Remove the intervention on ${name(c.node)}` },
       );
     const lines = this.changes.map((c) =>
       h("li", {}, drop(c), h("span", { class: "label" }, name(c.node)), h("b", {}, how(c))),
@@ -109,9 +110,9 @@ export class Changes {
 
   private async run(): Promise<void> {
     if (!this.changes.length)
-      return notice("nothing is to be changed yet; choose a feature, then Ablate, Scale or Set");
-    const watch = this.keeping.view.pins.slice(0, 500);
-    const asked = { graph: this.keeping.graph, changes: this.changes, watch, freeze: this.freeze.value };
+      return notice("there are no interventions yet; choose a feature, then Ablate, Scale or Set");
+    const watch = this.saved.view.pins.slice(0, 500);
+    const asked = { graph: this.saved.graph, changes: this.changes, watch, freeze: this.freeze.value };
     try {
       fill(this.seen, outcome((await job<Outcome>("intervene", asked, stage(this.seen))).result, this.net()));
     } catch (error) {
@@ -157,10 +158,10 @@ function outcome(o: Outcome, net: Net): HTMLElement {
       ? h(
           "table",
           { class: "tight" },
-          h("caption", {}, "Pinned features: change of activation"),
-          head("feature", "was", "predicted", "measured"),
+          h("caption", {}, "Pinned features: activation change"),
+          head("feature", "before", "predicted", "measured"),
           h("tbody", {}, ...watched),
         )
-      : h("p", { class: "soft" }, "Pin features to compare what happens to them with what the edges predict."),
+      : h("p", { class: "soft" }, "Pin features to compare measured changes with those that the edges predict."),
   );
 }

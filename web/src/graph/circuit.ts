@@ -2,7 +2,7 @@
 import type { Supernode } from "../api";
 import { fill, h, s } from "../dom";
 import { signed } from "../format";
-import type { Keeping } from "./keeping";
+import type { SavedView } from "./saved";
 import type { Net } from "./net";
 
 interface Box {
@@ -28,8 +28,8 @@ export interface Circuit {
 const [BOX_WIDE, BOX_TALL, STEP, MARGIN] = [148, 34, 66, 16];
 
 // Boxes and the sums of the edges between them.
-export function circuit(net: Net, keeping: Keeping, width: number): Circuit {
-  const { view } = keeping;
+export function circuit(net: Net, saved: SavedView, width: number): Circuit {
+  const { view } = saved;
   const grouped = new Set(view.supernodes.flatMap((x) => x.members));
   const here = (some: number[]): number[] => some.map((n) => net.at.get(n)).filter((i): i is number => i !== undefined);
   const boxes: Box[] = [];
@@ -74,8 +74,8 @@ function place(net: Net, boxes: Box[], places: Record<string, [number, number]>,
     }
   }
   for (const b of boxes) {
-    const kept = places[b.key];
-    if (kept) [b.x, b.y] = [Math.min(kept[0], Math.max(0, width - BOX_WIDE)), kept[1]];
+    const moved = places[b.key];
+    if (moved) [b.x, b.y] = [Math.min(moved[0], Math.max(0, width - BOX_WIDE)), moved[1]];
   }
   return Math.max(120, ...boxes.map((b) => b.y + BOX_TALL + MARGIN));
 }
@@ -93,7 +93,7 @@ export function draw(into: HTMLElement, c: Circuit, chosen: number, hands: Hands
       h(
         "p",
         { class: "soft empty" },
-        "Nothing is pinned yet. Click a node above, then Pin to subgraph (or press p), or take a suggested supernode.",
+        "Nothing is pinned yet. Click a node above, then Pin to subgraph (or press p), or add a suggested supernode.",
       ),
     );
     return;

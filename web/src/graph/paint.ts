@@ -1,4 +1,4 @@
-// Draws a graph on any pen that has the canvas' words: rows and columns, edges, nodes, and what is chosen above them.
+// Draws a graph on any pen that has the canvas' methods: rows and columns, edges, nodes, and what is chosen above them.
 import { visible } from "../format";
 import { LEFT, type Layout } from "./layout";
 import type { Net } from "./net";

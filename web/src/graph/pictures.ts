@@ -1,5 +1,5 @@
 // A graph as SVG and PNG: the same painting, once written down as shapes and once as pixels.
-import { keep } from "../dom";
+import { download } from "../dom";
 import type { Layout } from "./layout";
 import type { Net } from "./net";
 import { paintBase, paintChosen, type Colours } from "./paint";
@@ -24,19 +24,19 @@ export function savePng(p: Picture, name: string): void {
   const pen = canvas.getContext("2d")!;
   pen.scale(2, 2);
   paint(pen, p);
-  canvas.toBlob((blob) => blob && keep(blob, `${name}.png`));
+  canvas.toBlob((blob) => blob && download(blob, `${name}.png`));
 }
 
 export function saveSvg(p: Picture, name: string): void {
   const pen = new SvgPen();
   paint(pen as unknown as CanvasRenderingContext2D, p);
-  keep(new Blob([pen.text(p.layout.width, p.layout.height)], { type: "image/svg+xml" }), `${name}.svg`);
+  download(new Blob([pen.text(p.layout.width, p.layout.height)], { type: "image/svg+xml" }), `${name}.svg`);
 }
 
 const escaped = (text: string): string =>
   text.replace(/[<>&"]/g, (c) => `&#${c.charCodeAt(0)};`).replace(/[^\P{Cc}\n\t]/gu, "");
 
-// The words of a canvas' pen that `paint` uses, written down as SVG.
+// The methods of a canvas' pen that `paint` uses, written down as SVG.
 class SvgPen {
   fillStyle = "";
   strokeStyle = "";
@@ -89,29 +89,28 @@ class SvgPen {
     this.path.push("z");
   }
   fillRect(x: number, y: number, w: number, h: number): void {
-    this.parts.push(
-      `<rect x="${x.toFixed(1)}" y="${y.toFixed(1)}" width="${w.toFixed(1)}" height="${h.toFixed(1)}" fill="${this.fillStyle}" fill-opacity="${this.globalAlpha.toFixed(3)}"/>`,
-    );
+    const [left, top, wide, tall] = [x, y, w, h].map((v) => v.toFixed(1));
+    this.parts.push(`<rect x="${left}" y="${top}" width="${wide}" height="${tall}" ${this.filled()}/>`);
   }
   fill(): void {
-    if (this.path.length)
-      this.parts.push(
-        `<path d="${this.path.join("")}" fill="${this.fillStyle}" fill-opacity="${this.globalAlpha.toFixed(3)}"/>`,
-      );
+    if (this.path.length) this.parts.push(`<path d="${this.path.join("")}" ${this.filled()}/>`);
   }
   stroke(): void {
-    if (this.path.length)
-      this.parts.push(
-        `<path d="${this.path.join("")}" fill="none" stroke="${this.strokeStyle}" stroke-width="${this.lineWidth.toFixed(2)}" stroke-opacity="${this.globalAlpha.toFixed(3)}"/>`,
-      );
+    if (!this.path.length) return;
+    const line = `stroke-width="${this.lineWidth.toFixed(2)}" stroke-opacity="${this.globalAlpha.toFixed(3)}"`;
+    this.parts.push(`<path d="${this.path.join("")}" fill="none" stroke="${this.strokeStyle}" ${line}/>`);
   }
   fillText(text: string, x: number, y: number): void {
     const anchor = { right: "end", center: "middle" }[this.textAlign] ?? "start";
-    this.parts.push(
-      `<text x="${x.toFixed(1)}" y="${y.toFixed(1)}" transform="${this.turned}" fill="${this.fillStyle}" font-family="sans-serif" font-size="11" text-anchor="${anchor}" dominant-baseline="middle">${escaped(text)}</text>`,
-    );
+    const place = `x="${x.toFixed(1)}" y="${y.toFixed(1)}" transform="${this.turned}" fill="${this.fillStyle}"`;
+    const letters = `font-family="sans-serif" font-size="11" text-anchor="${anchor}" dominant-baseline="middle"`;
+    this.parts.push(`<text ${place} ${letters}>${escaped(text)}</text>`);
   }
   text(width: number, height: number): string {
-    return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}">${this.parts.join("")}</svg>`;
+    const box = `width="${width}" height="${height}" viewBox="0 0 ${width} ${height}"`;
+    return `<svg xmlns="http://www.w3.org/2000/svg" ${box}>${this.parts.join("")}</svg>`;
+  }
+  private filled(): string {
+    return `fill="${this.fillStyle}" fill-opacity="${this.globalAlpha.toFixed(3)}"`;
   }
 }

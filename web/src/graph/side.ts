@@ -1,7 +1,7 @@
-// What is known of the chosen node: where it stands, its inputs and outputs by weight, and its feature.
+// The chosen node: where it stands, its inputs and outputs by weight, and its feature.
 import { get, type Feature } from "../api";
 import { button, fill, h, type Child } from "../dom";
-import { examples, figures, labelling, logits } from "../feature";
+import { examples, labelling, logits, metrics } from "../feature";
 import { bar, percent, short, signed, visible } from "../format";
 import type { Edge, Net } from "./net";
 
@@ -21,7 +21,7 @@ export function nodePane(into: HTMLElement, net: Net, i: number, hands: SideHand
   const token = visible(net.graph.header.token_strings[position[i]!] ?? "");
   const facts = [
     `at “${token}” (${position[i]})`,
-    activation[i] === null ? "" : `active at ${short(activation[i])}`,
+    activation[i] === null ? "" : `activation ${short(activation[i])}`,
     kind[i] === "feature" || kind[i] === "error" ? `${percent(influence[i]!, 2)} of influence` : "",
   ];
   const pin = button(hands.isPinned(i) ? "Unpin from subgraph" : "Pin to subgraph", () => hands.pin(i), {
@@ -86,8 +86,8 @@ async function about(into: HTMLElement, bundle: string, layer: number, index: nu
     fill(
       into,
       labelling(bundle, f, (label) => hands.labelled(layer, index, label)),
-      figures(f),
-      h("h3", {}, "Promotes"),
+      metrics(f),
+      h("h3", {}, "Promoted tokens (positive logits)"),
       logits(f.promotes, 6),
       h("h3", {}, "Examples"),
       ...examples(f, 4).slice(0, 2),

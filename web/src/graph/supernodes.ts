@@ -1,7 +1,7 @@
-// Supernodes: pinned nodes are grouped under a name, renamed, taken apart, or taken as suggested.
+// Supernodes: pinned nodes are grouped under a name, renamed, ungrouped, or added as suggested.
 import { get, type Supernode } from "../api";
 import { button, fill, form, h, notice, type Child } from "../dom";
-import type { Keeping } from "./keeping";
+import type { SavedView } from "./saved";
 import type { Net } from "./net";
 
 const MOST_SUGGESTED = 20;
@@ -21,13 +21,13 @@ export class Supernodes {
 
   constructor(
     private readonly net: () => Net,
-    private readonly keeping: Keeping,
+    private readonly saved: SavedView,
     private readonly hands: GroupHands,
   ) {}
 
   // Pinned nodes that stand alone, to be ticked and grouped.
   show(): void {
-    const { pins, supernodes } = this.keeping.view;
+    const { pins, supernodes } = this.saved.view;
     const net = this.net();
     const grouped = new Set(supernodes.flatMap((s) => s.members));
     const free = pins.filter((n) => !grouped.has(n) && net.at.has(n));
@@ -36,7 +36,7 @@ export class Supernodes {
     const called = h("input", { size: 18, maxlength: 200, placeholder: "name", "aria-label": "Name of the supernode" });
     const make = (): void => {
       if (!this.ticked.size || !called.value.trim()) return notice("tick pinned nodes and give a name first");
-      this.keeping.group(this.unused(called.value.trim()), [...this.ticked]);
+      this.saved.group(this.unused(called.value.trim()), [...this.ticked]);
       this.hands.redraw();
     };
     const details = h(
@@ -58,7 +58,7 @@ export class Supernodes {
   }
 
   private unused(name: string): string {
-    const names = new Set(this.keeping.view.supernodes.map((s) => s.name));
+    const names = new Set(this.saved.view.supernodes.map((s) => s.name));
     let [free, n] = [name, 2];
     while (names.has(free)) free = `${name} ${n++}`;
     return free;
@@ -71,12 +71,12 @@ export class Supernodes {
     const rename = (): void => {
       const name = called.value.trim();
       if (!name || name === s.name) return;
-      const renamed = this.keeping.rename(s.name, this.unused(name));
+      const renamed = this.saved.rename(s.name, this.unused(name));
       this.hands.redraw();
       this.pane(into, renamed);
     };
     const apart = button("Ungroup", () => {
-      this.keeping.ungroup(s.name);
+      this.saved.ungroup(s.name);
       this.hands.redraw();
       this.hands.choose(-1);
     });
@@ -100,33 +100,34 @@ export class Supernodes {
   }
 
   async suggest(): Promise<void> {
-    const { node_threshold, supernodes } = this.keeping.view;
-    const asked = `graphs/${this.keeping.graph}/suggestions?node_threshold=${node_threshold}`;
+    const { node_threshold, supernodes } = this.saved.view;
+    const asked = `graphs/${this.saved.graph}/suggestions?node_threshold=${node_threshold}`;
     const found = await get<{ nodes: number[]; likeness: number }[]>(asked);
     const taken = new Set(supernodes.flatMap((s) => s.members));
     const free = found
       .map((s) => ({ ...s, nodes: s.nodes.filter((n) => !taken.has(n) && this.net().at.has(n)) }))
       .filter((s) => s.nodes.length > 1);
     const lines = free.slice(0, MOST_SUGGESTED).map((s) => this.suggestion(s.nodes, s.likeness));
-    const none = h("p", { class: "soft" }, "None: no two features shown are alike enough.");
+    const none = h("p", { class: "soft" }, "None: no two features shown are similar enough.");
     fill(this.suggested, lines.length ? h("ul", { class: "list" }, ...lines) : none);
   }
 
   private suggestion(nodes: number[], likeness: number): HTMLElement {
     const names = nodes.map((n) => this.net().label(this.net().at.get(n)!));
-    const told = `${nodes.length} features: ${[...new Set(names)].slice(0, 3).join("; ")}${names.length > 3 ? " …" : ""}`;
+    const some = [...new Set(names)].slice(0, 3).join("; ");
+    const told = `${nodes.length} features: ${some}${names.length > 3 ? " …" : ""}`;
     const line = h("li", {});
     const take = (): void => {
-      this.keeping.group(this.unused(commonest(names)), nodes);
+      this.saved.group(this.unused(commonest(names)), nodes);
       line.remove();
       this.hands.redraw();
     };
     fill(
       line,
-      button("Take", take),
-      button("Leave", () => line.remove()),
+      button("Add", take),
+      button("Cancel", () => line.remove()),
       h("span", { class: "label" }, told),
-      h("span", { class: "soft nowrap" }, `likeness ${likeness.toFixed(2)}`),
+      h("span", { class: "soft nowrap" }, `similarity ${likeness.toFixed(2)}`),
     );
     return line;
   }

@@ -1,8 +1,8 @@
-// The atlas: all features as points, near to what they are near to.
-import { bytes, get, type Bundle, type Feature, type Found, type Group } from "./api";
-import { button, field, fill, h, later } from "./dom";
-import { count, name, percent, visible } from "./format";
-import { trail } from "./main";
+// The feature map: all features as points, similar ones near each other, with the labels of clusters.
+import { bytes, get, type Bundle, type Feature, type Found, type Group } from "../api";
+import { button, field, fill, h, later } from "../dom";
+import { count, name, percent, visible } from "../format";
+import { trail } from "../trail";
 
 const REACH = 8;
 const SHADES = 64;
@@ -18,8 +18,8 @@ interface Points {
 
 export async function mapView(main: HTMLElement, id: string, query: URLSearchParams): Promise<() => void> {
   const bundle = await get<Bundle>(`bundles/${id}`);
-  document.title = `map · ${bundle.scan || bundle.clt}`;
-  trail(h("a", { href: `#/bundle/${id}` }, "features"), h("span", {}, "map"));
+  document.title = `feature map · ${bundle.scan || bundle.clt}`;
+  trail(h("a", { href: `#/bundle/${id}` }, "features"), h("span", {}, "feature map"));
   let level = Math.min(Number(query.get("level") ?? bundle.levels - 1), bundle.levels - 1);
   let colour = "layer";
   let marked = new Set<number>();
@@ -28,12 +28,12 @@ export async function mapView(main: HTMLElement, id: string, query: URLSearchPar
     class: "map",
     tabindex: 0,
     role: "img",
-    "aria-label": "Map of features. Arrow keys move it, plus and minus zoom; use the search to find features by words.",
+    "aria-label": "Feature map. Arrow keys move it, plus and minus zoom; use the search to find features by text.",
   });
   const said = h(
     "p",
     { role: "status", class: "soft" },
-    "Each point is a feature; near ones fire together and write alike. Click opens one.",
+    "Each point is a feature; nearby features coactivate and have similar decoders. Click one to open it.",
   );
   const list = h("ol", { class: "list" });
   const levels = h(
@@ -51,22 +51,22 @@ export async function mapView(main: HTMLElement, id: string, query: URLSearchPar
     level = Number(levels.value);
     void load(false);
   });
-  const colours = h("select", {}, ...["layer", "group", "density"].map((c) => h("option", {}, c)));
+  const colours = h("select", {}, ...["layer", "cluster", "density"].map((c) => h("option", {}, c)));
   colours.addEventListener("change", () => {
     colour = colours.value;
     draw();
   });
-  const search = h("input", { type: "search", placeholder: "words", input: later(() => void look()) });
+  const search = h("input", { type: "search", placeholder: "label or token", input: later(() => void look()) });
   fill(
     main,
-    h("h1", {}, "Map"),
+    h("h1", {}, "Feature map"),
     h(
       "div",
       { class: "row" },
       field("Search", search),
-      field("Groups", levels),
+      field("Clusters", levels),
       field("Colour by", colours),
-      button("Whole map", () => {
+      button("Reset view", () => {
         fit();
         draw();
       }),
@@ -128,7 +128,7 @@ export async function mapView(main: HTMLElement, id: string, query: URLSearchPar
       const feeding = g?.fed_by
         .map(([from, share]) => `${named.get(from)?.label ?? from} (${percent(share, 0)})`)
         .join(", ");
-      said.textContent = g ? `${g.label}: ${count(g.size)} features${feeding ? `; fed by ${feeding}` : ""}` : "";
+      said.textContent = g ? `${g.label}: ${count(g.size)} features${feeding ? `; inputs from ${feeding}` : ""}` : "";
       wanted = null;
     }
     if (anew) fit();
@@ -159,7 +159,7 @@ export async function mapView(main: HTMLElement, id: string, query: URLSearchPar
   // Between 0 and 1, by what points are coloured by.
   function shade(i: number): number {
     if (colour === "layer") return Math.floor(points.ids[i]! / bundle.n_features) / Math.max(1, bundle.n_layers - 1);
-    if (colour === "group") return (((points.groups[i]! * 0.618034) % 1) + 1) % 1;
+    if (colour === "cluster") return (((points.groups[i]! * 0.618034) % 1) + 1) % 1;
     return Math.min(1, Math.max(0, (Math.log10(points.densities[i]! + 1e-7) + 6) / 6));
   }
 
@@ -174,7 +174,7 @@ export async function mapView(main: HTMLElement, id: string, query: URLSearchPar
     const image = pen.getImageData(0, 0, width, height);
     const pixels = new Uint32Array(image.data.buffer);
     const ground = pixels[0]!;
-    const colours = palette(colour === "group", marked.size ? 0.25 : 1, ground);
+    const colours = palette(colour === "cluster", marked.size ? 0.25 : 1, ground);
     pen.fillStyle = style.backgroundColor;
     const few = points.xs.length < 50_000;
     const size = Math.round(Math.max(few ? 3 : 1, Math.min(7, scale * 0.06 + (few ? 2 : 0.5))) * devicePixelRatio);
@@ -331,7 +331,7 @@ export async function mapView(main: HTMLElement, id: string, query: URLSearchPar
   };
 }
 
-// From dark to light, told apart by everyone (the colours of viridis, without its palest yellow); groups go round once.
+// From dark to light, safe for colour-blind readers: viridis without its palest yellow. Clusters go round once.
 const STOPS = [
   [72, 36, 117],
   [62, 83, 160],

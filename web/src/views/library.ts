@@ -1,17 +1,17 @@
-// What is here.
-import { get, type Entry } from "./api";
-import { button, fill, h, section } from "./dom";
-import { take } from "./drop";
-import { newGraph } from "./prompt";
+// The library: runs, features and graphs below the folders that are served.
+import { get, type Entry } from "../api";
+import { button, fill, h, section } from "../dom";
+import { take } from "../drop";
+import { newGraph } from "../prompt";
 
 const KINDS = [
-  ["run", "Runs", "No runs here. Train one with: crosslayer quickstart"],
+  ["run", "Runs", "No runs yet. Train one with: crosslayer quickstart"],
   [
     "bundle",
     "Features",
-    "No features here. Collect a run's with: crosslayer features build --clt RUN --text TEXT -o RUN/features",
+    "No features yet. Build them with: crosslayer features build --clt RUN --text TEXT -o RUN/features",
   ],
-  ["graph", "Graphs", "No graphs here. Trace a prompt, or drop a graph file on this page."],
+  ["graph", "Graphs", "No graphs yet. Trace a prompt, or drop a graph file on this page."],
 ] as const;
 
 export async function library(main: HTMLElement): Promise<void> {
@@ -36,7 +36,7 @@ export async function library(main: HTMLElement): Promise<void> {
   const runs = entries.filter((e) => e.kind === "run");
   fill(
     main,
-    h("h1", {}, "What is here"),
+    h("h1", {}, "Library"),
     h("div", { class: "columns" }, ...KINDS.map(([kind, title, empty]) => section(title, list(kind, empty)))),
     section("Trace a prompt", newGraph(runs)),
     h(

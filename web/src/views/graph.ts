@@ -1,20 +1,20 @@
 // The graph view: columns of tokens and rows of layers, the chosen node beside them, the pinned subgraph below.
 import { get, send, type Entry, type Graph, type Interval } from "../api";
-import { button, field, fill, form, h, keep, later, notice, section } from "../dom";
+import { button, field, fill, form, download, h, later, notice, section } from "../dom";
 import { count, percent, short } from "../format";
-import { trail } from "../main";
+import { trail } from "../trail";
 import { newGraph } from "../prompt";
-import { Changes } from "./change";
-import { circuit, draw as drawCircuit } from "./circuit";
-import { FIRST_NAME, Keeping } from "./keeping";
-import { layout, nearest, type Layout } from "./layout";
-import { Net } from "./net";
-import { coloursOf, paintBase, paintChosen } from "./paint";
-import { savePng, saveSvg, type Picture } from "./pictures";
-import { nodePane } from "./side";
-import { Supernodes } from "./supernodes";
+import { Changes } from "../graph/change";
+import { circuit, draw as drawCircuit } from "../graph/circuit";
+import { FIRST_NAME, SavedView } from "../graph/saved";
+import { layout, nearest, type Layout } from "../graph/layout";
+import { Net } from "../graph/net";
+import { coloursOf, paintBase, paintChosen } from "../graph/paint";
+import { savePng, saveSvg, type Picture } from "../graph/pictures";
+import { nodePane } from "../graph/side";
+import { Supernodes } from "../graph/supernodes";
 
-const STATES = { kept: "kept", keeping: "keeping …", conflict: "", lost: "" };
+const STATES = { saved: "saved", saving: "saving …", conflict: "", lost: "" };
 
 export async function graphView(main: HTMLElement, id: string, query: URLSearchParams): Promise<() => void> {
   const entries = await get<Entry[]>("library");
@@ -30,34 +30,34 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     h("span", {}, title),
   );
 
-  const kept = h("span", { class: "soft", role: "status" });
+  const state = h("span", { class: "soft", role: "status" });
   const clash = h("div", { class: "clash", role: "alert" });
-  const keeping = new Keeping(id, query.get("view") ?? FIRST_NAME, (state, message) => {
-    kept.textContent = STATES[state];
-    if (state === "conflict" || state === "lost") showClash(message ?? "", state === "conflict");
+  const saved = new SavedView(id, query.get("view") ?? FIRST_NAME, (now, message) => {
+    state.textContent = STATES[now];
+    if (now === "conflict" || now === "lost") showClash(message ?? "", now === "conflict");
     else fill(clash);
-    if (state === "kept") listViews();
+    if (now === "saved") listViews();
   });
-  const isKept = await keeping.open(keeping.name);
+  const isSaved = await saved.open(saved.name);
 
   let net = new Net(await load());
-  if (!isKept) {
-    keeping.view.pins = [...net.graph.first.pins];
-    keeping.view.supernodes = net.graph.first.supernodes.map((s) => ({ ...s }));
-    for (const s of keeping.view.supernodes)
-      for (const n of s.members) if (!keeping.view.pins.includes(n)) keeping.view.pins.push(n);
+  if (!isSaved) {
+    saved.view.pins = [...net.graph.first.pins];
+    saved.view.supernodes = net.graph.first.supernodes.map((s) => ({ ...s }));
+    for (const s of saved.view.supernodes)
+      for (const n of s.members) if (!saved.view.pins.includes(n)) saved.view.pins.push(n);
   }
   let chosen = net.at.get(Number(query.get("node") ?? -1)) ?? -1;
   let hovered = -1;
   let where: Layout;
 
-  // -- what is on the page -----------------------------------------------------------------------------------------
+  // -- what is on the page ------------------------------------------------------------------------------------------
   const base = h("canvas", {});
   const over = h("canvas", {
     class: "over",
     tabindex: 0,
     role: "img",
-    "aria-label": "Attribution graph. Arrow keys go from node to node, p pins the chosen one, Escape lets go of it.",
+    "aria-label": "Attribution graph. Arrow keys go from node to node, p pins the chosen one, Escape deselects it.",
   });
   const tip = h("div", { class: "tip", hidden: true });
   const stage = h("div", { class: "stage" }, base, over, tip);
@@ -66,26 +66,26 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
   const scores = h("p", { class: "soft" });
   const pinnedScores = h("p", { class: "soft", role: "status" });
   const slider = (label: string, key: "node_threshold" | "edge_threshold"): HTMLElement => {
-    const value = h("output", {}, keeping.view[key].toFixed(2));
-    const input = h("input", { type: "range", min: 0.1, max: 1, step: 0.01, value: keeping.view[key] });
+    const value = h("output", {}, saved.view[key].toFixed(2));
+    const input = h("input", { type: "range", min: 0.1, max: 1, step: 0.01, value: saved.view[key] });
     input.disabled = net.graph.imported;
     input.addEventListener("input", () => {
-      keeping.view[key] = input.valueAsNumber;
+      saved.view[key] = input.valueAsNumber;
       value.textContent = input.valueAsNumber.toFixed(2);
       reload();
     });
     return field(label, input, h("span", { class: "slider" }, input, value));
   };
-  const errors = h("input", { type: "checkbox", checked: keeping.view.errors });
+  const errors = h("input", { type: "checkbox", checked: saved.view.errors });
   errors.addEventListener("change", () => {
-    keeping.view.errors = errors.checked;
-    keeping.changed();
+    saved.view.errors = errors.checked;
+    saved.changed();
     redraw();
   });
   const views = h("select", { "aria-label": "View" });
   views.addEventListener("change", () => (location.hash = `#/graph/${id}?view=${encodeURIComponent(views.value)}`));
   const viewName = h("input", { size: 12, maxlength: 80, placeholder: "new name", "aria-label": "Name of the view" });
-  const saveAs = form(() => void keepAs(viewName.value), viewName, h("button", {}, "Keep as"));
+  const saveForm = form(() => void saveAs(viewName.value), viewName, h("button", {}, "Save as"));
   const others = entries.filter((e) => e.kind === "graph" && e.id !== id);
   const compare = h(
     "select",
@@ -101,8 +101,8 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     "aria-label": "Find a node",
   });
   find.addEventListener("change", () => findNode(find.value));
-  const changes = new Changes(() => net, keeping, !net.graph.imported && entry.run !== null);
-  const groups = new Supernodes(() => net, keeping, {
+  const changes = new Changes(() => net, saved, !net.graph.imported && entry.run !== null);
+  const groups = new Supernodes(() => net, saved, {
     choose,
     hover,
     redraw,
@@ -119,7 +119,7 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
   );
   fill(
     main,
-    h("div", { class: "row between" }, h("h1", {}, title), h("div", { class: "row" }, kept, views, saveAs)),
+    h("div", { class: "row between" }, h("h1", {}, title), h("div", { class: "row" }, state, views, saveForm)),
     h("p", { class: "prompt" }, net.graph.header.prompt),
     clash,
     h(
@@ -143,7 +143,7 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
         section("Pinned subgraph", scores, pinnedScores, groups.grouping, h("div", { class: "scroll" }, below)),
         section(
           "Suggested supernodes",
-          h("p", { class: "soft" }, "Features at neighbouring tokens whose edges are alike."),
+          h("p", { class: "soft" }, "Features at neighbouring tokens with similar edges."),
           button("Suggest", () => void groups.suggest()),
           groups.suggested,
         ),
@@ -153,9 +153,9 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     ),
   );
 
-  // -- loading ---------------------------------------------------------------------------------------------------------
+  // -- loading ------------------------------------------------------------------------------------------------------
   async function load(): Promise<Graph> {
-    const { node_threshold, edge_threshold, pins } = keeping.view;
+    const { node_threshold, edge_threshold, pins } = saved.view;
     const asked = new URLSearchParams({
       node_threshold: String(node_threshold),
       edge_threshold: String(edge_threshold),
@@ -168,14 +168,14 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     net = new Net(await load());
     chosen = net.at.get(held) ?? -1;
     hovered = -1;
-    keeping.changed();
+    saved.changed();
     redraw();
     choose(chosen);
   }, 120);
 
-  // -- drawing ---------------------------------------------------------------------------------------------------------
+  // -- drawing ------------------------------------------------------------------------------------------------------
   const pinned = (): Set<number> =>
-    new Set(keeping.view.pins.map((n) => net.at.get(n)).filter((i): i is number => i !== undefined));
+    new Set(saved.view.pins.map((n) => net.at.get(n)).filter((i): i is number => i !== undefined));
   const picture = (): Picture => ({ net, layout: where, colours: coloursOf(stage), pinned: pinned(), chosen });
 
   function size(canvas: HTMLCanvasElement): CanvasRenderingContext2D {
@@ -190,13 +190,14 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
 
   function redraw(): void {
     const height = Math.min(720, Math.max(470, 34 * (net.graph.header.n_layers + 2)));
-    where = layout(net, stage.clientWidth - 2, height, keeping.view.errors);
+    where = layout(net, stage.clientWidth - 2, height, saved.view.errors);
     paintBase(size(base), net, where, coloursOf(stage), pinned());
     size(over);
     paintOver();
     const { nodes, edges } = net.graph;
     const features = nodes.kind.filter((k) => k === "feature").length;
-    facts.textContent = `${count(features)} of ${count(net.graph.n_features)} features, ${count(net.n)} nodes, ${count(edges.weight.length)} edges shown`;
+    const shown = `${count(net.n)} nodes, ${count(edges.weight.length)} edges shown`;
+    facts.textContent = `${count(features)} of ${count(net.graph.n_features)} features, ${shown}`;
     stage.dataset.nodes = String(net.n);
     drawBelow();
   }
@@ -215,13 +216,13 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
   }
 
   function drawBelow(): void {
-    const c = circuit(net, keeping, Math.max(320, stage.clientWidth - 36));
+    const c = circuit(net, saved, Math.max(320, stage.clientWidth - 36));
     drawCircuit(below, c, chosen, {
       choose,
       chooseGroup: (s) => groups.pane(side, s),
       moved: (key, x, y) => {
-        keeping.view.places[key] = [x, y];
-        keeping.changed();
+        saved.view.places[key] = [x, y];
+        saved.changed();
         drawBelow();
       },
     });
@@ -229,7 +230,7 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     pinnedScore();
   }
 
-  // -- choosing and pinning --------------------------------------------------------------------------------------------
+  // -- choosing and pinning -----------------------------------------------------------------------------------------
   function choose(i: number): void {
     chosen = i;
     address();
@@ -250,7 +251,7 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
       choose,
       hover,
       pin: pinNode,
-      isPinned: (n) => keeping.view.pins.includes(net.graph.nodes.id[n]!),
+      isPinned: (n) => saved.view.pins.includes(net.graph.nodes.id[n]!),
       controls: (n) => changes.controls([net.graph.nodes.id[n]!]),
       labelled: (layer, index, label) => {
         const { nodes } = net.graph;
@@ -284,7 +285,7 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
   }
 
   function pinNode(i: number): void {
-    keeping.pin(net.graph.nodes.id[i]!);
+    saved.pin(net.graph.nodes.id[i]!);
     redraw();
     choose(i);
   }
@@ -342,7 +343,7 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     work();
   });
 
-  // -- scores ----------------------------------------------------------------------------------------------------------
+  // -- scores -------------------------------------------------------------------------------------------------------
   const told = (x: Interval): string =>
     x.high - x.low > 0.005 ? `${percent(x.value)} (${percent(x.low)} to ${percent(x.high)})` : percent(x.value);
   function showScores(): void {
@@ -352,7 +353,7 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
       : "The graph was imported pruned, so its scores cannot be computed.";
   }
   const pinnedScore = later(async () => {
-    const features = keeping.view.pins.filter((n) => n < net.graph.n_features);
+    const features = saved.view.pins.filter((n) => n < net.graph.n_features);
     if (!features.length || net.graph.imported) {
       pinnedScores.textContent = "";
       return;
@@ -360,54 +361,55 @@ export async function graphView(main: HTMLElement, id: string, query: URLSearchP
     const s = await send<{ replacement: Interval; completeness: Interval }>("POST", `graphs/${id}/scores`, {
       nodes: features,
     });
-    pinnedScores.textContent = `${features.length} pinned ${features.length > 1 ? "features" : "feature"} alone: replacement ${told(s.replacement)}, completeness ${told(s.completeness)}`;
+    const alone = `${features.length} pinned ${features.length > 1 ? "features" : "feature"} alone`;
+    pinnedScores.textContent = `${alone}: replacement ${told(s.replacement)}, completeness ${told(s.completeness)}`;
   }, 250);
 
-  // -- keeping ---------------------------------------------------------------------------------------------------------
+  // -- saving -------------------------------------------------------------------------------------------------------
   function listViews(): void {
-    const names = keeping.names.includes(keeping.name) ? keeping.names : [keeping.name, ...keeping.names];
-    fill(views, ...names.map((n) => h("option", { value: n, selected: n === keeping.name }, n)));
+    const names = saved.names.includes(saved.name) ? saved.names : [saved.name, ...saved.names];
+    fill(views, ...names.map((n) => h("option", { value: n, selected: n === saved.name }, n)));
   }
   function address(): void {
     const asked = new URLSearchParams();
-    if (keeping.name !== FIRST_NAME) asked.set("view", keeping.name);
+    if (saved.name !== FIRST_NAME) asked.set("view", saved.name);
     if (chosen >= 0) asked.set("node", String(net.graph.nodes.id[chosen]));
     const text = asked.toString();
     history.replaceState(null, "", `#/graph/${id}${text ? `?${text}` : ""}`);
   }
-  async function keepAs(name: string): Promise<void> {
+  async function saveAs(name: string): Promise<void> {
     if (!name.trim()) return notice("give the view a name first");
-    await keeping.as(name.trim());
+    await saved.as(name.trim());
     viewName.value = "";
     listViews();
     address();
     fill(clash);
-    notice(`kept as “${name.trim()}”; the address names it`);
+    notice(`saved as “${name.trim()}”; the address opens it`);
   }
   function showClash(message: string, conflict: boolean): void {
     const theirs = button("Show theirs", () => {
       fill(clash);
-      void keeping.open(keeping.name).then(reload);
+      void saved.open(saved.name).then(reload);
     });
     fill(
       clash,
       h("p", {}, message),
-      conflict ? theirs : button("Try again", () => keeping.changed()),
+      conflict ? theirs : button("Try again", () => saved.changed()),
       conflict &&
         button(
-          "Keep mine apart",
-          () => void keepAs(`${keeping.name} ${new Date().toISOString().slice(11, 19).replaceAll(":", ".")}`),
+          "Save mine as a copy",
+          () => void saveAs(`${saved.name} ${new Date().toISOString().slice(11, 19).replaceAll(":", ".")}`),
         ),
     );
   }
   async function exportJson(): Promise<void> {
-    const { node_threshold, edge_threshold } = keeping.view;
+    const { node_threshold, edge_threshold } = saved.view;
     const asked = new URLSearchParams({
       node_threshold: String(node_threshold),
       edge_threshold: String(edge_threshold),
-      view: keeping.name,
+      view: saved.name,
     });
-    keep(
+    download(
       new Blob([JSON.stringify(await get(`graphs/${id}/export?${asked}`))], { type: "application/json" }),
       `${title}.json`,
     );

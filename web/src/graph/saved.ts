@@ -1,20 +1,23 @@
-// What a person makes of a graph, kept on the server as one goes, under a name. A change made elsewhere is never written over unseen.
+// A view of a graph: pins, supernodes, places and thresholds, saved on the server under a name at each change.
+// A change made elsewhere is never overwritten silently.
 import { get, Refused, send, type Supernode, type View } from "../api";
 import { later } from "../dom";
 
 export const FIRST_NAME = "default";
 
-export class Keeping {
+export class SavedView {
   view: View = { pins: [], supernodes: [], places: {}, node_threshold: 0.8, edge_threshold: 0.98, errors: true };
   names: string[] = [];
   private revision = "";
   private busy = false;
   private again = false;
+  // Of the view; counts its changes.
+  private version = 0;
 
   constructor(
     readonly graph: string,
     public name: string,
-    private readonly told: (state: "kept" | "keeping" | "conflict" | "lost", message?: string) => void,
+    private readonly told: (state: "saved" | "saving" | "conflict" | "lost", message?: string) => void,
   ) {}
 
   private at(name: string): string {
@@ -30,17 +33,18 @@ export class Keeping {
     return value !== null;
   }
 
-  // Under another name, which is then the one that is kept on.
+  // Under another name, which later changes are saved under too.
   async as(name: string): Promise<void> {
     const { revision } = await send<{ revision: string }>("PUT", this.at(name), { value: this.view, over: "" });
     this.name = name;
     this.revision = revision;
     this.names = await get<string[]>(`graphs/${this.graph}/views`);
-    this.told("kept");
+    this.told("saved");
   }
 
   changed(): void {
-    this.told("keeping");
+    this.version++;
+    this.told("saving");
     this.soon();
   }
 
@@ -52,11 +56,13 @@ export class Keeping {
       return;
     }
     this.busy = true;
+    const { version } = this;
     try {
       const body = { value: this.view, over: this.revision };
       this.revision = (await send<{ revision: string }>("PUT", this.at(this.name), body)).revision;
       if (!this.names.includes(this.name)) this.names.push(this.name);
-      this.told("kept");
+      // A change made in the meantime is not saved yet.
+      if (version === this.version) this.told("saved");
     } catch (error) {
       this.told(error instanceof Refused && error.status === 409 ? "conflict" : "lost", (error as Error).message);
     } finally {

@@ -1,9 +1,9 @@
-// A run: settings, measures, curves while it trains, the model card.
-import { get, type Entry } from "./api";
-import { fill, h, s, section } from "./dom";
-import { bar, count, percent, short } from "./format";
-import { trail } from "./main";
-import { newGraph } from "./prompt";
+// A run: config, metrics, curves while it trains, the model card.
+import { get, type Entry } from "../api";
+import { fill, h, s, section } from "../dom";
+import { bar, count, percent, short } from "../format";
+import { trail } from "../trail";
+import { newGraph } from "../prompt";
 
 type Line = Record<string, number | number[] | null | Record<string, unknown>>;
 interface Run {
@@ -14,8 +14,8 @@ interface Run {
 const CURVES = [
   ["loss", "Loss"],
   ["fvu", "FVU"],
-  ["l0", "L0 a token"],
-  ["dead_share", "Dead share"],
+  ["l0", "L0 per token"],
+  ["dead_share", "Dead features (share)"],
 ] as const;
 const EVERY_MS = 2000;
 
@@ -27,7 +27,7 @@ export async function runView(main: HTMLElement, id: string): Promise<() => void
   document.title = `${entry.name} · crosslayer`;
   trail(h("span", {}, entry.name));
   const state = h("p", { role: "status" });
-  const measures = h("div", {});
+  const metrics = h("div", {});
   const curves = h("div", { class: "columns" });
   const settings = h(
     "table",
@@ -51,13 +51,11 @@ export async function runView(main: HTMLElement, id: string): Promise<() => void
       "div",
       { class: "columns" },
       section(
-        "Look at",
-        links.length
-          ? h("ul", { class: "entries" }, ...links)
-          : h("p", { class: "soft" }, "No features and no graphs yet."),
+        "Features and graphs",
+        links.length ? h("ul", { class: "entries" }, ...links) : h("p", { class: "soft" }, "None yet."),
       ),
     ),
-    measures,
+    metrics,
     section("Training", curves),
     section("Trace a prompt", newGraph([entry])),
     h("details", { class: "card" }, h("summary", {}, "Settings"), settings),
@@ -81,7 +79,7 @@ export async function runView(main: HTMLElement, id: string): Promise<() => void
     ]
       .filter(Boolean)
       .join(" · ");
-    if (run.evaluation) fill(measures, table(run.evaluation));
+    if (run.evaluation) fill(metrics, table(run.evaluation));
   }
   async function more(): Promise<void> {
     for (;;) {
@@ -101,7 +99,7 @@ export async function runView(main: HTMLElement, id: string): Promise<() => void
     fill(
       curves,
       ...CURVES.map(([key, title]) => curve(title, [by(key)])),
-      depth > 0 && curve("FVU by layer, the last darkest", perLayer),
+      depth > 0 && curve("FVU per layer, the last darkest", perLayer),
     );
     if (run.manifest.state === "training") {
       run = await get<Run>(`runs/${id}`);
@@ -121,7 +119,7 @@ function table(e: Record<string, unknown>): HTMLElement {
   const known = (x: unknown, how: (x: number) => string): string => (typeof x === "number" ? how(x) : "not measured");
   const rows: [string, string][] = [
     ["FVU", known(e.fvu, short)],
-    ["L0 a token", `${known(e.l0, short)} (${known(e.l0_per_layer, short)} a layer)`],
+    ["L0 per token", `${known(e.l0, short)} (${known(e.l0_per_layer, short)} per layer)`],
     ["dead features", known(e.dead_share, percent)],
     ["loss recovered", known(r.loss_recovered, percent)],
     ["top-1 agreement", known(r.top1_agreement, percent)],
@@ -153,11 +151,11 @@ function table(e: Record<string, unknown>): HTMLElement {
     "div",
     { class: "columns" },
     section(
-      "Measures",
+      "Metrics",
       h("table", {}, h("tbody", {}, ...rows.map(([k, v]) => h("tr", {}, h("th", { scope: "row" }, k), number(v))))),
     ),
     section(
-      "By layer",
+      "Per layer",
       h(
         "table",
         {},
@@ -185,7 +183,8 @@ function curve(title: string, curves: [number, number][][]): HTMLElement {
   const last = Math.max(1, ...good.map((points) => points.at(-1)?.[0] ?? 1));
   const at = ([x, y]: [number, number]): string => {
     const up = (Math.min(y, high) - low) / (high - low || 1);
-    return `${(LEFT + (x / last) * (WIDE - LEFT - 8)).toFixed(1)},${(TALL - BELOW - up * (TALL - BELOW - ABOVE)).toFixed(1)}`;
+    const [across, down] = [LEFT + (x / last) * (WIDE - LEFT - 8), TALL - BELOW - up * (TALL - BELOW - ABOVE)];
+    return `${across.toFixed(1)},${down.toFixed(1)}`;
   };
   const one = good.length === 1 ? good[0]! : [];
   const said = one.length

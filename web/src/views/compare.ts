@@ -1,11 +1,11 @@
 // Two graphs side by side, by the features that they share, wherever these stand.
-import { get, type Entry, type Graph } from "./api";
-import { fill, h, section } from "./dom";
-import { count, name, percent } from "./format";
-import { layout, type Layout } from "./graph/layout";
-import { Net } from "./graph/net";
-import { coloursOf, paintBase, paintMarked } from "./graph/paint";
-import { trail } from "./main";
+import { get, type Entry, type Graph } from "../api";
+import { fill, h, section } from "../dom";
+import { count, name, percent } from "../format";
+import { layout, type Layout } from "../graph/layout";
+import { Net } from "../graph/net";
+import { coloursOf, paintBase, paintMarked } from "../graph/paint";
+import { trail } from "../trail";
 
 interface Half {
   net: Net;
@@ -99,7 +99,7 @@ export async function compareView(main: HTMLElement, first: string, second: stri
   );
   fill(
     main,
-    h("h1", {}, "Two graphs"),
+    h("h1", {}, "Compare graphs"),
     h("div", { class: "pair" }, ...sides),
     table("In both", shared),
     h(

@@ -1,15 +1,15 @@
 // The list of features: sorted, filtered, searched by words, or by what fires on a text.
-import { get, job, type Bundle, type Entry, type Found } from "./api";
-import { button, field, fill, form, h, later, notice, section } from "./dom";
-import { chip, count, name, percent, short, stage, visible } from "./format";
-import { trail } from "./main";
+import { get, job, type Bundle, type Entry, type Found } from "../api";
+import { button, field, fill, form, h, later, notice, section } from "../dom";
+import { chip, count, name, percent, short, stage, visible } from "../format";
+import { trail } from "../trail";
 
 const COLUMNS = [
   ["rank", "feature", ""],
   ["label", "label", ""],
   ["auroc", "AUROC", "number"],
   ["density", "density", "number"],
-  ["max", "highest", "number"],
+  ["max", "max", "number"],
 ] as const;
 const PAGE = 100;
 const MOST_FOUND = 200;
@@ -33,7 +33,7 @@ export async function featureList(main: HTMLElement, id: string, query: URLSearc
   trail(
     run && h("a", { href: `#/run/${run}` }, entries.find((e) => e.id === run)?.name),
     h("span", {}, "features"),
-    bundle.levels > 0 && h("a", { href: `#/bundle/${id}/map` }, "map"),
+    bundle.levels > 0 && h("a", { href: `#/bundle/${id}/map` }, "feature map"),
   );
   const text = (key: string): string => query.get(key) ?? "";
   const asked: Asked = {
@@ -60,7 +60,7 @@ export async function featureList(main: HTMLElement, id: string, query: URLSearc
   const search = h("input", {
     type: "search",
     value: asked.q,
-    placeholder: "words · wid* · fires:def · promotes:self · label:return",
+    placeholder: "word · wid* · fires:def · promotes:self · label:return",
     class: "search",
     input: later(() => {
       asked.q = search.value;
@@ -89,13 +89,13 @@ export async function featureList(main: HTMLElement, id: string, query: URLSearc
     {},
     ...headers,
     h("th", { scope: "col" }, "fires on"),
-    h("th", { scope: "col", class: "wide" }, "promotes"),
+    h("th", { scope: "col", class: "wide", title: "Tokens with the largest positive logits" }, "promoted tokens"),
   );
   const turn = (by: number) => (): void => {
     asked.offset = Math.max(0, asked.offset + by);
     void load();
   };
-  const [before, after] = [button("← Earlier", turn(-PAGE)), button("Later →", turn(PAGE))];
+  const [before, after] = [button("← Previous", turn(-PAGE)), button("Next →", turn(PAGE))];
   const body = h("tbody", {});
   const said = h("p", { class: "soft", role: "status" });
   const sources = bundle.text.map((t) => t.name).join(", ");
@@ -106,7 +106,7 @@ export async function featureList(main: HTMLElement, id: string, query: URLSearc
       "p",
       { class: "soft" },
       `${count(bundle.n_layers * bundle.n_features)} features of ${bundle.n_layers} layers`,
-      bundle.n_tokens ? `, seen on ${count(bundle.n_tokens)} held-out tokens of ${sources}` : "",
+      bundle.n_tokens ? `, measured on ${count(bundle.n_tokens)} held-out tokens of ${sources}` : "",
       bundle.imported ? `, imported from ${bundle.imported}` : "",
     ),
     byPrompt(id, run),
@@ -146,15 +146,15 @@ export async function featureList(main: HTMLElement, id: string, query: URLSearc
         th.setAttribute("aria-sort", asked.descending ? "descending" : "ascending");
       else th.removeAttribute("aria-sort");
     });
-    const kept = words ? found.filter(passes) : found;
-    fill(body, ...kept.map(line));
+    const listed = words ? found.filter(passes) : found;
+    fill(body, ...listed.map(line));
     const more = found.length === MOST_FOUND ? " or more" : "";
     said.textContent = words
-      ? kept.length
-        ? `${kept.length}${more} match`
-        : "none match; try fewer words, or the beginning of one, as wid*"
-      : kept.length
-        ? `${count(asked.offset + 1)} to ${count(asked.offset + kept.length)}`
+      ? listed.length
+        ? `${listed.length}${more} match`
+        : "none match; try fewer words, or a prefix, as wid*"
+      : listed.length
+        ? `${count(asked.offset + 1)} to ${count(asked.offset + listed.length)}`
         : "none; loosen the filters";
     before.disabled = asked.offset === 0 || !!words;
     after.disabled = found.length < PAGE || !!words;
@@ -201,9 +201,13 @@ function byPrompt(id: string, run: string | null | undefined): HTMLElement {
   if (!run)
     return section(
       "By prompt",
-      h("p", { class: "soft" }, "This bundle does not lie in a run, so its transcoder is not known."),
+      h("p", { class: "soft" }, "This bundle is not in a run's folder, so its transcoder is unknown."),
     );
-  const text = h("textarea", { rows: 2, cols: 60, placeholder: "type text to see which features fire on which token" });
+  const text = h("textarea", {
+    rows: 2,
+    cols: 60,
+    placeholder: "type text to see which features are active at which token",
+  });
   const seen = h("div", { role: "status" });
   async function look(): Promise<void> {
     if (!text.value) return notice("type some text first");
@@ -233,7 +237,7 @@ function byPrompt(id: string, run: string | null | undefined): HTMLElement {
             h("span", { class: "label" }, labels[`${l}/${n}`] ?? ""),
           ),
         );
-        fill(list, ...(lines.length ? lines : [h("li", { class: "soft" }, "no feature fires here")]));
+        fill(list, ...(lines.length ? lines : [h("li", { class: "soft" }, "no active feature at this token")]));
       };
       fill(seen, h("p", { class: "tokens" }, ...tokens), list);
       pick(result.tokens.length - 1);
@@ -244,7 +248,7 @@ function byPrompt(id: string, run: string | null | undefined): HTMLElement {
   }
   return section(
     "By prompt",
-    form(() => void look(), field("Text", text), h("button", { class: "main" }, "Which features fire?")),
+    form(() => void look(), field("Text", text), h("button", { class: "main" }, "Which features are active?")),
     seen,
   );
 }
