@@ -25,8 +25,9 @@ def write(root: Path, files: dict[str, str]) -> None:
         (root / name).write_text(text)
 
 
-def test_the_page_has_no_import_cycle():
-    code, lines = cycles("typescript")
+@pytest.mark.parametrize("language", ["python", "typescript"])
+def test_there_is_no_import_cycle(language: str):
+    code, lines = cycles(language)
     assert (code, lines[:-1]) == (0, [])
     assert lines[-1].startswith("0 import cycles among ")
 
