@@ -2,11 +2,12 @@
 
     python benchmarks/bench_attribution.py [--reference DIR] [--quick] [--json FILE]
 
-Random Qwen3 hosts and random transcoders of the sizes of PEERS.md, thresholds set so that as many features are active as there. Of
-circuit-tracer 0.4.1's figures on the same kind of machine those are printed beside ours that were measured there. `DIR` is what
-`benchmarks/make_reference.py` writes; without it the full size is left out. Each case runs in a process of its own, which opens
-everything, traces once to warm up where that is quick, and then three times; the median is shown. Share of rate: floating point
-operations of the products that the sweep cannot do without, over what a plain square product of the same dtype reaches here.
+Random Qwen3 hosts and random transcoders of the sizes of PEERS.md, thresholds set so that as many features are active
+as there. Of circuit-tracer 0.4.1's figures on the same kind of machine those are printed beside ours that were measured
+there. `DIR` is what `benchmarks/make_reference.py` writes; without it the full size is left out. Each case runs in a
+process of its own, which opens everything, traces once to warm up where that is quick, and then three times; the median
+is shown. Share of rate: floating point operations of the products that the sweep cannot do without, over what a plain
+square product of the same dtype reaches here.
 """
 
 from __future__ import annotations
@@ -114,9 +115,11 @@ def main() -> None:
         results.append({"case": case.name, "tokens": case.tokens} | r)
         dash = lambda x, f: format(x, f) if x is not None else "-"  # noqa: E731
         print(
-            f"{case.name:<46}{r['active']:>8}{r['rows']:>7}{r['seconds']:>9.2f}{dash(case.asked_s, '7.4g'):>7}{dash(case.theirs_s, '8.4g'):>8}"
-            f"{dash(r['ratio'], '8.1f'):>8}{r['unexpanded']:>8.3f}{r['peak_gib']:>6.1f}{r['share_of_rate']:>6.0%}", flush=True,
-        )  # fmt: skip
+            f"{case.name:<46}{r['active']:>8}{r['rows']:>7}{r['seconds']:>9.2f}"
+            f"{dash(case.asked_s, '7.4g'):>7}{dash(case.theirs_s, '8.4g'):>8}"
+            f"{dash(r['ratio'], '8.1f'):>8}{r['unexpanded']:>8.3f}{r['peak_gib']:>6.1f}{r['share_of_rate']:>6.0%}",
+            flush=True,
+        )
     if a.json:
         machine = {
             "processor": platform.processor() or platform.machine(),
@@ -163,10 +166,17 @@ def measure(case: Case, reference: Path | None, device: str) -> dict[str, Any]:
     rate = square_rate(torch.bfloat16 if case.precision == "bf16" else torch.float32, device)
     needed = operations(graph, host)
     return {
-        "active": graph.n_features, "rows": int((graph.arrays.row_R < graph.n_features).sum()), "edges": len(graph.arrays.weight_E),
-        "seconds": seconds, "ratio": case.theirs_s / seconds if case.theirs_s else None, "unexpanded": graph.unexpanded,
-        "peak_gib": peak, "tflop": needed / 1e12, "share_of_rate": needed / seconds / rate, "sum_error": graph.sum_error(),
-    }  # fmt: skip
+        "active": graph.n_features,
+        "rows": int((graph.arrays.row_R < graph.n_features).sum()),
+        "edges": len(graph.arrays.weight_E),
+        "seconds": seconds,
+        "ratio": case.theirs_s / seconds if case.theirs_s else None,
+        "unexpanded": graph.unexpanded,
+        "peak_gib": peak,
+        "tflop": needed / 1e12,
+        "share_of_rate": needed / seconds / rate,
+        "sum_error": graph.sum_error(),
+    }
 
 
 def made(
@@ -181,9 +191,17 @@ def made(
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=3 * width, num_attention_heads=heads, num_key_value_heads=value_heads,
-        head_dim=head, vocab_size=vocabulary, max_position_embeddings=4096, eos_token_id=0, bos_token_id=1,
-    )  # fmt: skip
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_attention_heads=heads,
+        num_key_value_heads=value_heads,
+        head_dim=head,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        eos_token_id=0,
+        bos_token_id=1,
+    )
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     clt = CLT(CLTConfig(n_layers=layers, d_model=width, n_features=features))
     for p in clt.parameters():
@@ -205,7 +223,9 @@ def calibrate(host: Any, clt: Any, tokens: torch.Tensor, active: float) -> None:
 
 
 def operations(graph: Any, host: Any) -> float:
-    """Products that no way of making these rows does without: attention's projections and contraction, over causal cones."""
+    """Products that no way of making these rows does without: attention's projections and contraction, over causal
+    cones.
+    """
     a, config = graph.arrays, host.model.config
     n_skip, D = host.policy.n_skip, host.d_model
     per_position = 2 * D * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)

@@ -2,9 +2,10 @@
 
     python benchmarks/bench_bundle.py RUN [--reference DIR] [--quick] [--json FILE]
 
-RUN is a run with a feature bundle (make quickstart). A bundle of the reference's size (28 x 20,480) is written by the real writer from the
-features of that bundle, drawn with replacement among those that have all 32 examples, ids of neighbours drawn anew; it is then opened in a process of its own.
-DIR, from make_reference.py, is a host and a transcoder of the reference's shape, for the cost of the pass there.
+RUN is a run with a feature bundle (make quickstart). A bundle of the reference's size (28 x 20,480) is written by the
+real writer from the features of that bundle, drawn with replacement among those that have all 32 examples, ids of
+neighbours drawn anew; it is then opened in a process of its own. DIR, from make_reference.py, is a host and a
+transcoder of the reference's shape, for the cost of the pass there.
 """
 
 from __future__ import annotations
@@ -34,8 +35,14 @@ from crosslayer.core.files import write_json
 
 LAYERS, FEATURES = 28, 20_480
 BARS = {
-    "size_gb": 1.5, "open_s": 1.0, "feature_ms": 5.0, "search_p95_ms": 200.0, "page_worst_ms": 50.0, "rss_mib": 300.0, "pass_ratio": 1.3
-}  # fmt: skip
+    "size_gb": 1.5,
+    "open_s": 1.0,
+    "feature_ms": 5.0,
+    "search_p95_ms": 200.0,
+    "page_worst_ms": 50.0,
+    "rss_mib": 300.0,
+    "pass_ratio": 1.3,
+}
 
 
 def write_synthetic(real_path: Path, folder: Path, n_layers: int, n_features: int) -> None:
@@ -89,9 +96,12 @@ def _index(real, folder: Path, drawn: np.ndarray, n_features: int, groups: np.nd
     figures = [real.index.figures(f) for f in range(real.n_layers * real.n_features)]
     chance = np.random.default_rng(1)
     columns = {
-        name: np.array([np.nan if x[name] is None else x[name] for x in figures], float)[drawn] * (1 + 1e-3 * chance.random(len(drawn)))
+        name: (
+            np.array([np.nan if x[name] is None else x[name] for x in figures], float)[drawn]
+            * (1 + 1e-3 * chance.random(len(drawn)))
+        )
         for name in ("density", "mean", "max", "auroc", "precision", "recall", "norm", "reach")
-    }  # fmt: skip
+    }
     texts = lambda ids: [" ".join(real.text(t) for t in row if t >= 0) for row in ids.tolist()]  # noqa: E731
     fires, promotes = texts(real.array("token_at")[:, 0]), texts(real.array("top_id"))
     members = [
@@ -100,8 +110,14 @@ def _index(real, folder: Path, drawn: np.ndarray, n_features: int, groups: np.nd
         for g, c in enumerate(np.bincount(of))
     ]
     write_index(
-        folder / INDEX, n_features, columns, (Row(*rows[f]) for f in drawn), (fires[f] for f in drawn), (promotes[f] for f in drawn), members
-    )  # fmt: skip
+        folder / INDEX,
+        n_features,
+        columns,
+        (Row(*rows[f]) for f in drawn),
+        (fires[f] for f in drawn),
+        (promotes[f] for f in drawn),
+        members,
+    )
 
 
 def read(path: Path, *, quick: bool) -> dict[str, float]:
@@ -154,11 +170,17 @@ def read(path: Path, *, quick: bool) -> dict[str, float]:
     )
     process = psutil.Process()
     return {
-        "open_s": open_s, "feature_ms": statistics.median(feature), "feature_p95_ms": sorted(feature)[int(0.95 * len(feature))],
-        "search_ms": statistics.median(search), "search_p95_ms": sorted(search)[int(0.95 * len(search))], "search_worst_ms": max(search),
-        "page_ms": statistics.median(page.values()), "page_worst_ms": max(page.values()),
-        "rss_mib": process.memory_info().rss / 2**20, "private_mib": process.memory_full_info().uss / 2**20,
-    }  # fmt: skip
+        "open_s": open_s,
+        "feature_ms": statistics.median(feature),
+        "feature_p95_ms": sorted(feature)[int(0.95 * len(feature))],
+        "search_ms": statistics.median(search),
+        "search_p95_ms": sorted(search)[int(0.95 * len(search))],
+        "search_worst_ms": max(search),
+        "page_ms": statistics.median(page.values()),
+        "page_worst_ms": max(page.values()),
+        "rss_mib": process.memory_info().rss / 2**20,
+        "private_mib": process.memory_full_info().uss / 2**20,
+    }
 
 
 def pass_cost(host, clt, rows_BT, *, repeats: int) -> dict[str, float]:
@@ -183,9 +205,11 @@ def pass_cost(host, clt, rows_BT, *, repeats: int) -> dict[str, float]:
             take(seen, host, clt, rows_BT, Batch(0, 16 * i, 16), i)
             whole.append(time.perf_counter() - began)
     return {
-        "tokens": rows_BT[:16].size, "bare_s": statistics.median(bare[1:]), "pass_s": statistics.median(whole[1:]),
+        "tokens": rows_BT[:16].size,
+        "bare_s": statistics.median(bare[1:]),
+        "pass_s": statistics.median(whole[1:]),
         "pass_ratio": statistics.median(w / b for w, b in zip(whole[1:], bare[1:], strict=True)),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -216,7 +240,12 @@ def main() -> None:
         if arguments.keep:
             shutil.copytree(folder, arguments.keep)
         active = float(np.asarray(load_features(folder).array("example_active")).mean())
-        results["bundle"] = {"features": layers * features, "size_gb": size / 1e9, "write_s": time.perf_counter() - began, "active_per_example": active} | found  # fmt: skip
+        results["bundle"] = {
+            "features": layers * features,
+            "size_gb": size / 1e9,
+            "write_s": time.perf_counter() - began,
+            "active_per_example": active,
+        } | found
     results["pass, quickstart"] = _pass(arguments.run, arguments.run / "features", repeats=3 if arguments.quick else 15)
     if arguments.reference:
         results["pass, reference"] = _pass(arguments.reference / "clt", None, repeats=3)

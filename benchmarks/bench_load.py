@@ -3,8 +3,9 @@
     python benchmarks/make_reference.py --out DIR
     python benchmarks/bench_load.py DIR [--quick] [--json FILE]
 
-Each figure is of a process of its own, its start included; first with the files dropped from the page cache (cold), then from it.
-Memory is resident memory, and for everything but `inspect` what comes on top of the host after one forward pass.
+Each figure is of a process of its own, its start included; first with the files dropped from the page cache (cold),
+then from it. Memory is resident memory, and for everything but `inspect` what comes on top of the host after one
+forward pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The page at size, in Chromium: a bundle of 573,440 features, a graph of 10,000 nodes and 200,000 edges, graph files of others.
+"""The page at size, in Chromium: a bundle of 573,440 features, a graph of 10,000 nodes and 200,000 edges, graph files
+of others.
 
     python benchmarks/bench_page.py BUNDLE_FOLDER [--graphs FOLDER_OF_JSON] [--json FILE]
 
@@ -34,7 +35,9 @@ WORDS = ("return", "self", "def", "name", "width", "the", "import", "value", "No
 
 
 def large_graph(folder: Path) -> None:
-    """A graph of which 10,000 nodes and 200,000 edges are left when what leads nowhere has gone; each edge from an earlier node to a later one."""
+    """A graph of which 10,000 nodes and 200,000 edges are left when what leads nowhere has gone; each edge from an
+    earlier node to a later one.
+    """
     rng = np.random.default_rng(0)
     layer = np.sort(rng.integers(0, LAYERS, FEATURES))
     position = rng.integers(1, POSITIONS, FEATURES)
@@ -49,22 +52,51 @@ def large_graph(folder: Path) -> None:
     # From features of earlier layers, and from tokens.
     below = np.searchsorted(layer, np.concatenate([layer, np.full(8, LAYERS)]))
     tokens = np.arange(first_target - POSITIONS, first_target)
-    source = np.concatenate([
-        np.concatenate([rng.choice(tokens, 2, replace=False), rng.choice(tokens if b < n else b, n - 2, replace=b < n)])
-        for b, n in zip(below.tolist(), per_row.tolist(), strict=True)
-    ]).astype(np.int32)  # fmt: skip
+    source = np.concatenate(
+        [
+            np.concatenate(
+                [rng.choice(tokens, 2, replace=False), rng.choice(tokens if b < n else b, n - 2, replace=b < n)]
+            )
+            for b, n in zip(below.tolist(), per_row.tolist(), strict=True)
+        ]
+    ).astype(np.int32)
     weight = (rng.standard_normal(EDGES) * np.exp(rng.standard_normal(EDGES))).astype(np.float32)
     influence = np.exp(1.5 * rng.standard_normal(n_nodes))
     zero = np.zeros(len(rows), np.float32)
-    targets = [TargetRecord(kind="logit", name=f" t{i}", position=POSITIONS - 1, layer=LAYERS, token=i, weight=0.1, probability=0.1) for i in range(8)]  # fmt: skip
+    targets = [
+        TargetRecord(
+            kind="logit", name=f" t{i}", position=POSITIONS - 1, layer=LAYERS, token=i, weight=0.1, probability=0.1
+        )
+        for i in range(8)
+    ]
     header = GraphHeader(
-        prompt="a prompt of sixteen tokens", tokens=list(range(POSITIONS)), token_strings=[f" word{i}" for i in range(POSITIONS)],
-        n_layers=LAYERS, n_skip=1, n_vocab=1000, targets=targets, unexpanded=0.0, host="none", clt="none", scan="large",
-    )  # fmt: skip
+        prompt="a prompt of sixteen tokens",
+        tokens=list(range(POSITIONS)),
+        token_strings=[f" word{i}" for i in range(POSITIONS)],
+        n_layers=LAYERS,
+        n_skip=1,
+        n_vocab=1000,
+        targets=targets,
+        unexpanded=0.0,
+        host="none",
+        clt="none",
+        scan="large",
+    )
     arrays = GraphArrays(
-        layer, position, rng.integers(0, 20_480, FEATURES), np.ones(FEATURES, np.float32), influence, rows, starts, source, weight,
-        zero, zero, zero, np.zeros((len(rows), 4), np.float32),
-    )  # fmt: skip
+        layer,
+        position,
+        rng.integers(0, 20_480, FEATURES),
+        np.ones(FEATURES, np.float32),
+        influence,
+        rows,
+        starts,
+        source,
+        weight,
+        zero,
+        zero,
+        zero,
+        np.zeros((len(rows), 4), np.float32),
+    )
     Graph(header, arrays).save(folder / "large")
 
 
@@ -112,14 +144,20 @@ def measure(page: Page, base: str, ids: dict[str, str], found: dict[str, Any]) -
     bundle, graph = f"{base}/#/bundle/{ids['bundle']}", f"{base}/#/graph/{ids['graph']}"
     found["first_page_ms"] = median(shown(page, bundle, "table.features tbody tr") for _ in range(5))
     found["feature_ms"] = median(shown(page, f"{bundle}/{n}/{n * 7}", ".example") for n in range(5))
-    search = "async q => { const t = performance.now(); await (await fetch(`/api/bundles/ID/search?limit=200&q=${q}`)).json(); return performance.now() - t; }"  # fmt: skip
+    search = (
+        "async q => { const t = performance.now(); await (await"
+        " fetch(`/api/bundles/ID/search?limit=200&q=${q}`)).json(); return performance.now() - t; }"
+    )
     shown(page, bundle, "table.features tbody tr")
     times = sorted(page.evaluate(search.replace("ID", ids["bundle"]), w) for _ in range(3) for w in WORDS)
     found["search_p95_ms"] = times[int(0.95 * len(times))]
     found["map_ms"] = median(shown(page, f"{bundle}/map", "canvas.map[data-points]") for _ in range(3))
     found["map_points"] = int(page.locator("canvas.map").get_attribute("data-points") or 0)
     view = {"value": {"node_threshold": 1.0, "edge_threshold": 1.0}}
-    put = "async ([at, view]) => (await fetch(at, { method: 'PUT', headers: { 'content-type': 'application/json' }, body: JSON.stringify(view) })).status"
+    put = (
+        "async ([at, view]) => (await fetch(at, { method: 'PUT', headers: { 'content-type': 'application/json' }, body:"
+        " JSON.stringify(view) })).status"
+    )
     assert page.evaluate(put, [f"/api/graphs/{ids['graph']}/views/default", view]) == 200
     found["graph_ms"] = median(shown(page, graph, ".stage[data-nodes]") for _ in range(3))
     found["graph_shown"] = page.locator(".graph p.soft").first.inner_text()

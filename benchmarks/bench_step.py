@@ -2,8 +2,8 @@
 
     python benchmarks/bench_step.py [--quick] [--json FILE]
 
-Random activations; the two paths alternate in one run, medians are compared. Entries are what fires and what lies in the straight-through window;
-`SPARSE_BELOW` in `train/objective.py` is read off here.
+Random activations; the two paths alternate in one run, medians are compared. Entries are what fires and what lies in
+the straight-through window; `SPARSE_BELOW` in `train/objective.py` is read off here.
 """
 
 from __future__ import annotations
@@ -46,9 +46,18 @@ def measure(shape: str, activation: str, density: float, repeats: int) -> dict[s
         for sparse in (True, False):
             began, gradients = time.perf_counter(), Gradients()
             terms = compute(
-                clt, x_BLD, y_BLD, config, gradients,
-                coefficient=0.01, running_l0=l0, asked_l0=l0, eps=eps, dead_LF=dead_LF, sparse_L=[sparse] * n_layers,
-            )  # fmt: skip
+                clt,
+                x_BLD,
+                y_BLD,
+                config,
+                gradients,
+                coefficient=0.01,
+                running_l0=l0,
+                asked_l0=l0,
+                eps=eps,
+                dead_LF=dead_LF,
+                sparse_L=[sparse] * n_layers,
+            )
             # What a sparse gradient costs, it costs when it is asked for.
             gradients.norm(clt)
             entries = float(terms.entries_L.sum()) / (batch * n_layers * n_features)
@@ -69,7 +78,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     print(
-        f"{'shape':8} {'activation':10} {'fires':>8} {'entries':>8} {'sparse tok/s':>13} {'dense tok/s':>12} {'ratio':>6}"
+        f"{'shape':8} {'activation':10} {'fires':>8} {'entries':>8} {'sparse tok/s':>13} {'dense tok/s':>12}"
+        f" {'ratio':>6}"
     )
     for shape in ["stdlib"] if args.quick else list(SHAPES):
         for activation in ACTIVATIONS:
@@ -77,8 +87,8 @@ def main() -> None:
                 row = measure(shape, activation, density, 2 if args.quick else 5)
                 rows.append({"shape": shape, "activation": activation, "density": density, **row})
                 print(
-                    f"{shape:8} {activation:10} {density:8.4f} {row['entries']:8.4f} {row['sparse_tokens_per_s']:13,.0f} "
-                    f"{row['dense_tokens_per_s']:12,.0f} {row['ratio']:6.2f}",
+                    f"{shape:8} {activation:10} {density:8.4f} {row['entries']:8.4f}"
+                    f" {row['sparse_tokens_per_s']:13,.0f} {row['dense_tokens_per_s']:12,.0f} {row['ratio']:6.2f}",
                     flush=True,
                 )
     if args.json:

@@ -3,10 +3,12 @@
     python benchmarks/bench_train.py [--quick] [--json FILE]
     python benchmarks/bench_train.py --reference --device cuda --json benchmarks/results/train-h200.json
 
-The first is at the shape at which other tools were measured: 12 layers x 256, 4,096 features a layer, random activations, an L0 of 64 in all. The plain step is written
-here as anyone would write it: dense products, `topk` or JumpReLU on matrices, one product a layer for all layers written. Peak memory is that of a process that does nothing else.
-Both multiply in float32 unless the machine has bfloat16 in hardware: then ours finds candidates so (`encoder_share` is of the float32 product).
-The second is the reference's shape, 28 x 20,480 x 1024 in bfloat16, sparse alone (the dense one at an L0 of 115 is asked for with --dense).
+The first is at the shape at which other tools were measured: 12 layers x 256, 4,096 features a layer, random
+activations, an L0 of 64 in all. The plain step is written here as anyone would write it: dense products, `topk` or
+JumpReLU on matrices, one product a layer for all layers written. Peak memory is that of a process that does nothing
+else. Both multiply in float32 unless the machine has bfloat16 in hardware: then ours finds candidates so
+(`encoder_share` is of the float32 product). The second is the reference's shape, 28 x 20,480 x 1024 in bfloat16, sparse
+alone (the dense one at an L0 of 115 is asked for with --dense).
 """
 
 from __future__ import annotations
@@ -41,14 +43,25 @@ L0, CLIP = 64, 1.0
 SETTLE = 6
 """Steps after which JumpReLU's window is as narrow as its cap wants it."""
 FASTEST_PEER = {"jumprelu": 188 / 163, "topk": 188 / 190, "batchtopk": 188 / 190}
-"""Tokens per second of the fastest peer, as a multiple of the plain dense step's, in a table measured on another machine."""
+"""Tokens per second of the fastest peer, as a multiple of the plain dense step's, in a table measured on another
+machine.
+"""
 
 
 def ours(
-    shape: tuple[int, int, int], activation: str, tokens: int, l0: float, device: str, dtype: torch.dtype,
-    sparse: bool | None = None, moments: Moments = "fp32", fused: bool = False,
-) -> Callable[[], Any]:  # fmt: skip
-    """A step of ours, on the same batch each time; sparse or dense by the density of the step before, as in training, unless given."""
+    shape: tuple[int, int, int],
+    activation: str,
+    tokens: int,
+    l0: float,
+    device: str,
+    dtype: torch.dtype,
+    sparse: bool | None = None,
+    moments: Moments = "fp32",
+    fused: bool = False,
+) -> Callable[[], Any]:
+    """A step of ours, on the same batch each time; sparse or dense by the density of the step before, as in training,
+    unless given.
+    """
     n_layers, width, n_features = shape
     config = TrainConfig(
         text=("none",), n_features=n_features, activation=activation, l0=l0, batch=tokens, tokens=tokens
@@ -69,9 +82,18 @@ def ours(
         scale = lambda: min(1.0, CLIP / norm)  # noqa: E731
         gradients = FusedUpdate(lambda p, blocks: optimiser.update(p, blocks, scale())) if fused else Gradients()
         terms = compute(
-            clt, x_BLD, y_BLD, config, gradients,
-            coefficient=0.01, running_l0=l0, asked_l0=l0, eps=window.eps, dead_LF=dead_LF, sparse_L=sparse_L,
-        )  # fmt: skip
+            clt,
+            x_BLD,
+            y_BLD,
+            config,
+            gradients,
+            coefficient=0.01,
+            running_l0=l0,
+            asked_l0=l0,
+            eps=window.eps,
+            dead_LF=dead_LF,
+            sparse_L=sparse_L,
+        )
         norm = float(gradients.norm(clt))
         if not fused:
             optimiser.step(gradients, scale())
@@ -93,7 +115,9 @@ class _Plain(torch.nn.Module):
         self.W_enc = torch.nn.ParameterList([make(n_features, width) for _ in range(n_layers)])
         self.W_dec = torch.nn.ParameterList([make(n_features, (n_layers - i) * width) for i in range(n_layers)])
         self.b_enc = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(n_features)) for _ in range(n_layers)])
-        self.theta = torch.nn.ParameterList([torch.nn.Parameter(torch.full((n_features,), 3.0)) for _ in range(n_layers)])  # fmt: skip
+        self.theta = torch.nn.ParameterList(
+            [torch.nn.Parameter(torch.full((n_features,), 3.0)) for _ in range(n_layers)]
+        )
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         n_layers, width = x_BLD.shape[1:]
@@ -165,7 +189,11 @@ def peak_mib(which: str, activation: str, tokens: int) -> float:
 
 def _peak(which: str, activation: str, tokens: int) -> None:
     before = _highest_kib()
-    step = plain(PEERS, activation, tokens, L0) if which == "plain" else ours(PEERS, activation, tokens, L0, "cpu", torch.float32)  # fmt: skip
+    step = (
+        plain(PEERS, activation, tokens, L0)
+        if which == "plain"
+        else ours(PEERS, activation, tokens, L0, "cpu", torch.float32)
+    )
     for _ in range(SETTLE if which == "ours" and activation == "jumprelu" else 2):
         step()
     print((_highest_kib() - before) / 1024)
@@ -257,7 +285,11 @@ def main() -> None:
                 rows[f"{activation}, {tokens} tokens"] = compare(
                     activation, tokens, 2 if args.quick or tokens > 512 else 5
                 )
-                print(f"{activation}, {tokens} tokens:", {k: round(v, 3) for k, v in rows[f"{activation}, {tokens} tokens"].items()}, flush=True)  # fmt: skip
+                print(
+                    f"{activation}, {tokens} tokens:",
+                    {k: round(v, 3) for k, v in rows[f"{activation}, {tokens} tokens"].items()},
+                    flush=True,
+                )
     result = {"machine": machine, "torch": torch.__version__, "rows": rows}
     if args.reference:
         print(json.dumps(result, indent=1))

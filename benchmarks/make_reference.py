@@ -1,10 +1,11 @@
-"""A host and a transcoder of the reference's true shapes, randomly initialised: what full-size code is tried on without the hub.
+"""A host and a transcoder of the reference's true shapes, randomly initialised: what full-size code is tried on without
+the hub.
 
     python benchmarks/make_reference.py --out DIR [--layers 28 --features 20480 ...]
 
-Writes `DIR/host` (Qwen3-0.6B's shape) and `DIR/clt` (28 x 20,480 x 1,024, bfloat16, 18 GB), the same from the same seed. Thresholds
-are set on a page of the standard library so that `--l0` features fire a token, summed over layers. Written part by part, in under 2 GB of memory; if it is
-killed, the same command goes on.
+Writes `DIR/host` (Qwen3-0.6B's shape) and `DIR/clt` (28 x 20,480 x 1,024, bfloat16, 18 GB), the same from the same
+seed. Thresholds are set on a page of the standard library so that `--l0` features fire a token, summed over layers.
+Written part by part, in under 2 GB of memory; if it is killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -36,10 +37,19 @@ def write_host(folder: Path, args: argparse.Namespace) -> None:
     """A random Qwen3 with a byte-level tokenizer."""
     torch.manual_seed(args.seed)
     config = Qwen3Config(
-        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=max(1, args.heads // 2), head_dim=128, max_position_embeddings=32_768,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=256, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=args.vocab,
+        hidden_size=args.width,
+        intermediate_size=3 * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=max(1, args.heads // 2),
+        head_dim=128,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=None,
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab=dict(zip(alphabet, range(256), strict=True)), merges=[]))

@@ -2,8 +2,8 @@
 
     python scripts/compare_clt_plt.py --out DIR --seeds 0 1 2
 
-Both follow the `stdlib` recipe. The PLT gets as many features a layer as make its parameters those of the CLT. Runs that are
-there already are read, not trained again.
+Both follow the `stdlib` recipe. The PLT gets as many features a layer as make its parameters those of the CLT. Runs
+that are there already are read, not trained again.
 """
 
 from __future__ import annotations

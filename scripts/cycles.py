@@ -23,8 +23,8 @@ Graph = Mapping[str, set[str]]
 PACKAGE = Path("src/crosslayer")
 WEB = Path("web/src")
 
-# `import a, { type B } from "./c"`, `export * from "./c"`. The clause holds no `=`, so `export const a = "./c"` does not
-# match.
+# `import a, { type B } from "./c"`, `export * from "./c"`. The clause holds no `=`, so `export const a = "./c"` does
+# not match.
 CLAUSE = r"(type\s+)?([\w$*{}\s,]+?)"
 FROM = re.compile(rf"""^(?:import|export)\s+{CLAUSE}\s*from\s*["'](\.[^"']*)["']""", re.MULTILINE)
 BARE = re.compile(r"""^import\s*["'](\.[^"']*)["']""", re.MULTILINE)

@@ -2,7 +2,8 @@
 
     python scripts/screenshots.py runs/quickstart [--out docs/page] [--dark]
 
-The run is copied first; a circuit is pinned in the copy. Needs Playwright and a Chromium (the development dependencies).
+The run is copied first; a circuit is pinned in the copy. Needs Playwright and a Chromium (the development
+dependencies).
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def main() -> None:
 
 
 def _ask(url: str, body: Any = None) -> Any:
-    asked = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), method="PUT" if body else "GET")  # fmt: skip
+    asked = urllib.request.Request(
+        url, None if body is None else json.dumps(body).encode(), method="PUT" if body else "GET"
+    )
     asked.add_header("content-type", "application/json")
     with urllib.request.urlopen(asked) as answer:
         return json.load(answer)

@@ -126,14 +126,18 @@ tags: [qwen3, code, tiny]
 
 # stdlib-qwen3
 
-A small language model that ships with crosslayer, so that everything can be tried without network or GPU. Qwen3 architecture,
-{config.num_hidden_layers} layers of width {config.hidden_size}, MLPs of {config.intermediate_size}, {config.num_attention_heads} heads
-({config.num_key_value_heads} for keys and values), context {config.max_position_embeddings}; {facts["parameters"]:,} parameters in bfloat16; a
+A small language model that ships with crosslayer, so that everything can be tried without network or GPU. Qwen3 \
+architecture,
+{config.num_hidden_layers} layers of width {config.hidden_size}, MLPs of {config.intermediate_size}, \
+{config.num_attention_heads} heads
+({config.num_key_value_heads} for keys and values), context {config.max_position_embeddings}; {facts["parameters"]:,} \
+parameters in bfloat16; a
 byte-level BPE tokenizer of its own with {config.vocab_size:,} tokens, of which `{EOT}`, the last, begins every text.
 
 | | |
 |---|---|
-| held-out loss | {facts["held_out_nats_per_token"]} nats a token (perplexity {facts["perplexity"]}) over {facts["held_out_tokens"]:,} tokens |
+| held-out loss | {facts["held_out_nats_per_token"]} nats a token (perplexity {facts["perplexity"]}) over \
+{facts["held_out_tokens"]:,} tokens |
 | trained on | {facts["training_tokens_seen"]:,} tokens, {facts["training_tokens_distinct"]:,} of them distinct |
 | steps, time | {facts["steps"]:,} steps, {facts["minutes"]} minutes on {facts["machine"]} |
 | data | the sources of the standard library of Python {facts["python"]}, and its tests |
@@ -143,7 +147,8 @@ byte-level BPE tokenizer of its own with {config.vocab_size:,} tokens, of which 
 python scripts/train_host.py --out DIR {facts["command"]}
 ```
 
-It knows Python's surface: it closes brackets, continues indentation, writes `self` where a method's arguments begin, and copies names that
+It knows Python's surface: it closes brackets, continues indentation, writes `self` where a method's arguments begin, \
+and copies names that
 it has seen. It was trained on code alone and is of no use for anything but experiments.
 """
 

@@ -51,10 +51,25 @@ def host(host_folder: Path) -> Host:
 def tiny_config(host_folder: Path, text_folder: Path) -> TrainConfig:
     """A run of a second or two."""
     return TrainConfig(
-        model=str(host_folder), text=(str(text_folder),), tokens=12_000, n_features=64, l0_per_layer=4.0, batch=200,
-        context=33, ring=1024, rows_per_harvest=8, scale_tokens=2000, calibration_tokens=8000, lr=3e-3, dead_after=2000, eval_tokens=1500,
-        checkpoint_every=20, log_every=5, l0_start=4.0, l0_ramp=0.4,
-    )  # fmt: skip
+        model=str(host_folder),
+        text=(str(text_folder),),
+        tokens=12_000,
+        n_features=64,
+        l0_per_layer=4.0,
+        batch=200,
+        context=33,
+        ring=1024,
+        rows_per_harvest=8,
+        scale_tokens=2000,
+        calibration_tokens=8000,
+        lr=3e-3,
+        dead_after=2000,
+        eval_tokens=1500,
+        checkpoint_every=20,
+        log_every=5,
+        l0_start=4.0,
+        l0_ramp=0.4,
+    )
 
 
 @pytest.fixture(scope="session")

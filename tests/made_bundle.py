@@ -23,8 +23,17 @@ from crosslayer.host.host import Host, load_host
 
 CONTEXT, TOKENS, N_FEATURES = 32, 2_400, 24
 SETTINGS = ScanSettings(
-    n_top=3, n_quantiles=2, per_quantile=2, n_reservoir=8, window=12, before=7, n_logits=5, n_neighbours=4, n_coactive=3, n_virtual=4
-)  # fmt: skip
+    n_top=3,
+    n_quantiles=2,
+    per_quantile=2,
+    n_reservoir=8,
+    window=12,
+    before=7,
+    n_logits=5,
+    n_neighbours=4,
+    n_coactive=3,
+    n_virtual=4,
+)
 
 
 class Made(NamedTuple):
@@ -79,8 +88,15 @@ def made(tmp_path_factory: pytest.TempPathFactory, clt_folder: Path, texts: Path
     host = load_host(opened.provenance.model_name)
     out = tmp_path_factory.mktemp("bundles") / "whole"
     bundle = build_features(
-        opened, text=[str(texts)], out=out, model=host, tokens=TOKENS, context=CONTEXT, settings=SETTINGS, rows_at_once=5
-    )  # fmt: skip
+        opened,
+        text=[str(texts)],
+        out=out,
+        model=host,
+        tokens=TOKENS,
+        context=CONTEXT,
+        settings=SETTINGS,
+        rows_at_once=5,
+    )
     return Made(bundle, host, opened.clt, clt_folder, texts)
 
 

@@ -18,10 +18,28 @@ SOURCES = sorted(Path(xl.__file__).parent.rglob("*.py"))
 
 def test_public_names():
     assert xl.__all__ == [
-        "CLT", "RECIPES", "CLTConfig", "CrosslayerError", "Evaluation", "FirstPosition", "Graph", "Host", "Intervention",
-        "ReplacementModel", "Target", "TrainConfig", "__version__", "attribute", "evaluate", "intervene", "load_clt", "load_features",
-        "load_host", "train", "validate",
-    ]  # fmt: skip
+        "CLT",
+        "RECIPES",
+        "CLTConfig",
+        "CrosslayerError",
+        "Evaluation",
+        "FirstPosition",
+        "Graph",
+        "Host",
+        "Intervention",
+        "ReplacementModel",
+        "Target",
+        "TrainConfig",
+        "__version__",
+        "attribute",
+        "evaluate",
+        "intervene",
+        "load_clt",
+        "load_features",
+        "load_host",
+        "train",
+        "validate",
+    ]
     for name in xl.__all__:
         assert getattr(xl, name) is not None
 

@@ -40,12 +40,18 @@ CONFIGS: dict[str, Any] = {
     "gemma2": Gemma2Config(**_GROUPED, sliding_window=8),
     "gemma3_text": Gemma3TextConfig(**_GROUPED, sliding_window=8),
     "gpt2": GPT2Config(
-        vocab_size=N_VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=2, n_positions=CONTEXT,
-        bos_token_id=N_VOCAB - 1, eos_token_id=N_VOCAB - 1, activation_function="relu",
+        vocab_size=N_VOCAB,
+        n_embd=D_MODEL,
+        n_layer=N_LAYERS,
+        n_head=2,
+        n_positions=CONTEXT,
+        bos_token_id=N_VOCAB - 1,
+        eos_token_id=N_VOCAB - 1,
+        activation_function="relu",
     ),
     "gpt_neox": GPTNeoXConfig(**_SHAPE, use_parallel_residual=True),
     "gpt_neox_sequential": GPTNeoXConfig(**_SHAPE, use_parallel_residual=False),
-}  # fmt: skip
+}
 
 WORDS = [
     "def",

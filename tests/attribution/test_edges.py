@@ -58,13 +58,16 @@ def test_edges_are_those_of_autograd_one_target_at_a_time(family: str, hooks: tu
     expected = brute_force(pair, graph)
     dense = graph.to_dense()
     scale = np.abs(expected).max(1, keepdims=True)
-    # The norms of some families work in float32 whatever the model's dtype, so that autograd's own path is no more exact.
+    # The norms of some families work in float32 whatever the model's dtype, so that autograd's own path is no more
+    # exact.
     assert (np.abs(dense - expected) <= 1e-5 * scale + 1e-12).all()
     assert (scale[np.sort(graph.arrays.row_R)] > 0).mean() > 0.9
 
 
 def brute_force(pair: Pair, graph: Graph) -> np.ndarray:
-    """All edges, from gradients through the host's own modules with patterns and scales held and MLP outputs as leaves."""
+    """All edges, from gradients through the host's own modules with patterns and scales held and MLP outputs as
+    leaves.
+    """
     host, clt = pair
     local, _ = local_of(pair)
     a, n_layers, n_positions = graph.arrays, host.n_layers, len(TOKENS)

@@ -28,8 +28,9 @@ def test_an_edge_is_the_effect_with_everything_else_held(family: str, skip: bool
     later = [int(n) for n in np.flatnonzero(a.layer_F > 0)]
     watch = [Watch(int(a.layer_F[n]), int(a.position_F[n]), int(a.index_F[n])) for n in later]
     sets = [
-        [Intervention(layer=int(a.layer_F[s]), index=int(a.index_F[s]), positions=int(a.position_F[s]), scale=1.5)] for s in sources
-    ]  # fmt: skip
+        [Intervention(layer=int(a.layer_F[s]), index=int(a.index_F[s]), positions=int(a.position_F[s]), scale=1.5)]
+        for s in sources
+    ]
     r = xl.intervene(*pair, TOKENS, sets, freeze="both", hold=ALL, watch=watch)
     for row, s in enumerate(sources):
         predicted = 0.5 * dense[later, s]
@@ -120,14 +121,18 @@ def test_holding_layers_leaves_features_above_untouched_but_directly(pair: Pair)
         ([Intervention(layer=5, index=0, scale=0.0)], {}, "there is no feature 0 in layer 5"),
         ([Intervention(layer=0, index=99, scale=0.0)], {}, "there is no feature 99"),
         ([Intervention(layer=0, index=9, scale=0.0, positions=7)], {}, "position 7 is not among the prompt's 7"),
-        ([Intervention(layer=0, index=9, scale=0.0, positions=0)], {}, "position 0 is among the first 1, which have no features"),
+        (
+            [Intervention(layer=0, index=9, scale=0.0, positions=0)],
+            {},
+            "position 0 is among the first 1, which have no features",
+        ),
         ([], {"hold": [3]}, "there is no layer 3 to hold"),
         ([], {"freeze": "heads"}, "freeze='heads' is not known; give one of none, attention"),
         ([], {"mlps": "mine"}, "give host or replaced"),
         ([], {"generate": 60}, "does not fit the context"),
         ([], {"watch": [Watch(0, 9, 1)]}, "is not there to be watched"),
     ],
-)  # fmt: skip
+)
 def test_bad_interventions(pair: Pair, interventions: list[Intervention], knobs: dict[str, object], words: str):
     with pytest.raises(ConfigError, match=words):
         xl.intervene(*pair, TOKENS, interventions, **knobs)

@@ -50,9 +50,19 @@ def by_chance(rate: float, which: int = 0) -> Callable[[int, str], bool]:
 
 
 FEATURES: dict[str, Callable[[int, str], bool]] = {
-    "zebra": by_words(" zebra"), "colour": by_words(*COLOURS), "nothing": by_chance(0.02), "whale": by_words(" whale"), "dead": by_words(),
-}  # fmt: skip
-RULES = [Row("“ zebra”", "token", "[1]"), Row(None, None, None), Row(None, None, None), Row("“ whale”", "token", "[5]"), Row("dead: did not fire", "dead", None)]  # fmt: skip
+    "zebra": by_words(" zebra"),
+    "colour": by_words(*COLOURS),
+    "nothing": by_chance(0.02),
+    "whale": by_words(" whale"),
+    "dead": by_words(),
+}
+RULES = [
+    Row("“ zebra”", "token", "[1]"),
+    Row(None, None, None),
+    Row(None, None, None),
+    Row("“ whale”", "token", "[5]"),
+    Row("dead: did not fire", "dead", None),
+]
 
 
 def write_bundle(
@@ -68,7 +78,8 @@ def write_bundle(
 ) -> FeatureBundle:
     """Rows of the documents, and the features' examples: one a row, around a firing, all that there are up to `most`.
 
-    One layer. The neighbours of a feature are those that follow it, `n_near` of them at most. `n_top` of the examples are top ones, half of them unless given.
+    One layer. The neighbours of a feature are those that follow it, `n_near` of them at most. `n_top` of the examples
+    are top ones, half of them unless given.
     """
     words = sorted({*WORDS, *(w for d in documents for w in d)}, key=lambda w: (w != EOT, w))
     ids = {w: i for i, w in enumerate(words)}
@@ -83,12 +94,26 @@ def write_bundle(
     both = (fires.astype(int) @ fires.T.astype(int))[np.arange(n)[:, None], near]
     listed = np.where(both > 0, near, -1)
     arrays |= {
-        "count": fires.sum(axis=1, keepdims=True), "max": fires.any(axis=1) * 4.0, "min": np.zeros(n), "mean": fires.any(axis=1) * 4.0,
-        "encoder_id": near, "encoder": np.full(near.shape, 0.5), "own_id": listed, "own_count": both, "other_id": np.full((n, 1), -1),
-        "other_count": np.zeros((n, 1)), "sample_count": fires.sum(axis=1), "top_id": np.full((n, 1), ids[" zebra"]), "top": np.ones((n, 1)),
-        "logit_mean": np.zeros(n), "quantile_edge": np.tile([1.0, 2.0, 4.0], (n, 1)), "logit_std": np.ones(n), "group": np.stack([np.arange(n) // 2, np.zeros(n, int)], axis=1),
-        "token_at": np.full((n, 4, 5), -1), "token_at_count": np.zeros((n, 4, 5)),
-    }  # fmt: skip
+        "count": fires.sum(axis=1, keepdims=True),
+        "max": fires.any(axis=1) * 4.0,
+        "min": np.zeros(n),
+        "mean": fires.any(axis=1) * 4.0,
+        "encoder_id": near,
+        "encoder": np.full(near.shape, 0.5),
+        "own_id": listed,
+        "own_count": both,
+        "other_id": np.full((n, 1), -1),
+        "other_count": np.zeros((n, 1)),
+        "sample_count": fires.sum(axis=1),
+        "top_id": np.full((n, 1), ids[" zebra"]),
+        "top": np.ones((n, 1)),
+        "logit_mean": np.zeros(n),
+        "quantile_edge": np.tile([1.0, 2.0, 4.0], (n, 1)),
+        "logit_std": np.ones(n),
+        "group": np.stack([np.arange(n) // 2, np.zeros(n, int)], axis=1),
+        "token_at": np.full((n, 4, 5), -1),
+        "token_at_count": np.zeros((n, 4, 5)),
+    }
     folder.mkdir(parents=True)
     for name, array in arrays.items():
         save_array(folder, name, array)
@@ -107,11 +132,25 @@ def write_bundle(
         groups,
     )
     manifest = BundleManifest(
-        whole=True, created="2026-01-01T00:00:00+00:00", host="made-up", host_hash="", clt="", scan="made-up", clt_hash="", tokenizer_hash="",
-        text=[Stream(name="words", n_rows=len(rows_BT), digest="")], policy=FirstPosition(prepend=prepend, n_skip=1), n_layers=1, n_features=n,
-        context=CONTEXT, n_tokens=len(rows_BT) * (CONTEXT - 1), settings={"n_top": n_top, "n_reservoir": n_top + 1} if n_top else {}, sample_tokens=len(tokens),
-        files={p.name: p.stat().st_size for p in sorted(folder.iterdir())}, versions={},
-    )  # fmt: skip
+        whole=True,
+        created="2026-01-01T00:00:00+00:00",
+        host="made-up",
+        host_hash="",
+        clt="",
+        scan="made-up",
+        clt_hash="",
+        tokenizer_hash="",
+        text=[Stream(name="words", n_rows=len(rows_BT), digest="")],
+        policy=FirstPosition(prepend=prepend, n_skip=1),
+        n_layers=1,
+        n_features=n,
+        context=CONTEXT,
+        n_tokens=len(rows_BT) * (CONTEXT - 1),
+        settings={"n_top": n_top, "n_reservoir": n_top + 1} if n_top else {},
+        sample_tokens=len(tokens),
+        files={p.name: p.stat().st_size for p in sorted(folder.iterdir())},
+        versions={},
+    )
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return FeatureBundle(folder)
 
@@ -123,9 +162,7 @@ def write_usual(folder: Path, documents: Text | None = None) -> FeatureBundle:
 
 def _examples(fires: np.ndarray, n_rows: int, most: int, n_top: int) -> dict[str, np.ndarray]:
     """An example of each row in which a feature fires, half of them top ones, the others of bins 1 and 2 in turn."""
-    columns: dict[str, list[int]] = {
-        k: [] for k in ("start", "length", "peak", "bin", "active")
-    }  # fmt: skip
+    columns: dict[str, list[int]] = {k: [] for k in ("start", "length", "peak", "bin", "active")}
     offsets, example, active = list[int](), [0], [0]
     for row_of_feature in fires.reshape(len(fires), n_rows, CONTEXT):
         rows = np.flatnonzero(row_of_feature.any(axis=1))[:most]
@@ -151,6 +188,9 @@ def _examples(fires: np.ndarray, n_rows: int, most: int, n_top: int) -> dict[str
         active.append(len(offsets))
     arrays = {f"example_{k}": np.array(v) for k, v in columns.items()}
     return arrays | {
-        "example": np.array(example), "active": np.array(active), "example_value": np.full(len(columns["bin"]), 4.0),
-        "active_offset": np.array(offsets), "active_value": np.full(len(offsets), 255),
-    }  # fmt: skip
+        "example": np.array(example),
+        "active": np.array(active),
+        "example_value": np.full(len(columns["bin"]), 4.0),
+        "active_offset": np.array(offsets),
+        "active_value": np.full(len(offsets), 255),
+    }

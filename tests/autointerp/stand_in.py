@@ -127,7 +127,9 @@ def user_of(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def well(body: dict[str, Any], n: int = 0) -> Reply:
-    """As a careful person would: names the marked words if they are few, looks for the words named, and guesses where none are."""
+    """As a careful person would: names the marked words if they are few, looks for the words named, and guesses where
+    none are.
+    """
     user = user_of(body)
     if "fires" in user:
         words = sorted({w for x in user["fires"].values() for m in MARKED.findall(x["text"]) for w in m.split()})
@@ -145,7 +147,9 @@ def well(body: dict[str, Any], n: int = 0) -> Reply:
 
 
 def fits(feature: str, text: str) -> bool:
-    """Whether a word that the label names stands in the text, or between marks if there are any; by chance where it names none."""
+    """Whether a word that the label names stands in the text, or between marks if there are any; by chance where it
+    names none.
+    """
     named = re.search(r"the words ([a-z, ]*)", feature) or re.search("“ ([a-z]+)”", feature)
     if named is None:
         return bool(hashlib.sha256(text.encode()).digest()[0] % 2)
@@ -168,7 +172,13 @@ def judged(answers: dict[str, bool], *, logprobs: bool) -> Reply:
         place: dict[str, Any] = {"token": token, "logprob": -0.01, "top_logprobs": []}
         if token.startswith('": '):
             other = token[:-1] + ("0" if token[-1] == "1" else "1")
-            place |= {"logprob": math.log(0.9), "top_logprobs": [{"token": token, "logprob": math.log(0.9)}, {"token": other, "logprob": math.log(0.1)}]}  # fmt: skip
+            place |= {
+                "logprob": math.log(0.9),
+                "top_logprobs": [
+                    {"token": token, "logprob": math.log(0.9)},
+                    {"token": other, "logprob": math.log(0.1)},
+                ],
+            }
         places.append(place)
     return Reply(content=content, logprobs={"content": places})
 

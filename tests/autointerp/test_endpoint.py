@@ -56,7 +56,18 @@ def test_a_request_is_what_the_api_asks_for():
     assert "authorization" not in {k.lower() for k in s.headers[0]}
 
 
-@pytest.mark.parametrize("reply", [Reply(429), Reply(500), Reply(503, "busy"), Reply(408), Reply(raw=b'{"choices": [{"mess'), Reply(raw=b"<html>"), Reply(raw=b'{"choices": []}')])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(429),
+        Reply(500),
+        Reply(503, "busy"),
+        Reply(408),
+        Reply(raw=b'{"choices": [{"mess'),
+        Reply(raw=b"<html>"),
+        Reply(raw=b'{"choices": []}'),
+    ],
+)
 def test_what_passes_is_waited_for(reply: Reply):
     text, s = sent(first(reply, reply))
     assert text == GOOD.content
@@ -103,7 +114,11 @@ def test_a_slow_server_times_out_and_is_asked_again():
 def refusing(*, schema: bool, logprobs: bool, temperature: bool, named: bool) -> Answering:
     def answer(body: dict, n: int) -> Reply:
         kind = body.get("response_format", {}).get("type")
-        for refused, what in ((schema and kind == "json_schema", "response_format"), (logprobs and "logprobs" in body, "logprobs"), (temperature and "temperature" in body, "temperature")):  # fmt: skip
+        for refused, what in (
+            (schema and kind == "json_schema", "response_format"),
+            (logprobs and "logprobs" in body, "logprobs"),
+            (temperature and "temperature" in body, "temperature"),
+        ):
             if refused:
                 return Reply(400, f"{what} is not supported" if named else "bad request")
         return GOOD
@@ -148,11 +163,14 @@ def test_less_is_asked_for_until_nothing_is_left():
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        (Reply(401, "who are you"), "refuses access (HTTP 401: who are you); name the variable"), (Reply(403), "refuses access"),
-        (Reply(404, "model not found"), "has no model 'm', or is no such place (HTTP 404: model not found)"), (Reply(402), "asks for payment"),
-        (Reply(429, "insufficient_quota: pay"), "asks for payment"), (Reply(307, headers={"Location": "http://127.0.0.1:1/"}), "leads elsewhere"),
+        (Reply(401, "who are you"), "refuses access (HTTP 401: who are you); name the variable"),
+        (Reply(403), "refuses access"),
+        (Reply(404, "model not found"), "has no model 'm', or is no such place (HTTP 404: model not found)"),
+        (Reply(402), "asks for payment"),
+        (Reply(429, "insufficient_quota: pay"), "asks for payment"),
+        (Reply(307, headers={"Location": "http://127.0.0.1:1/"}), "leads elsewhere"),
     ],
-)  # fmt: skip
+)
 def test_what_will_not_pass_is_one_sentence_at_once(reply: Reply, words: str):
     with serving(first(*[reply] * 9)) as s, Endpoint(s.url, "m", patience=QUICK) as e:
         with pytest.raises(EndpointError) as caught:
@@ -182,10 +200,16 @@ def test_nobody_there_is_said_at_once_and_a_server_that_goes_away_is_waited_for(
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("", "is no address"), ("localhost:80", "is no address"), ("ftp://x/v1", "is no address"), ("http://", "is no address"), ("http://x:99999/v1", "is no address"),
-        ("http://me:word@x/v1", "name the variable"), ("https://x/v1?key=word", "name the variable"), ("word://me:word@[", "is no address"),
+        ("", "is no address"),
+        ("localhost:80", "is no address"),
+        ("ftp://x/v1", "is no address"),
+        ("http://", "is no address"),
+        ("http://x:99999/v1", "is no address"),
+        ("http://me:word@x/v1", "name the variable"),
+        ("https://x/v1?key=word", "name the variable"),
+        ("word://me:word@[", "is no address"),
     ],
-)  # fmt: skip
+)
 def test_addresses(url: str, words: str):
     with pytest.raises(ConfigError, match=words) as caught:
         base_url(url)

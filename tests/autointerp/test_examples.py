@@ -41,7 +41,10 @@ def documents_by_reading(bundle: FeatureBundle) -> dict[int, int]:
 def test_no_document_explains_and_scores(bundle: FeatureBundle):
     documents_of = documents_by_reading(bundle)
     for m in every_material(bundle):
-        sides = [{documents_of[p] for w in some for p in range(w.start, w.start + len(w.tokens))} for some in (m.shown + m.contrast, m.positives + m.negatives)]  # fmt: skip
+        sides = [
+            {documents_of[p] for w in some for p in range(w.start, w.start + len(w.tokens))}
+            for some in (m.shown + m.contrast, m.positives + m.negatives)
+        ]
         assert not sides[0] & sides[1]
         assert min(map(len, sides)) > 3
 
@@ -128,7 +131,12 @@ def test_contamination_bounds_what_is_not_known(tmp_path: Path):
 
 def test_all_rows_known_is_no_contamination(tmp_path: Path):
     """Fewer rows than there are top examples: it fires in no other."""
-    bundle = write_bundle(tmp_path / "rare", text(120, special={" zebra": 0.003, " whale": 0.02}), [by_words(" zebra"), by_words(" whale")], n_top=60)  # fmt: skip
+    bundle = write_bundle(
+        tmp_path / "rare",
+        text(120, special={" zebra": 0.003, " whale": 0.02}),
+        [by_words(" zebra"), by_words(" whale")],
+        n_top=60,
+    )
     rare, other = sorted(every_material(bundle), key=lambda m: m.feature)
     assert rare.contamination["detection"] == rare.contamination["fuzzing"] == (0.0, 0.0)
     assert other.contamination["detection"].random > 0

@@ -50,7 +50,10 @@ def test_auroc_needs_a_probability_with_every_answer():
     assert auroc([YES(True), Judged(False, False, None)]) is None
 
 
-@given(st.lists(st.sampled_from([0.1, 0.4, 0.5, 0.9]), min_size=1, max_size=8), st.lists(st.sampled_from([0.1, 0.4, 0.5, 0.9]), min_size=1, max_size=8))  # fmt: skip
+@given(
+    st.lists(st.sampled_from([0.1, 0.4, 0.5, 0.9]), min_size=1, max_size=8),
+    st.lists(st.sampled_from([0.1, 0.4, 0.5, 0.9]), min_size=1, max_size=8),
+)
 def test_auroc_is_the_share_of_pairs_in_order(positive: list[float], negative: list[float]):
     x = auroc([Judged(True, True, p) for p in positive] + [Judged(False, True, p) for p in negative])
     assert x is not None

@@ -1,4 +1,6 @@
-"""A run from end to end against a stand-in: labels where they are due, scores as computed by hand, nothing lost, nothing paid for twice."""
+"""A run from end to end against a stand-in: labels where they are due, scores as computed by hand, nothing lost,
+nothing paid for twice.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +80,14 @@ def bundle(built: Path, tmp_path: Path) -> FeatureBundle:
 
 
 def label(
-    bundle: FeatureBundle, answering: Answering, features: Sequence[int] | None = None, *, budget: int | None = None, groups: bool = True, **settings: Any
-) -> tuple[dict[str, Any], StandIn]:  # fmt: skip
+    bundle: FeatureBundle,
+    answering: Answering,
+    features: Sequence[int] | None = None,
+    *,
+    budget: int | None = None,
+    groups: bool = True,
+    **settings: Any,
+) -> tuple[dict[str, Any], StandIn]:
     """The summary of a run, and the stand-in that was asked."""
     with serving(answering) as s, Endpoint(s.url, "stand-in", patience=QUICK) as e:
         cache = AnswerCache(bundle.path / CACHE)
@@ -99,8 +107,15 @@ def test_scores_of_features_of_known_truth(labelled: Run):
     """One token: 1.0. A set of tokens: 1.0. Nothing sensible: what the answers give, and about 0.5 over several."""
     bundle = labelled.bundle
     assert labelled.found["features"] == {
-        "chosen": 4, "labelled": 4, "failed": 0, "no_examples": 0, "not_asked": 0, "scored": 4, "too_few_texts": 0, "not_reached": 0,
-    }  # fmt: skip
+        "chosen": 4,
+        "labelled": 4,
+        "failed": 0,
+        "no_examples": 0,
+        "not_asked": 0,
+        "scored": 4,
+        "too_few_texts": 0,
+        "not_reached": 0,
+    }
     for name, words in (("zebra", "zebra"), ("colour", "blue, green, red"), ("whale", "whale")):
         n = FEATURE[name]
         assert bundle.labels([n])[n] == (f"the words {words}", "stand-in")
@@ -116,9 +131,17 @@ def test_scores_of_features_of_known_truth(labelled: Run):
         ] == [1.0, 1.0]
     m = material(bundle, Documents(bundle), FEATURE["nothing"], LabelSettings())
     for method in ("detection", "fuzzing"):
-        asked = [(user_of(b)["texts"], json.loads(well(b).content)) for b in labelled.bodies if about(b, "nothing that can be named") and marks(b) == (method == "fuzzing")]  # fmt: skip
+        asked = [
+            (user_of(b)["texts"], json.loads(well(b).content))
+            for b in labelled.bodies
+            if about(b, "nothing that can be named") and marks(b) == (method == "fuzzing")
+        ]
         answers = {v: bool(a[k]) for texts, a in asked for k, v in texts.items()}
-        by_hand = [Judged(fires, answers[shown(w, method)], None) for q in questions(m, method, LabelSettings()) for w, fires in zip(q.texts, q.fires, strict=True)]  # fmt: skip
+        by_hand = [
+            Judged(fires, answers[shown(w, method)], None)
+            for q in questions(m, method, LabelSettings())
+            for w, fires in zip(q.texts, q.fires, strict=True)
+        ]
         assert scores(bundle, FEATURE["nothing"])[method]["balanced_accuracy"] == pytest.approx(
             balanced_accuracy(by_hand).value, abs=1e-4
         )
@@ -179,7 +202,9 @@ def test_no_auroc_without_logprobs(bundle: FeatureBundle):
 
 
 def test_failures_are_counted_as_failures(bundle: FeatureBundle):
-    """Half of the questions about zebras are answered by nonsense, however often they are asked; so are all about whales' meaning."""
+    """Half of the questions about zebras are answered by nonsense, however often they are asked; so are all about
+    whales' meaning.
+    """
     bad: set[str] = set()
 
     def answering(body: dict[str, Any], n: int) -> Reply:
@@ -354,7 +379,20 @@ def test_killed_and_resumed_it_pays_for_nothing_twice(
     wanted = labelled.found
     monkeypatch.setenv("SOME_KEY", KEY)
     with serving(slowly(well, 0.01)) as s:
-        arguments = ["label", str(bundle.path), "--endpoint", s.url, "--model", "stand-in", "--concurrency", "3", "--key-env", "SOME_KEY", "--out", str(tmp_path / "out.json")]  # fmt: skip
+        arguments = [
+            "label",
+            str(bundle.path),
+            "--endpoint",
+            s.url,
+            "--model",
+            "stand-in",
+            "--concurrency",
+            "3",
+            "--key-env",
+            "SOME_KEY",
+            "--out",
+            str(tmp_path / "out.json"),
+        ]
         process = subprocess.Popen(
             [sys.executable, "-m", "crosslayer", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -443,9 +481,16 @@ def test_which_features(bundle: FeatureBundle, tmp_path: Path):
 def test_the_features_of_a_graph_by_influence(bundle: FeatureBundle, tmp_path: Path):
     node = {"jsNodeId": "", "clerp": "", "ctx_idx": 0}
     nodes = [
-        {**node, "node_id": f"0_{i}_0", "feature": i * (i + 1) // 2 + i, "layer": "0", "feature_type": "cross layer transcoder", "influence": share}
+        {
+            **node,
+            "node_id": f"0_{i}_0",
+            "feature": i * (i + 1) // 2 + i,
+            "layer": "0",
+            "feature_type": "cross layer transcoder",
+            "influence": share,
+        }
         for i, share in ((1, 0.2), (3, 0.5), (4, 0.1))
-    ]  # fmt: skip
+    ]
     nodes.append({**node, "node_id": "2_5_0", "feature": 5, "layer": "2", "feature_type": "logit", "token_prob": 1.0})
     metadata = {"slug": "x", "scan": "x", "prompt": "a", "prompt_tokens": ["a"]}
     links = [{"source": n["node_id"], "target": "2_5_0", "weight": 1.0} for n in nodes[:3]]
@@ -483,16 +528,24 @@ def test_bad_input_is_one_sentence(bundle: FeatureBundle, tmp_path: Path, monkey
     monkeypatch.setenv("SOME_KEY", KEY)
     here, base = ("--endpoint", "http://127.0.0.1:9/v1"), (bundle.path,)
     cases = [
-        ((*base, *here, "--model", "person"), "cannot be told from labels by person"), ((*base, *here, "--model", " "), "cannot be told from"),
-        ((*base, "--endpoint", "nowhere", "--model", "m"), "is no address"), ((*base, *here, "--model", "m", "--key-env", "NO_SUCH"), "no such environment variable"),
+        ((*base, *here, "--model", "person"), "cannot be told from labels by person"),
+        ((*base, *here, "--model", " "), "cannot be told from"),
+        ((*base, "--endpoint", "nowhere", "--model", "m"), "is no address"),
+        ((*base, *here, "--model", "m", "--key-env", "NO_SUCH"), "no such environment variable"),
         ((*base, "--endpoint", "http://10.1.1.1/v1", "--model", "m", "--key-env", "SOME_KEY"), "would go unencrypted"),
-        ((tmp_path / "no", *here, "--model", "m"), "no feature bundle at"), ((*base, *here, "--model", "m", "--feature", "x"), "names no feature"),
-        ((*base, *here, "--model", "m", "--feature", "L7/0"), "there is no layer 7"), ((*base, *here, "--model", "m", "--group", "x"), "names no group"),
-        ((*base, *here, "--model", "m", "--group", "0/0", "--feature", "0/0"), "each choose the features"), ((*base, *here, "--model", "m", "--graph", tmp_path / "g.json"), "there is no graph"),
-        ((*base, *here, "--model", "m", "--feature", "0/0", "--unnamed"), "no feature is left"), ((*base, *here, "--model", "m", "--budget", 5), "--budget 5 is less than"),
-        ((*base, *here, "--model", "m", "--price-in", 1), "one price was given"), ((*base, *here, "--model", "m", "--score", "none", "--score", "fuzzing"), "contradicts"),
-        ((*base, *here, "--model", "m", "-o", tmp_path / "no" / "where"), "cannot be written"), ((*base, *here, "--model", "m"), "nothing answers at http://127.0.0.1:9/v1"),
-    ]  # fmt: skip
+        ((tmp_path / "no", *here, "--model", "m"), "no feature bundle at"),
+        ((*base, *here, "--model", "m", "--feature", "x"), "names no feature"),
+        ((*base, *here, "--model", "m", "--feature", "L7/0"), "there is no layer 7"),
+        ((*base, *here, "--model", "m", "--group", "x"), "names no group"),
+        ((*base, *here, "--model", "m", "--group", "0/0", "--feature", "0/0"), "each choose the features"),
+        ((*base, *here, "--model", "m", "--graph", tmp_path / "g.json"), "there is no graph"),
+        ((*base, *here, "--model", "m", "--feature", "0/0", "--unnamed"), "no feature is left"),
+        ((*base, *here, "--model", "m", "--budget", 5), "--budget 5 is less than"),
+        ((*base, *here, "--model", "m", "--price-in", 1), "one price was given"),
+        ((*base, *here, "--model", "m", "--score", "none", "--score", "fuzzing"), "contradicts"),
+        ((*base, *here, "--model", "m", "-o", tmp_path / "no" / "where"), "cannot be written"),
+        ((*base, *here, "--model", "m"), "nothing answers at http://127.0.0.1:9/v1"),
+    ]
     for arguments, words in cases:
         code, _, error = cli("label", *arguments)
         assert (code, words in error) == (2, True), (arguments, error)

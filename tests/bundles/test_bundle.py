@@ -169,9 +169,17 @@ def test_packed_files_read_back_by_the_book(made: Made, tmp_path: Path):
     records = read_packed_by_the_book(write_packed(bundle, tmp_path))
     assert len(records) == bundle.n_layers * bundle.n_features
     fields = {
-        "transcoder_id", "index", "examples_quantiles", "top_logits", "bottom_logits", "act_min", "act_max", "quantile_values", "histogram",
+        "transcoder_id",
+        "index",
+        "examples_quantiles",
+        "top_logits",
+        "bottom_logits",
+        "act_min",
+        "act_max",
+        "quantile_values",
+        "histogram",
         "activation_frequency",
-    }  # fmt: skip
+    }
     for (layer, i), r in records.items():
         f = bundle.feature(layer, i)
         assert set(r) == fields
@@ -219,8 +227,12 @@ def test_packed_files_come_back_as_a_bundle(made: Made, tmp_path: Path):
 
 def damaged_records(folder: Path) -> list[tuple[str, str]]:
     return [
-        ("layer_1.bin", "cut"), ("index.json.gz", "cut"), ("index.json.gz", "nonsense"), ("layer_0.bin", "nonsense"), ("index.json.gz", "uneven"),
-    ]  # fmt: skip
+        ("layer_1.bin", "cut"),
+        ("index.json.gz", "cut"),
+        ("index.json.gz", "nonsense"),
+        ("layer_0.bin", "nonsense"),
+        ("index.json.gz", "uneven"),
+    ]
 
 
 @pytest.mark.parametrize(("name", "how"), damaged_records(Path()))
@@ -244,10 +256,25 @@ def test_damaged_packed_files_are_one_sentence(made: Made, tmp_path: Path, name:
 def test_records_spelled_otherwise_are_read(made: Made, tmp_path: Path):
     """`train_token_index`, no histogram, floats as strings of tokens that are not text."""
     record = {
-        "transcoder_id": "0", "index": 0, "top_logits": [" a"], "bottom_logits": [], "activation_frequency": 0.25,
-        "examples_quantiles": [{"quantile_name": "Top activations", "examples": [
-            {"tokens": [" a", "b"] * 200, "tokens_acts_list": [0.0, 1.5] * 200, "train_token_index": 399, "is_repeated_datapoint": False}]}],
-    }  # fmt: skip
+        "transcoder_id": "0",
+        "index": 0,
+        "top_logits": [" a"],
+        "bottom_logits": [],
+        "activation_frequency": 0.25,
+        "examples_quantiles": [
+            {
+                "quantile_name": "Top activations",
+                "examples": [
+                    {
+                        "tokens": [" a", "b"] * 200,
+                        "tokens_acts_list": [0.0, 1.5] * 200,
+                        "train_token_index": 399,
+                        "is_repeated_datapoint": False,
+                    }
+                ],
+            }
+        ],
+    }
     body = zlib.compress(json.dumps(record).encode())
     (tmp_path / "layer_0.bin").write_bytes(struct.pack("<I", len(body)) + body)
     index = {"0": {"filename": "layer_0.bin", "offsets": [0, 4 + len(body)]}}

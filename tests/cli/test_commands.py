@@ -1,4 +1,6 @@
-"""The commands as a stranger types them: they work on any folder of a model and of text, and bad input ends in one sentence."""
+"""The commands as a stranger types them: they work on any folder of a model and of text, and bad input ends in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -154,9 +156,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     (tmp_path / "bloom").mkdir()
     (tmp_path / "bloom" / "config.json").write_text('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}')
     places = {
-        "filled": tmp_path / "filled", "empty": tmp_path / "empty.txt", "broken": tmp_path / "broken.jsonl",
-        "bloom": tmp_path / "bloom", "bare": tmp_path / "bare",
-    }  # fmt: skip
+        "filled": tmp_path / "filled",
+        "empty": tmp_path / "empty.txt",
+        "broken": tmp_path / "broken.jsonl",
+        "bloom": tmp_path / "bloom",
+        "bare": tmp_path / "bare",
+    }
     tiny.make_model("llama").save_pretrained(tmp_path / "bare")
     before = sorted(tmp_path.rglob("*"))
     changed, words = BAD[name]

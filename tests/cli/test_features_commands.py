@@ -85,14 +85,30 @@ def test_bad_input_is_one_sentence(made: Made, tmp_path: Path, host_folder: Path
         (("build", "--clt", made.folder, "-o", tmp_path / "b"), "no text was given"),
         (("build", "--clt", made.folder, "--text", made.text), "no place for the bundle was given"),
         (("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "no" / "where"), "there is no folder"),
-        (("build", "--clt", made.folder, "--text", tmp_path / "nothing", "-o", tmp_path / "b"), "no such file or folder"),
-        (("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "b", "--cluster-weight", "encoder=much"), "write KIND=WEIGHT"),
+        (
+            ("build", "--clt", made.folder, "--text", tmp_path / "nothing", "-o", tmp_path / "b"),
+            "no such file or folder",
+        ),
+        (
+            (
+                "build",
+                "--clt",
+                made.folder,
+                "--text",
+                made.text,
+                "-o",
+                tmp_path / "b",
+                "--cluster-weight",
+                "encoder=much",
+            ),
+            "write KIND=WEIGHT",
+        ),
         (("build", "--clt", made.folder, "--text", made.text, "-o", bundle), "holds a feature bundle already"),
         (("export", "--bundle", bundle, "-o", tmp_path / "file"), "is a file"),
         (("export", "--to", "parquet", "--bundle", bundle, "-o", tmp_path), "it is a folder"),
         (("import", made.folder, "-o", tmp_path / "b"), "index.json.gz is missing"),
         (("import", tmp_path / "none", "-o", tmp_path / "b"), "no folder"),
-    ]  # fmt: skip
+    ]
     for arguments, words in cases:
         code, _, error = run("features", *arguments)
         assert (code, words in error) == (2, True), (arguments, error)

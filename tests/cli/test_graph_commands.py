@@ -44,7 +44,13 @@ def test_a_prompt_is_traced_saved_exported_and_compared(clt_folder: Path, tmp_pa
     out, export = tmp_path / "g", tmp_path / "g view.json"
     code, said, wrong = run("graph", "--clt", clt_folder, "--prompt", PROMPT, "-o", out, "--export", export)
     assert code == 0, wrong
-    for words in ("most influential features", "replacement score", "completeness score", "influence accounted for", "sum to pre-activations"):  # fmt: skip
+    for words in (
+        "most influential features",
+        "replacement score",
+        "completeness score",
+        "influence accounted for",
+        "sum to pre-activations",
+    ):
         assert words in said
     graph = xl.Graph.load(out)
     assert graph.header.prompt == PROMPT
@@ -58,9 +64,20 @@ def test_a_prompt_is_traced_saved_exported_and_compared(clt_folder: Path, tmp_pa
 
 def test_targets_and_precision(clt_folder: Path):
     code, said, wrong = run(
-        "graph", "--clt", clt_folder, "--prompt", PROMPT, "--target", "#5-minus-#9", "--target", "#7@2", "--precision", "bf16",
-        "--max-nodes", "20",
-    )  # fmt: skip
+        "graph",
+        "--clt",
+        clt_folder,
+        "--prompt",
+        PROMPT,
+        "--target",
+        "#5-minus-#9",
+        "--target",
+        "#7@2",
+        "--precision",
+        "bf16",
+        "--max-nodes",
+        "20",
+    )
     assert code == 0, wrong
     assert "bf16" in said
     assert " - " in said
@@ -68,9 +85,24 @@ def test_targets_and_precision(clt_folder: Path):
 
 def test_an_intervention_prints_before_and_after(clt_folder: Path):
     code, said, wrong = run(
-        "intervene", "--clt", clt_folder, "--prompt", PROMPT, "--set", "L0/3@1:=4", "--ablate", "1/5", "--scale", "L2/6@-1=2",
-        "--generate", "3", "--freeze", "attention", "--hold", "0-1",
-    )  # fmt: skip
+        "intervene",
+        "--clt",
+        clt_folder,
+        "--prompt",
+        PROMPT,
+        "--set",
+        "L0/3@1:=4",
+        "--ablate",
+        "1/5",
+        "--scale",
+        "L2/6@-1=2",
+        "--generate",
+        "3",
+        "--freeze",
+        "attention",
+        "--hold",
+        "0-1",
+    )
     assert code == 0, wrong
     for words in ("before", "after", "KL(before || after)"):
         assert words in said

@@ -74,25 +74,45 @@ def bluelight(
         manifest: dict = {"format": "layer_weights", "decoder_type": layout, "files": names}
         (folder / "manifest.json").write_text(json.dumps(manifest | ({"layer_indices": layers} if layers else {})))
     else:
-        long = {"W_enc": "encoder.W", "b_enc": "encoder.b", "b_dec": "decoder.b", "log_threshold": "activation.log_threshold"}  # fmt: skip
+        long = {
+            "W_enc": "encoder.W",
+            "b_enc": "encoder.b",
+            "b_dec": "decoder.b",
+            "log_threshold": "activation.log_threshold",
+        }
         tensors = {long.get(name, name): t for name, t in shared.items()}
         save_file(tensors | {f"decoder.decoders.{i}.W": d for i, d in enumerate(decoders)}, folder / "clt.safetensors")
     ranks = activation.startswith("topk")
     n_host = max(host_layers) + 1
     if version == 1:
         config: dict = {
-            "n_layers": n_host, "d_in": D, "d_latent": F, "activation": activation, "k": k if ranks else None,
-            "decoder_layout": layout, "base_model_name": "some/model", "input_attr": "mlp.hook_in", "output_attr": "mlp.hook_out",
+            "n_layers": n_host,
+            "d_in": D,
+            "d_latent": F,
+            "activation": activation,
+            "k": k if ranks else None,
+            "decoder_layout": layout,
+            "base_model_name": "some/model",
+            "input_attr": "mlp.hook_in",
+            "output_attr": "mlp.hook_out",
             "dtype": "float64",
-        }  # fmt: skip
+        }
         if layers:
             config["layer_indices"] = layers
     else:
         points = {"layer_attr": "model.layers", "input": {"attr": "mlp", "dim": D}, "output": {"attr": "mlp", "dim": D}}
         config = {
-            "base_model": {"name": "some/model", "n_layers": n_host, "hook_points": points | ({"layer_indices": layers} if layers else {})},
-            "architecture": {"d_latent": F, "activation": {"type": activation, "k": k if ranks else None}, "decoder": {"layout": layout}},
-        }  # fmt: skip
+            "base_model": {
+                "name": "some/model",
+                "n_layers": n_host,
+                "hook_points": points | ({"layer_indices": layers} if layers else {}),
+            },
+            "architecture": {
+                "d_latent": F,
+                "activation": {"type": activation, "k": k if ranks else None},
+                "decoder": {"layout": layout},
+            },
+        }
     (folder / "model_config.json").write_text(json.dumps(config))
 
     def features(x_BLD: Tensor) -> list[Tensor]:
@@ -114,9 +134,11 @@ def transcoder_set(folder: Path, activation: str, skip: bool) -> Meaning:
     layers = []
     for i in range(L):
         tensors = {
-            "W_enc": _random(F, D, seed=i), "W_dec": _random(F, D, seed=20 + i), "b_enc": _random(F, seed=40 + i) * 0.1,
+            "W_enc": _random(F, D, seed=i),
+            "W_dec": _random(F, D, seed=20 + i),
+            "b_enc": _random(F, seed=40 + i) * 0.1,
             "b_dec": _random(D, seed=60 + i),
-        }  # fmt: skip
+        }
         if skip:
             tensors["W_skip"] = _random(D, D, seed=80 + i)
         if activation == "jumprelu":
@@ -150,9 +172,12 @@ def gemma_scope(folder: Path, skip: bool) -> Meaning:
         w_dec = _random(F, L, D, seed=20 + i)
         w_dec[:, :i] = 1e6
         tensors = {
-            "w_enc": _random(D, F, seed=i), "w_dec": w_dec, "b_enc": _random(F, seed=40 + i) * 0.1,
-            "b_dec": _random(D, seed=60 + i), "threshold": _random(F, seed=90 + i).abs(),
-        }  # fmt: skip
+            "w_enc": _random(D, F, seed=i),
+            "w_dec": w_dec,
+            "b_enc": _random(F, seed=40 + i) * 0.1,
+            "b_dec": _random(D, seed=60 + i),
+            "threshold": _random(F, seed=90 + i).abs(),
+        }
         if skip:
             tensors["affine_skip_connection"] = _random(D, D, seed=80 + i)
         save_file(tensors, folder / f"params_layer_{i}.safetensors")

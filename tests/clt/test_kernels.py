@@ -50,7 +50,9 @@ def test_sampled_products_are_entries_of_the_product(dtype: torch.dtype, width: 
     found = kernels.sampled_products(a, b, token_K, feature_K)
     wide = torch.promote_types(dtype, torch.float32)
     assert found.dtype == wide
-    torch.testing.assert_close(found, (a.to(wide) @ b.to(wide).T)[token_K, feature_K], rtol=close(wide), atol=20 * close(wide))  # fmt: skip
+    torch.testing.assert_close(
+        found, (a.to(wide) @ b.to(wide).T)[token_K, feature_K], rtol=close(wide), atol=20 * close(wide)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,7 +97,15 @@ def test_rounding_is_right_on_average_and_depends_on_the_place():
     grad += 1.0
     parts = [weight.clone(), weight.clone()]
     for part, first in zip(parts, (0, 20_000), strict=True):
-        kernels.adam(part, grad.clone(), mean.clone(), square.clone(), **(settings | {"beta1": 0.0, "lr": 2 / 1024}), t=1, first=first)  # fmt: skip
+        kernels.adam(
+            part,
+            grad.clone(),
+            mean.clone(),
+            square.clone(),
+            **(settings | {"beta1": 0.0, "lr": 2 / 1024}),
+            t=1,
+            first=first,
+        )
     assert set(parts[0].float().unique().tolist()) == {1.0, 1.0 - 1 / 256}
     for part in parts:
         assert part.float().mean().item() == pytest.approx(1.0 - 1 / 1024, abs=1e-4)
@@ -112,7 +122,9 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("activation", "scope"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_step_by_kernels_is_the_plain_step(activation: str, scope: str, dtype: torch.dtype, request: pytest.FixtureRequest):  # fmt: skip
+def test_a_step_by_kernels_is_the_plain_step(
+    activation: str, scope: str, dtype: torch.dtype, request: pytest.FixtureRequest
+):
     kind = torch.promote_types(dtype, torch.float32)
     clt, c = make(activation, scope, dtype=dtype), config(activation=activation, scope=scope)
     x, y = inputs(12).to(kind), inputs(24)[12:].to(kind)
@@ -133,10 +145,17 @@ def test_a_step_by_kernels_is_the_plain_step(activation: str, scope: str, dtype:
     for name, slope in slopes.items():
         if name.startswith("threshold") and dtype == torch.bfloat16:
             continue  # whether an entry at the window's edge lies in it is a matter of rounding
-        torch.testing.assert_close(mine[name].cpu(), slope, rtol=tolerance, atol=tolerance * max(1e-3, slope.abs().max().item()))  # fmt: skip
+        torch.testing.assert_close(
+            mine[name].cpu(), slope, rtol=tolerance, atol=tolerance * max(1e-3, slope.abs().max().item())
+        )
     Adam([{"params": list(clt.parameters()), "lr": 1e-3}], (0.9, 0.999), 0).step(into)
     for p, wish in zip(clt.parameters(), after, strict=True):
-        torch.testing.assert_close(p.detach().cpu().to(kind), wish.to(kind), rtol=2 * close(dtype), atol=1e-2 * 1e-3 if dtype != torch.bfloat16 else 1e-2)  # fmt: skip
+        torch.testing.assert_close(
+            p.detach().cpu().to(kind),
+            wish.to(kind),
+            rtol=2 * close(dtype),
+            atol=1e-2 * 1e-3 if dtype != torch.bfloat16 else 1e-2,
+        )
 
 
 @pytest.mark.gpu

@@ -31,9 +31,11 @@ def all_tensors(clt: CLT) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=10, deadline=None)
 @given(
-    activation=st.sampled_from(["jumprelu", "relu"]), cross_layer=st.booleans(), skip=st.booleans(),
+    activation=st.sampled_from(["jumprelu", "relu"]),
+    cross_layer=st.booleans(),
+    skip=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)  # fmt: skip
+)
 def test_comes_back_bit_equal(tmp_path_factory, activation: str, cross_layer: bool, skip: bool, dtype: torch.dtype):
     clt = make(activation, dtype=dtype, cross_layer=cross_layer, skip=skip)
     folder = tmp_path_factory.mktemp("clt") / "one"

@@ -31,9 +31,12 @@ def layers(seed: int, tokens: int, features: int, kind: str) -> tuple[Finder, li
 
 KINDS = st.sampled_from(["given", "coarse"])
 SIZES = {
-    "seed": st.integers(0, 10_000), "tokens": st.integers(1, 60), "features": st.integers(1, 80), "k": st.integers(1, 90),
+    "seed": st.integers(0, 10_000),
+    "tokens": st.integers(1, 60),
+    "features": st.integers(1, 80),
+    "k": st.integers(1, 90),
     "at_once": st.integers(1, 60),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

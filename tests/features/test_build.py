@@ -36,7 +36,8 @@ sys.path.insert(0, {tests!r})
 from made_bundle import CONTEXT, SETTINGS, TOKENS
 scan.SAVE_EVERY_S = 0.0
 parallel.start()
-build_features({clt!r}, text=[{text!r}], out=Path({out!r}), tokens=TOKENS, context=CONTEXT, settings=SETTINGS, rows_at_once=5)
+build_features({clt!r}, text=[{text!r}], out=Path({out!r}), tokens=TOKENS, context=CONTEXT, settings=SETTINGS, \
+rows_at_once=5)
 parallel.stop()
 """
 
@@ -131,11 +132,20 @@ def test_killed_by_the_system_and_gone_on_by_two_ranks(made: Made, tmp_path: Pat
         port = str(s.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", script(made, out)], stderr=subprocess.PIPE, text=True,
-            env=environment | {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            [sys.executable, "-c", script(made, out)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment
+            | {
+                "RANK": str(r),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(r),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
         )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     for rank in ranks:
         _, err = rank.communicate(timeout=120)
         assert rank.returncode == 0, err
@@ -235,8 +245,15 @@ def test_going_on_with_other_settings_is_refused(
     other = load_clt(write_clt(tmp_path / "other", host_folder, seed=9))
     with pytest.raises(RunError, match="a stopped build with another clt"):
         build_features(
-            other, out=tmp_path / "cut", model=made.host, text=[str(made.text)], tokens=TOKENS, context=CONTEXT, settings=SETTINGS, rows_at_once=5
-        )  # fmt: skip
+            other,
+            out=tmp_path / "cut",
+            model=made.host,
+            text=[str(made.text)],
+            tokens=TOKENS,
+            context=CONTEXT,
+            settings=SETTINGS,
+            rows_at_once=5,
+        )
 
 
 @pytest.mark.parametrize(

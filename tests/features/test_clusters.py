@@ -1,4 +1,6 @@
-"""Clusters on planted clusters: found, nested, kept together on the map, labelled by what sets them apart; lineage by its definition."""
+"""Clusters on planted clusters: found, nested, kept together on the map, labelled by what sets them apart; lineage by
+its definition.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ N = N_CLUSTERS * SIZE + DEAD
 
 
 def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lists of 12 neighbours, 10 of them in the same cluster and near, 2 anywhere and far; and the cluster of each, -1 for the dead at the end."""
+    """Lists of 12 neighbours, 10 of them in the same cluster and near, 2 anywhere and far; and the cluster of each, -1
+    for the dead at the end.
+    """
     chance = np.random.default_rng(seed)
     cluster_N = np.append(np.repeat(np.arange(N_CLUSTERS), SIZE), np.full(DEAD, -1))
     ids, similarity = np.full((N, 12), -1, np.int32), np.zeros((N, 12), np.float32)
@@ -104,8 +108,12 @@ def test_levels_follow_clusters_of_clusters():
     tiers = [np.arange(n) // size for size in (12, 120, 1200)]
     # Neighbours in the same cluster, and ever fewer and farther ones in the wider ones.
     ids = np.concatenate(
-        [chance.integers(size, size=(n, k)) + tier[:, None] * size for tier, size, k in zip(tiers, (12, 120, 1200), (8, 5, 3), strict=True)], axis=1
-    )  # fmt: skip
+        [
+            chance.integers(size, size=(n, k)) + tier[:, None] * size
+            for tier, size, k in zip(tiers, (12, 120, 1200), (8, 5, 3), strict=True)
+        ],
+        axis=1,
+    )
     similarity = np.broadcast_to(np.repeat([0.9, 0.4, 0.2], [8, 5, 3]), ids.shape)
     near = {"decoder": (ids.astype(np.int32), similarity.astype(np.float32))}
     groups_GN = clusters.groups(neighbour_graph.neighbour_graph(near, {"decoder": 1.0}, np.ones(n, bool)))
@@ -215,7 +223,7 @@ def test_labels_are_what_sets_a_group_apart():
         *["after “ in”", "after “ in”", "after “ in”", "“ a”, “ the”", "“ the”"],
         *["digits of years", "years in brackets", "the years before", "", "ends of years"],
         *[None] * 5,
-    ]  # fmt: skip
+    ]
     got = clusters.group_labels(groups_N, labels, np.ones(20))
     assert got[0].split(" · ")[:2] == ["“ dog”", "“ cat”"]
     assert got[1].startswith("after “ in”")

@@ -19,7 +19,8 @@ def test_predicted_changes_are_the_linear_propagation(traced: xl.Graph):
     dense, a = traced.to_dense().astype(np.float64), traced.arrays
     factors = {0: 0.0, 3: 2.5, int(traced.n_features // 2): -1.0}
     F = traced.n_features
-    # Activations after the change solve one triangular system: each is its own plus what its inputs' relative changes bring.
+    # Activations after the change solve one triangular system: each is its own plus what its inputs' relative changes
+    # bring.
     share = np.zeros(traced.n_nodes)
     change = np.zeros(traced.n_nodes)
     for n in list(range(F)) + list(range(traced.first_target, traced.n_nodes)):

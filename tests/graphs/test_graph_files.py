@@ -122,11 +122,23 @@ def test_an_export_holds_the_pruned_graph(graph: xl.Graph, tmp_path: Path):
     said = json.loads((tmp_path / "a.json").read_text())
     assert len(said["nodes"]) == pruned.node_N.sum()
     assert len(said["links"]) == len(pruned.weight_E)
-    assert {"slug", "scan", "transcoder_list", "prompt", "prompt_tokens", "node_threshold", "schema_version"} <= set(said["metadata"])  # fmt: skip
+    assert {"slug", "scan", "transcoder_list", "prompt", "prompt_tokens", "node_threshold", "schema_version"} <= set(
+        said["metadata"]
+    )
     kinds: dict[str, dict[str, Any]] = {}
     for node in said["nodes"]:
         kinds.setdefault(node["feature_type"], node)
-        assert {"node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp", "influence", "activation"} <= set(node)  # fmt: skip
+        assert {
+            "node_id",
+            "feature",
+            "layer",
+            "ctx_idx",
+            "feature_type",
+            "jsNodeId",
+            "clerp",
+            "influence",
+            "activation",
+        } <= set(node)
     layer, index, position = map(int, kinds["cross layer transcoder"]["node_id"].split("_"))
     node = kinds["cross layer transcoder"]
     assert node["feature"] == (layer + index) * (layer + index + 1) // 2 + index
@@ -144,7 +156,9 @@ def test_an_export_holds_the_pruned_graph(graph: xl.Graph, tmp_path: Path):
 
 def test_cumulative_influence_is_at_most_the_threshold_and_one_node(graph: xl.Graph):
     file = to_file(graph, "s", 0.7, 1.0)
-    inner = sorted(n.influence or 0 for n in file.nodes if n.feature_type in ("cross layer transcoder", "mlp reconstruction error"))  # fmt: skip
+    inner = sorted(
+        n.influence or 0 for n in file.nodes if n.feature_type in ("cross layer transcoder", "mlp reconstruction error")
+    )
     assert inner[-2] <= 0.7
     assert not file.raw_influence
 
@@ -169,7 +183,17 @@ def old_file() -> dict[str, Any]:
     """As circuit-tracer's older versions write: errors `0_{layer}_{position}`, strings in qParams, raw influence."""
 
     def node(id_: str, layer: str, position: int, kind: str, feature: int, influence: float | None) -> dict[str, Any]:
-        return {"node_id": id_, "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": kind, "jsNodeId": id_, "clerp": "", "influence": influence, "activation": None}  # fmt: skip
+        return {
+            "node_id": id_,
+            "feature": feature,
+            "layer": layer,
+            "ctx_idx": position,
+            "feature_type": kind,
+            "jsNodeId": id_,
+            "clerp": "",
+            "influence": influence,
+            "activation": None,
+        }
 
     feature, error = "cross layer transcoder", "mlp reconstruction error"
     nodes = [
@@ -186,7 +210,14 @@ def old_file() -> dict[str, Any]:
         {"source": "0_2_1", "target": "4_3_1", "weight": -4.0},
     ]
     q = {"pinnedIds": '["0_2_1"]', "supernodes": "[]", "linkType": "both", "clickedId": "", "sg_pos": ""}
-    metadata = {"slug": "old", "scan": "s", "prompt": "p", "prompt_tokens": ["a", "b"], "transcoder_list": [], "node_threshold": 0.8}  # fmt: skip
+    metadata = {
+        "slug": "old",
+        "scan": "s",
+        "prompt": "p",
+        "prompt_tokens": ["a", "b"],
+        "transcoder_list": [],
+        "node_threshold": 0.8,
+    }
     return {"metadata": metadata, "qParams": q, "nodes": nodes, "links": links}
 
 

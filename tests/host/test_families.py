@@ -1,4 +1,6 @@
-"""Each family's table entry against the real class: what is tapped is what the MLP reads and writes, and patching works."""
+"""Each family's table entry against the real class: what is tapped is what the MLP reads and writes, and patching
+works.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,10 @@ def test_streams_and_sockets_left_open(crowded: Served):
     left = [ask(crowded, f"/api/jobs/{job}/events") for _ in range(100)]
     answers = [c.recv(64).split(b" ")[1] for c in left]
     assert set(answers) <= {b"200", b"503"}
-    upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    upgrade = (
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key:"
+        " AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    )
     left += [ask(crowded, "/api/jobs/1/events", upgrade) for _ in range(100)]
     # Begun and never ended.
     for _ in range(100):
@@ -53,8 +56,18 @@ def test_streams_and_sockets_left_open(crowded: Served):
 
 @pytest.mark.parametrize(
     "path",
-    ["/../secret.txt", "/%2e%2e/secret.txt", "/..%2fsecret.txt", "//etc/passwd", "/page.js/../../secret.txt", "/static/../app.py", "/page.txt", "/api/runs/..%2f..", "http://evil.example/"],
-)  # fmt: skip
+    [
+        "/../secret.txt",
+        "/%2e%2e/secret.txt",
+        "/..%2fsecret.txt",
+        "//etc/passwd",
+        "/page.js/../../secret.txt",
+        "/static/../app.py",
+        "/page.txt",
+        "/api/runs/..%2f..",
+        "http://evil.example/",
+    ],
+)
 def test_no_path_leads_out(crowded: Served, path: str):
     with ask(crowded, path, "Connection: close\r\n") as connection:
         answer = b"".join(iter(lambda: connection.recv(65536), b""))

@@ -35,8 +35,10 @@ def ids(client: TestClient) -> dict[str, str]:
 def test_the_library_finds_what_is_there_and_nothing_else(client: TestClient, root: Path):
     found = client.get("/api/library").json()
     assert [(e["kind"], e["name"]) for e in found] == [
-        ("bundle", "runs/mine/features"), ("graph", "runs/mine/graphs/one.json"), ("run", "runs/mine"),
-    ]  # fmt: skip
+        ("bundle", "runs/mine/features"),
+        ("graph", "runs/mine/graphs/one.json"),
+        ("run", "runs/mine"),
+    ]
     assert len({e["run"] for e in found}) == 1
     with pytest.raises(ConfigError, match="nothing at"):
         create_app([root / "no"])
@@ -79,9 +81,12 @@ def test_features_lists_search_and_one(client: TestClient, made: Made):
         (x.layer, x.index) for x in made.bundle.neighbours(2, 7, "decoder")
     ]
     for path, words in (
-        ("features?sort=colour", "cannot be sorted by"), ("features?filter=colour:1:2", "cannot be filtered by"), ("features?filter=density:x:", "is not understood"),
-        ("features/9/0", "no layer 9"), ("features/0/9999", "no feature L0/9999"),
-    ):  # fmt: skip
+        ("features?sort=colour", "cannot be sorted by"),
+        ("features?filter=colour:1:2", "cannot be filtered by"),
+        ("features?filter=density:x:", "is not understood"),
+        ("features/9/0", "no layer 9"),
+        ("features/0/9999", "no feature L0/9999"),
+    ):
         answer = client.get(f"{at}/{path}")
         assert answer.status_code == 422
         assert words in answer.json()["detail"]

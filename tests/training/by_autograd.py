@@ -17,8 +17,16 @@ FIGURES = {"coefficient": 0.7, "running_l0": 9.0, "asked_l0": 4.0}
 
 
 def plainly(
-    clt: CLT, x: Tensor, y: Tensor, c: TrainConfig, dead_LF: Tensor, *, coefficient: float, running_l0: float, asked_l0: float
-) -> dict[str, Tensor]:  # fmt: skip
+    clt: CLT,
+    x: Tensor,
+    y: Tensor,
+    c: TrainConfig,
+    dead_LF: Tensor,
+    *,
+    coefficient: float,
+    running_l0: float,
+    asked_l0: float,
+) -> dict[str, Tensor]:
     """The total and its parts; gradients are left in the parameters."""
     n, kind, eps = len(x), clt.config, c.eps
     clt.zero_grad()
@@ -48,8 +56,16 @@ def plainly(
 
 
 def by_parts(
-    clt: CLT, x: Tensor, y: Tensor, c: TrainConfig, dead_LF: Tensor, sparse: bool | list[bool], share: float = 1.0, into: Gradients | None = None, **figures: float
-) -> tuple[Terms, dict[str, Tensor]]:  # fmt: skip
+    clt: CLT,
+    x: Tensor,
+    y: Tensor,
+    c: TrainConfig,
+    dead_LF: Tensor,
+    sparse: bool | list[bool],
+    share: float = 1.0,
+    into: Gradients | None = None,
+    **figures: float,
+) -> tuple[Terms, dict[str, Tensor]]:
     """The same as training computes it, with the gradients by name."""
     into = into or Gradients()
     sparse_L = [sparse] * clt.config.n_layers if isinstance(sparse, bool) else sparse

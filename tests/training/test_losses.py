@@ -45,10 +45,19 @@ def gradients(clt: CLT) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=120, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS), sparsity=st.sampled_from(["tanh", "l0"]), density=st.floats(0, 1), sparse=st.lists(st.booleans(), min_size=3, max_size=3),
-    dead=st.booleans(), cross_layer=st.booleans(), skip=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]), eps=st.floats(0.05, 3.0),
-)  # fmt: skip
-def test_either_path_gives_the_losses_and_gradients_of_autograd_on_matrices(kind, sparsity, density, sparse, dead, cross_layer, skip, dtype, eps):  # fmt: skip
+    kind=st.sampled_from(KINDS),
+    sparsity=st.sampled_from(["tanh", "l0"]),
+    density=st.floats(0, 1),
+    sparse=st.lists(st.booleans(), min_size=3, max_size=3),
+    dead=st.booleans(),
+    cross_layer=st.booleans(),
+    skip=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    eps=st.floats(0.05, 3.0),
+)
+def test_either_path_gives_the_losses_and_gradients_of_autograd_on_matrices(
+    kind, sparsity, density, sparse, dead, cross_layer, skip, dtype, eps
+):
     clt = make(*kind, dtype=dtype, cross_layer=cross_layer, skip=skip)
     x, y = inputs(40).to(dtype), inputs(80)[40:].to(dtype)
     if not clt.config.ranks:
@@ -67,7 +76,9 @@ def test_either_path_gives_the_losses_and_gradients_of_autograd_on_matrices(kind
     for name, p in clt.named_parameters():
         grad = p.grad if p.grad is not None else torch.zeros_like(p)
         scale = grad.abs().max().item()
-        torch.testing.assert_close(slopes[name], grad, rtol=close, atol=close * max(scale, 1e-3), msg=lambda m, n=name: f"{n}: {m}")  # fmt: skip
+        torch.testing.assert_close(
+            slopes[name], grad, rtol=close, atol=close * max(scale, 1e-3), msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("sparsity", ["tanh", "l0"])
@@ -76,7 +87,10 @@ def test_losses_and_gradients_do_not_change_with_the_batch_split(sparsity: str, 
     c, clt, x, y = config(sparsity=sparsity), make(), inputs(40), inputs(80)[40:]
     whole, expected = by_parts(clt, x, y, c, some_dead(), sparse)
     into = Gradients()
-    parts = [by_parts(clt, a, b, c, some_dead(), sparse, 0.25, into)[0] for a, b in zip(x.split(10), y.split(10), strict=True)]  # fmt: skip
+    parts = [
+        by_parts(clt, a, b, c, some_dead(), sparse, 0.25, into)[0]
+        for a, b in zip(x.split(10), y.split(10), strict=True)
+    ]
     for name in ("total", "reconstruction", "sparsity", "revival"):
         torch.testing.assert_close(sum(getattr(p, name) for p in parts) / 4, getattr(whole, name))
     for name, p in clt.named_parameters():
@@ -98,13 +112,25 @@ def test_gradients_come_in_blocks_whose_norm_is_that_of_the_whole(monkeypatch: p
 
 
 def test_no_tensor_of_all_layers_features_is_ever_made():
-    """The largest tensor of a step has fewer numbers than tokens x layers x features, and than the weights of two layers."""
+    """The largest tensor of a step has fewer numbers than tokens x layers x features, and than the weights of two
+    layers.
+    """
     clt = CLT(CLTConfig(n_layers=6, d_model=4, n_features=256, activation="jumprelu"))
     initialise(clt, 0)
     x, c = torch.randn(512, 6, 4), config(n_features=256)
     for sparse in (True, False):
         with Largest() as largest:
-            compute(clt, x, x, c, Gradients(), eps=0.5, dead_LF=torch.ones(6, 256, dtype=torch.bool), sparse_L=[sparse] * 6, **FIGURES)  # fmt: skip
+            compute(
+                clt,
+                x,
+                x,
+                c,
+                Gradients(),
+                eps=0.5,
+                dead_LF=torch.ones(6, 256, dtype=torch.bool),
+                sparse_L=[sparse] * 6,
+                **FIGURES,
+            )
         assert 512 * 256 <= largest.numel < 2 * 512 * 256
 
 

@@ -84,7 +84,10 @@ def same_gradients_on(mesh: Mesh, kind: tuple[str, str], dtype: torch.dtype, spa
     all_of_it, mine = Gradients(), Gradients()
     expected, slopes = by_parts(whole, x, y, settings, dead_LF, sparse, into=all_of_it, asked_l0=12.0)
 
-    clt, tokens = share(whole, mesh), slice(mesh.data.rank * 40 // mesh.data.size, (mesh.data.rank + 1) * 40 // mesh.data.size)  # fmt: skip
+    clt, tokens = (
+        share(whole, mesh),
+        slice(mesh.data.rank * 40 // mesh.data.size, (mesh.data.rank + 1) * 40 // mesh.data.size),
+    )
     mine_LF = dead_LF.chunk(mesh.features.size, dim=1)[mesh.features.rank]
     with sizes_reduced() as sizes:
         found, _ = by_parts(clt, x[tokens], y[tokens], settings, mine_LF, sparse, into=mine, asked_l0=12.0)
@@ -97,7 +100,9 @@ def same_gradients_on(mesh: Mesh, kind: tuple[str, str], dtype: torch.dtype, spa
     for name, p in clt.named_parameters():
         grad, wanted = gathered(name, mine.of(p), mesh), slopes[name]
         scale = wanted.abs().max().item()
-        torch.testing.assert_close(grad, wanted, rtol=close, atol=close * scale, msg=lambda m, n=name: f"{mesh.shape} {kind} {n}: {m}")  # fmt: skip
+        torch.testing.assert_close(
+            grad, wanted, rtol=close, atol=close * scale, msg=lambda m, n=name: f"{mesh.shape} {kind} {n}: {m}"
+        )
     torch.testing.assert_close(mine.norm(clt), all_of_it.norm(whole), rtol=10 * close, atol=0.0)
     fired = mesh.features.cat(mesh.data.sum_(found.fired_LF), dim=1)
     assert torch.equal(fired, expected.fired_LF)
@@ -148,9 +153,14 @@ def arithmetic() -> None:
             same_gradients_on(mesh, kind, torch.float32, True, "tanh")
             same_gradients_on(mesh, kind, torch.float64, False, "tanh")
         same_gradients_on(mesh, KINDS[0], torch.float64, True, "l0")
-    with pytest.raises(ConfigError, match=r"feature_ranks=3 does not divide the number of ranks, \d; give --feature-ranks one of 1, 2"):  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"feature_ranks=3 does not divide the number of ranks, \d; give --feature-ranks one of 1, 2"
+    ):
         parallel.lay_out(3)
-    with mock.patch.object(parallel, "version", return_value=f"1.{parallel.rank()}"), pytest.raises(RunError, match=r"rank 1 has crosslayer 1\.1 and rank 0 has 1\.0; install the same"):  # fmt: skip
+    with (
+        mock.patch.object(parallel, "version", return_value=f"1.{parallel.rank()}"),
+        pytest.raises(RunError, match=r"rank 1 has crosslayer 1\.1 and rank 0 has 1\.0; install the same"),
+    ):
         parallel.check_same_versions()
 
 
@@ -272,7 +282,16 @@ def runs_of_four(config: TrainConfig, folder: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         return one_step(self)
 
-    with mock.patch.object(Trainer, "one_step", filling), pytest.raises(ResourceError, match=r"rank 3 could not write the checkpoint of step 20 \(File too large\); that of step 10 stays: make room and go on with --resume"):  # fmt: skip
+    with (
+        mock.patch.object(Trainer, "one_step", filling),
+        pytest.raises(
+            ResourceError,
+            match=(
+                r"rank 3 could not write the checkpoint of step 20 \(File too large\); that of step 10 stays: make room"
+                r" and go on with --resume"
+            ),
+        ),
+    ):
         train(config, folder / "full")
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     parallel.barrier()
@@ -329,7 +348,10 @@ def test_sharded_runs_save_resume_on_any_mesh_and_merge(tiny_config: TrainConfig
     run_on(2, resumed_elsewhere, config, tmp_path / "at-2", tmp_path / "state.pt")
     said = Console(record=True, stderr=True, width=300)
     train(config, tmp_path / "at-1", resume=True, console=said)
-    assert "on 2 x 2 ranks (data x features) and goes on on 1 x 1: weights and optimiser as they were, the text dealt out anew" in said.export_text()  # fmt: skip
+    assert (
+        "on 2 x 2 ranks (data x features) and goes on on 1 x 1: weights and optimiser as they were, the text dealt out"
+        " anew" in said.export_text()
+    )
     for run in ("at-2", "at-1"):
         log = [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
         assert [r["step"] for r in log if "loss" in r] == list(range(5, 31, 5))
@@ -353,12 +375,21 @@ def test_parts_of_different_transcoders_are_not_joined(tmp_path: Path):
 
 
 def test_settings_that_ranks_cannot_share_are_refused(tiny_config: TrainConfig):
-    with pytest.raises(ConfigError, match="n_features=64 cannot be shared out evenly over feature_ranks=3; make --n-features a multiple"):  # fmt: skip
+    with pytest.raises(
+        ConfigError,
+        match="n_features=64 cannot be shared out evenly over feature_ranks=3; make --n-features a multiple",
+    ):
         replace(tiny_config, feature_ranks=3)
     shape = HostShape(name="h", n_layers=3, d_model=16, n_parameters=1000, n_matrix_parameters=900)
     alone, one_of_four = (plan_of_one_rank(replace(tiny_config, feature_ranks=n), shape) for n in (1, 4))
     for part in ("transcoder weights", "gradients", "Adam moments", "transcoder as saved"):
         assert one_of_four.memory_bytes[part] == pytest.approx(alone.memory_bytes[part] / 4, rel=0.05)
     assert (one_of_four.n_parameters, one_of_four.disk_bytes) == (alone.n_parameters, alone.disk_bytes)
-    with pytest.raises(ConfigError, match="batch=200 in accumulate=2 micro-batches cannot be shared out evenly over 8 ranks; make --batch a multiple of 16"):  # fmt: skip
+    with pytest.raises(
+        ConfigError,
+        match=(
+            "batch=200 in accumulate=2 micro-batches cannot be shared out evenly over 8 ranks; make --batch a multiple"
+            " of 16"
+        ),
+    ):
         replace(tiny_config, feature_ranks=2, accumulate=2).share(data_ranks=4)

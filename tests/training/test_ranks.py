@@ -15,9 +15,21 @@ from safetensors.torch import load_file
 
 def torchrun(*args: str | Path, expect: int = 0, kill_one_after: Path | None = None) -> str:
     """What two ranks of `crosslayer train` say; the second may be killed once there is a checkpoint."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crosslayer", "train"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "crosslayer",
+        "train",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)  # fmt: skip
+    process = subprocess.Popen(
+        [*command, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
     if kill_one_after is not None:
         while not list(kill_one_after.glob("step-*")) and process.poll() is None:
             time.sleep(0.02)
@@ -32,10 +44,34 @@ def test_a_killed_rank_is_told_of_and_the_resumed_run_ends_bit_equal(
     host_folder: Path, text_folder: Path, tmp_path: Path
 ):
     settings = [
-        *("--model", host_folder, "--text", text_folder, "--tokens", "8000", "--batch", "100", "--n-features", "64", "--l0-per-layer", "4"),
-        *("--context", "33", "--ring", "512", "--rows-per-harvest", "8", "--scale-tokens", "500", "--calibration-tokens", "2000"),
+        *(
+            "--model",
+            host_folder,
+            "--text",
+            text_folder,
+            "--tokens",
+            "8000",
+            "--batch",
+            "100",
+            "--n-features",
+            "64",
+            "--l0-per-layer",
+            "4",
+        ),
+        *(
+            "--context",
+            "33",
+            "--ring",
+            "512",
+            "--rows-per-harvest",
+            "8",
+            "--scale-tokens",
+            "500",
+            "--calibration-tokens",
+            "2000",
+        ),
         *("--eval-tokens", "500", "--checkpoint-every", "10", "--feature-ranks", "2"),
-    ]  # fmt: skip
+    ]
     torchrun(*settings, "--out", tmp_path / "whole")
     said = torchrun(*settings, "--out", tmp_path / "cut", expect=1, kill_one_after=tmp_path / "cut" / "checkpoints")
     assert "crosslayer: rank 0 waited for another, which ended or cannot be reached" in said

@@ -36,8 +36,8 @@ from crosslayer.training.run_folder import read_manifest
 from crosslayer.training.trainer import Stopped, Trainer, train
 
 RUN = (
-    "import sys, json; from crosslayer.training.config import TrainConfig; from crosslayer.training.trainer import train; \
-train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=len(sys.argv) > 3)"
+    "import sys, json; from crosslayer.training.config import TrainConfig; from crosslayer.training.trainer import"
+    " train; train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=len(sys.argv) > 3)"
 )
 
 

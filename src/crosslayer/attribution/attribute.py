@@ -53,11 +53,13 @@ def attribute(
         model: the host, or both in one object; None for the host that the transcoder names.
         clt: a transcoder by folder, run or name on the hub, or opened; None if `model` holds it.
         prompt: text, token ids, or a list of several of either.
-        targets: what to explain, one or several: `Target`s, token ids, or texts as the command line takes them; unless given, the fewest
-            most probable next tokens that reach 95 % of the probability, 10 at most.
-        tolerance: share of the targets' influence that may stay in nodes without a row; 0 gives every active feature its row.
+        targets: what to explain, one or several: `Target`s, token ids, or texts as the command line takes them; unless
+            given, the fewest most probable next tokens that reach 95 % of the probability, 10 at most.
+        tolerance: share of the targets' influence that may stay in nodes without a row; 0 gives every active feature
+            its row.
         max_nodes: features that get a row at most; the bound reached is in the result.
-        precision: of the matrix products; sums are kept in float32. `bf16` is twice as fast where the processor knows it.
+        precision: of the matrix products; sums are kept in float32. `bf16` is twice as fast where the processor knows
+            it.
         device: cpu, cuda, or auto; a model or transcoder that is open already stays where it is.
         console: where progress goes; quiet by default.
 
@@ -80,9 +82,12 @@ def attribute(
         targets = [targets]
     asked: list[Target] | None = None if targets is None else [_target(t) for t in targets]
     settings = {
-        "tolerance": tolerance, "max_nodes": max_nodes, "precision": precision, "desired_logit_prob": DESIRED_PROBABILITY,
+        "tolerance": tolerance,
+        "max_nodes": max_nodes,
+        "precision": precision,
+        "desired_logit_prob": DESIRED_PROBABILITY,
         "targets": None,
-    }  # fmt: skip
+    }
     with track(console or Console(quiet=True), "trace", float(len(prompts))) as update:
         graphs = _attribute(host, opened, prompts, asked, settings, update)
     return graphs if several else graphs[0]
@@ -117,9 +122,13 @@ def _attribute(
     for i, (prompt, local, writes, targets) in enumerate(zip(prompts, locals_, all_writes, resolved, strict=True)):
         began = time.perf_counter()
         swept = sweep(
-            writes, targets, tolerance=settings["tolerance"], max_nodes=settings["max_nodes"], dtype=dtype,
+            writes,
+            targets,
+            tolerance=settings["tolerance"],
+            max_nodes=settings["max_nodes"],
+            dtype=dtype,
             on_progress=lambda share, figures, at=i: update(at + share, figures),
-        )  # fmt: skip
+        )
         # What all prompts share is divided among them.
         wall_s = shared_s / len(prompts) + time.perf_counter() - began
         graphs.append(
@@ -136,32 +145,72 @@ def _target(target: Any) -> Target:
 
 
 def _header(
-    host: Host, opened: Opened, prompt: Any, local: LocalModel, targets: Sequence[Resolved], swept: Swept,
-    settings: dict[str, Any], wall_s: float,
-) -> GraphHeader:  # fmt: skip
+    host: Host,
+    opened: Opened,
+    prompt: Any,
+    local: LocalModel,
+    targets: Sequence[Resolved],
+    swept: Swept,
+    settings: dict[str, Any],
+    wall_s: float,
+) -> GraphHeader:
     tokens = local.kept.tokens_T.tolist()
     strings = [host.decode_token(t) for t in tokens]
     p = opened.provenance
     records = [
-        TargetRecord(kind=r.kind, name=r.name, position=r.position, layer=r.layer, token=r.token, weight=r.weight, probability=r.probability)  # type: ignore[arg-type]
+        TargetRecord(
+            kind=r.kind,  # type: ignore[arg-type]
+            name=r.name,
+            position=r.position,
+            layer=r.layer,
+            token=r.token,
+            weight=r.weight,
+            probability=r.probability,
+        )
         for r in targets
-    ]  # fmt: skip
+    ]
     return GraphHeader(
-        prompt=prompt if isinstance(prompt, str) else "".join(strings), tokens=tokens, token_strings=strings,
-        n_layers=local.n_layers, n_skip=local.n_skip, n_vocab=host.n_vocab, targets=records, unexpanded=swept.unexpanded,
-        kept_share=1 - settings["tolerance"] / 10, host=host.name, clt=str(p.model_name), scan=p.scan or "", settings=settings,
-        versions={"crosslayer": version("crosslayer"), "torch": version("torch"), "transformers": version("transformers")},
-        created=datetime.now(UTC).isoformat(timespec="seconds"), wall_s=round(wall_s, 3),
-    )  # fmt: skip
+        prompt=prompt if isinstance(prompt, str) else "".join(strings),
+        tokens=tokens,
+        token_strings=strings,
+        n_layers=local.n_layers,
+        n_skip=local.n_skip,
+        n_vocab=host.n_vocab,
+        targets=records,
+        unexpanded=swept.unexpanded,
+        kept_share=1 - settings["tolerance"] / 10,
+        host=host.name,
+        clt=str(p.model_name),
+        scan=p.scan or "",
+        settings=settings,
+        versions={
+            "crosslayer": version("crosslayer"),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        wall_s=round(wall_s, 3),
+    )
 
 
 def _arrays(local: LocalModel, s: Swept) -> GraphArrays:
     f = local.features
     numpy = lambda t: t.cpu().numpy()  # noqa: E731
     return GraphArrays(
-        numpy(f.layer_N), numpy(f.position_N), numpy(f.index_N), numpy(f.activation_N), s.influence_N, s.row_node_R, s.indptr_R1,
-        s.source_E, s.weight_E, s.value_R, s.constant_R, s.rest_R, s.sums_R4,
-    )  # fmt: skip
+        numpy(f.layer_N),
+        numpy(f.position_N),
+        numpy(f.index_N),
+        numpy(f.activation_N),
+        s.influence_N,
+        s.row_node_R,
+        s.indptr_R1,
+        s.source_E,
+        s.weight_E,
+        s.value_R,
+        s.constant_R,
+        s.rest_R,
+        s.sums_R4,
+    )
 
 
 def _check_patterns(host: Host, n_positions: int) -> None:

@@ -1,14 +1,15 @@
 """The vector-Jacobian product of a local replacement model, written out: no autograd, no replicated batch.
 
-Rows are gradients of targets with respect to the stream. They go down layer by layer, and on their way are multiplied with
-what is written there. Attention is four products: with the output projection, with the transposed pattern, a sum over the heads
-that share a value, with the value projection. Scales and gains of norms are folded into these beforehand.
+Rows are gradients of targets with respect to the stream. They go down layer by layer, and on their way are multiplied
+with what is written there. Attention is four products: with the output projection, with the transposed pattern, a sum
+over the heads that share a value, with the value projection. Scales and gains of norms are folded into these
+beforehand.
 
 Only positions up to a target's own take part. Rows are sorted by the position of their target and laid out in blocks of
 neighbouring targets, each block (positions, rows, width), so that every product is over contiguous memory.
 
-At the first positions of the policy there are no features, and the stream is a fixed sum of tokens and constants at every
-layer. What arrives there is multiplied with these sums at once, and does not go further down.
+At the first positions of the policy there are no features, and the stream is a fixed sum of tokens and constants at
+every layer. What arrives there is multiplied with these sums at once, and does not go further down.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Folded(NamedTuple):
     written_T2D: Float[Tensor, "T 2 D"]
     """Error and constant at the MLP's output."""
     early_TXJ: Float[Tensor, "T X J"]
-    """At the first positions of the policy: what the values of attention hold of each of their tokens, and of constants."""
+    """At the first positions of the policy: what the values of attention hold of each of their tokens, and of
+    constants.
+    """
 
 
 class Descent:
@@ -171,7 +174,9 @@ class Descent:
 
 
 class _Block(NamedTuple):
-    """Rows of neighbouring targets: which, at which offset, over how many positions after the first ones of the policy."""
+    """Rows of neighbouring targets: which, at which offset, over how many positions after the first ones of the
+    policy.
+    """
 
     rows: slice
     offset: int
@@ -210,9 +215,7 @@ class _Rows:
 
     def multiply(self, vectors_TXD: Float[Tensor, "T X D"]) -> list[tuple[_Block, Tensor]]:
         """Products with vectors of each position, summed in full precision: (X, positions, rows) a block."""
-        return [
-            (b, (self._view(b) @ vectors_TXD[: b.reach].transpose(1, 2)).permute(2, 0, 1)) for b in self.blocks
-        ]  # fmt: skip
+        return [(b, (self._view(b) @ vectors_TXD[: b.reach].transpose(1, 2)).permute(2, 0, 1)) for b in self.blocks]
 
     def skip(self, folded: Folded, first: int) -> Tensor:
         """What the gradients gain through an affine skip."""
@@ -224,7 +227,8 @@ class _Rows:
         return gained_SD
 
     def attention(self, folded: Folded, first: int, early_NJ: Tensor, *, only_own: bool = False) -> None:
-        """Add what the gradients gain through attention with its pattern held; what reaches the first positions is added to `early_NJ`.
+        """Add what the gradients gain through attention with its pattern held; what reaches the first positions is
+        added to `early_NJ`.
 
         Args:
             only_own: gradients are zero but at the targets' own positions.
@@ -270,7 +274,9 @@ def _blocks(positions: list[int]) -> list[_Block]:
 
 
 def _early(local: LocalModel, token_TD: Tensor) -> Iterator[Tensor]:
-    """At the first positions, below each layer and at the top: (T, J, D) parts of the stream by token, and the constant rest."""
+    """At the first positions, below each layer and at the top: (T, J, D) parts of the stream by token, and the constant
+    rest.
+    """
     part_JTD = torch.diag_embed(token_TD.T).permute(1, 2, 0)
     for layer, stream_TD in enumerate(local.early):
         yield torch.cat([part_JTD, (stream_TD - part_JTD.sum(0))[None]]).transpose(0, 1)
@@ -292,7 +298,9 @@ def _fold(local: LocalModel, layer: int, early_TJD: Tensor, dtype: torch.dtype) 
         pattern_HTT = pattern_HTT * scales.after_attention_T[None, :, None]
     pattern_HTT = pattern_HTT * scales.attention_T[None, None, :]
     heads, n_values, t = attention.n_heads, attention.n_value_heads, local.n_positions
-    pattern_GTX = pattern_HTT.transpose(1, 2).unflatten(0, (n_values, heads // n_values)).transpose(1, 2).reshape(n_values, t, -1)  # fmt: skip
+    pattern_GTX = (
+        pattern_HTT.transpose(1, 2).unflatten(0, (n_values, heads // n_values)).transpose(1, 2).reshape(n_values, t, -1)
+    )
     value_XD = block.attention_norm.pull(attention.value_XD.to(full))
     if constant_TD is not None and block.after_attention_norm is not None and scales.after_attention_T is not None:
         constant_TD = constant_TD * block.after_attention_norm.gain_D * scales.after_attention_T[:, None]
@@ -305,9 +313,15 @@ def _fold(local: LocalModel, layer: int, early_TJD: Tensor, dtype: torch.dtype) 
         written_T2D = written_T2D * block.after_mlp_norm.gain_D * scales.after_mlp_T[:, None, None]
     narrow = lambda x: x.to(dtype).contiguous()  # noqa: E731
     return Folded(
-        narrow(pattern_GTX), narrow(output_DY), narrow(value_XD), None if skip_DD is None else narrow(skip_DD),
-        skip_scale_T, constant_TD, written_T2D.to(full), (early_TJD @ value_XD.T).transpose(1, 2),
-    )  # fmt: skip
+        narrow(pattern_GTX),
+        narrow(output_DY),
+        narrow(value_XD),
+        None if skip_DD is None else narrow(skip_DD),
+        skip_scale_T,
+        constant_TD,
+        written_T2D.to(full),
+        (early_TJD @ value_XD.T).transpose(1, 2),
+    )
 
 
 def _attention_bias(local: LocalModel, layer: int) -> Tensor | None:

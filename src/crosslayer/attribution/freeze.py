@@ -16,7 +16,8 @@ FREEZES = ("none", "attention", "norms", "both")
 
 @contextmanager
 def frozen(local: LocalModel, what: str) -> Iterator[None]:
-    """While this lasts, the host's forward passes over rows of the prompt's length use the prompt's patterns, scales, or both.
+    """While this lasts, the host's forward passes over rows of the prompt's length use the prompt's patterns, scales,
+    or both.
 
     Args:
         what: one of `FREEZES`.

@@ -1,13 +1,14 @@
 """Interventions: change features of a prompt, and see what the model does.
 
-A feature's activation is set, scaled or ablated at some positions; the difference to what it was, times its decoder rows, is
-added to the MLP outputs that it writes to. What happens then is a choice, said plainly:
+A feature's activation is set, scaled or ablated at some positions; the difference to what it was, times its decoder
+rows, is added to the MLP outputs that it writes to. What happens then is a choice, said plainly:
 
-- `mlps="host"`: the host's own MLPs react to the changed stream. `mlps="replaced"`: they react as the transcoder has it: features
-  are computed anew, and the prompt's errors stay. New tokens of a generation have no errors.
+- `mlps="host"`: the host's own MLPs react to the changed stream. `mlps="replaced"`: they react as the transcoder has
+  it: features are computed anew, and the prompt's errors stay. New tokens of a generation have no errors.
 - `hold`: layers whose MLP outputs keep their values, but for what is added (and for affine skips, which are linear):
   features there pass nothing on. Holding all layers leaves direct effects only, which are a graph's edges.
-- `freeze`: attention patterns, norm scales, both or none keep the prompt's values. New tokens of a generation have none to keep.
+- `freeze`: attention patterns, norm scales, both or none keep the prompt's values. New tokens of a generation have none
+  to keep.
 
 First positions of the policy have no features, and their MLPs are the host's own throughout.
 """
@@ -72,7 +73,8 @@ class Intervention:
         value = self.set if self.set is not None else self.scale
         if not abs(float(value or 0.0)) <= MOST:
             raise ConfigError(
-                f"feature {self.layer}/{self.index} cannot take the value {value}; give a finite number of at most {MOST:g}"
+                f"feature {self.layer}/{self.index} cannot take the value {value}; give a finite number of at most"
+                f" {MOST:g}"
             )
 
 
@@ -119,9 +121,17 @@ class _Steer:
     """A visitor that carries interventions out, over one prompt and the tokens generated after it."""
 
     def __init__(
-        self, clt: CLT, batch: Sequence[Sequence[Intervention]], local: LocalModel | None, n_skip: int, n_prompt: int,
-        mlps: str, hold: Collection[int], watch: Sequence[Watch], keep_stream: bool,
-    ) -> None:  # fmt: skip
+        self,
+        clt: CLT,
+        batch: Sequence[Sequence[Intervention]],
+        local: LocalModel | None,
+        n_skip: int,
+        n_prompt: int,
+        mlps: str,
+        hold: Collection[int],
+        watch: Sequence[Watch],
+        keep_stream: bool,
+    ) -> None:
         self.clt, self.local, self.n_skip, self.n_prompt = clt, local, n_skip, n_prompt
         self.mlps, self.hold, self.watch, self.keep_stream = mlps, hold, watch, keep_stream
         self.edits: list[list[_Edit]] = [[] for _ in range(clt.config.n_layers)]
@@ -210,7 +220,9 @@ class _Steer:
 
     def _add(self, layer: int, x_BTD: Tensor, row: Any, at: Any, values: Tensor) -> None:
         if layer not in self.pending:
-            self.pending[layer] = torch.zeros(x_BTD.shape, dtype=torch.promote_types(values.dtype, torch.float32), device=x_BTD.device)  # fmt: skip
+            self.pending[layer] = torch.zeros(
+                x_BTD.shape, dtype=torch.promote_types(values.dtype, torch.float32), device=x_BTD.device
+            )
         self.pending[layer][row, at] += values
 
     def _look(self, layer: int, x_BTD: Tensor) -> None:
@@ -233,9 +245,13 @@ def _edit(clt: CLT, row: int, i: Intervention) -> _Edit:
     wide = torch.promote_types(clt.dtype, torch.float32)
     threshold = float(clt.threshold[i.layer][i.index]) if c.kind.thresholds else 0.0
     return _Edit(
-        row, i, clt.decoder_rows(i.layer, which)[0].to(wide), clt.W_enc.rows(i.layer, which)[0].to(wide),
-        float(clt.b_enc[i.layer][i.index]), threshold,
-    )  # fmt: skip
+        row,
+        i,
+        clt.decoder_rows(i.layer, which)[0].to(wide),
+        clt.W_enc.rows(i.layer, which)[0].to(wide),
+        float(clt.b_enc[i.layer][i.index]),
+        threshold,
+    )
 
 
 def _places(positions: Positions, n_prompt: int, now: range) -> list[int]:
@@ -291,7 +307,8 @@ def intervene(
         )
     if clt_.config.kind.over_batch:
         raise ConfigError(
-            "batchtopk ranks the tokens of a batch together, so that interventions side by side would change one another; convert the transcoder to JumpReLU"
+            "batchtopk ranks the tokens of a batch together, so that interventions side by side would change one"
+            " another; convert the transcoder to JumpReLU"
         )
     tokens_BT = tokens_of(host, prompt).to(host.device)
     batch: list[list[Intervention]] = _as_batch(interventions)
@@ -304,10 +321,16 @@ def intervene(
     steer = _Steer(clt_, batch, local, host.policy.n_skip, tokens_BT.shape[1], mlps, set(hold), watch, keep_stream)
     after, generated = _run(host, tokens_BT.expand(len(batch), -1), steer, local, freeze, generate)
     return Intervened(
-        tokens_BT[0], before[0], after, plain.watched[0], steer.watched, generated_before[0], generated,
+        tokens_BT[0],
+        before[0],
+        after,
+        plain.watched[0],
+        steer.watched,
+        generated_before[0],
+        generated,
         torch.stack(plain.streams, dim=1)[0] if keep_stream else None,
         torch.stack(steer.streams, dim=1) if keep_stream else None,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -341,9 +364,16 @@ def _as_batch(interventions: Sequence[Any]) -> list[list[Intervention]]:
 
 
 def _check(
-    clt: CLT, n: int, batch: list[list[Intervention]], freeze: str, mlps: str, hold: Collection[int], generate: int,
-    watch: Sequence[Watch], host: Host,
-) -> None:  # fmt: skip
+    clt: CLT,
+    n: int,
+    batch: list[list[Intervention]],
+    freeze: str,
+    mlps: str,
+    hold: Collection[int],
+    generate: int,
+    watch: Sequence[Watch],
+    host: Host,
+) -> None:
     c = clt.config
     if freeze not in FREEZES:
         raise ConfigError(f"freeze={freeze!r} is not known; give one of {', '.join(FREEZES)}")
@@ -354,12 +384,14 @@ def _check(
     if generate < 0 or n + generate > host.max_positions:
         remedy = "lower it" if n <= host.max_positions and generate > 0 else "shorten the prompt"
         raise ConfigError(
-            f"generate={generate} after {n} tokens does not fit the context of {host.name}, {host.max_positions}; {remedy}"
+            f"generate={generate} after {n} tokens does not fit the context of {host.name}, {host.max_positions};"
+            f" {remedy}"
         )
     for i in [i for some in batch for i in some]:
         if not (0 <= i.layer < c.n_layers and 0 <= i.index < c.n_features):
             raise ConfigError(
-                f"there is no feature {i.index} in layer {i.layer}; the transcoder has {c.n_layers} layers of {c.n_features} features"
+                f"there is no feature {i.index} in layer {i.layer}; the transcoder has {c.n_layers} layers of"
+                f" {c.n_features} features"
             )
         if not isinstance(i.positions, slice | None):
             for p in _several(i.positions):
@@ -369,7 +401,8 @@ def _check(
                     )
                 if p % n < host.policy.n_skip and p < n:
                     raise ConfigError(
-                        f"position {p} is among the first {host.policy.n_skip}, which have no features; give a later one"
+                        f"position {p} is among the first {host.policy.n_skip}, which have no features; give a"
+                        " later one"
                     )
     for some in batch:
         _check_once(some, n, generate)
@@ -387,7 +420,8 @@ def _check_once(interventions: Sequence[Intervention], n: int, generate: int) ->
         places = _places(i.positions, n, range(n + generate))
         if not places:
             raise ConfigError(
-                f"the positions of L{i.layer}/{i.index} hold none of the prompt's {n}; give 0 to {n - 1}, or -1 for the last"
+                f"the positions of L{i.layer}/{i.index} hold none of the prompt's {n}; give 0 to {n - 1}, or -1 for the"
+                " last"
             )
         for p in places:
             if (i.layer, i.index, p) in taken:

@@ -1,9 +1,10 @@
 """The local replacement model of one prompt: the host as a linear function of features, errors and tokens.
 
 Attention patterns and norm scales are held at their values, and each MLP's output is the sum of what active features
-write, of an error vector, and of a constant (DESIGN section 5; Ameisen et al., "Circuit Tracing", 2025). One forward pass
-of the host gives the patterns, the MLP outputs and which features are active; the stream is then added up again, in float32
-at least, from these parts alone. So edges sum to pre-activations to rounding, also where the host runs in bfloat16.
+write, of an error vector, and of a constant (DESIGN section 5; Ameisen et al., "Circuit Tracing", 2025). One forward
+pass of the host gives the patterns, the MLP outputs and which features are active; the stream is then added up again,
+in float32 at least, from these parts alone. So edges sum to pre-activations to rounding, also where the host runs in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -174,7 +175,9 @@ class LocalModel:
         return attention.apply(x_TD[None], self.kept.patterns[layer].to(self.dtype))[0]
 
     def carry_early(self, layer: int, h_XTD: Float[Tensor, "X T D"]) -> Float[Tensor, "X T D"]:
-        """Parts of the stream at the first positions of the policy, through one layer; biases and MLPs are another part."""
+        """Parts of the stream at the first positions of the policy, through one layer; biases and MLPs are another
+        part.
+        """
         block, scales, n = self._block(layer), self.scales[layer], self.n_skip
         linear = lambda norm: norm._replace(bias_D=None)  # noqa: E731
         attention = block.attention.to(self.dtype)._replace(value_bias_X=None, output_bias_D=None)
@@ -220,7 +223,8 @@ class LocalModel:
         """Logits with features, errors and constants in place of the MLPs.
 
         Args:
-            made_LTD: what features write; other activations than the prompt's own give this model's linear answer to them.
+            made_LTD: what features write; other activations than the prompt's own give this model's linear answer to
+                them.
         """
         stream_TD = self.kept.start_TD.to(self.dtype)
         for layer, scales in enumerate(self.scales):
@@ -263,7 +267,10 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
     """
     anatomy = anatomy or Anatomy(host)
     if host.n_layers != len(anatomy.blocks):
-        raise ConfigError(f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need one of all layers")  # fmt: skip
+        raise ConfigError(
+            f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need one"
+            " of all layers"
+        )
     kept = keep(host, anatomy, tokens_T)
     n_skip = min(host.policy.n_skip, len(tokens_T))
     x_BLD = kept.x_LTD[:, n_skip:].transpose(0, 1)

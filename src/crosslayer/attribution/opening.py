@@ -34,7 +34,13 @@ def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
                 "a bare CLT does not say where it reads and writes; give a loaded host with it, or open both by name"
             )
         check_shape(model, clt)
-        provenance = Provenance(model_name=model.name, input_hook=model.input_hook, output_hook=model.output_hook, policy=model.policy, scan="")  # fmt: skip
+        provenance = Provenance(
+            model_name=model.name,
+            input_hook=model.input_hook,
+            output_hook=model.output_hook,
+            policy=model.policy,
+            scan="",
+        )
         return model, Opened(clt, provenance)
     opened = clt if isinstance(clt, Opened) else load_clt(clt, device=where)
     if opened.clt.device.type != torch.device(where).type:

@@ -1,9 +1,10 @@
 """One sweep from the top: which nodes get a row, and a proof of what the others could hold.
 
-A feature's influence on the targets depends on nodes of later layers only. So when the sweep reaches a layer, the influence of
-its nodes is final: the most influential are expanded (get their row of incoming edges), the rest is left, and the sweep goes
-down. Each expanded row is normalised to one, so the targets' influence ends in tokens, in errors, or in features left
-unexpanded; the last share is the bound: no node's influence, nor the totals of tokens and errors, is short by more.
+A feature's influence on the targets depends on nodes of later layers only. So when the sweep reaches a layer, the
+influence of its nodes is final: the most influential are expanded (get their row of incoming edges), the rest is left,
+and the sweep goes down. Each expanded row is normalised to one, so the targets' influence ends in tokens, in errors, or
+in features left unexpanded; the last share is the bound: no node's influence, nor the totals of tokens and errors, is
+short by more.
 """
 
 from __future__ import annotations
@@ -96,10 +97,18 @@ class _Sweep:
             rest_mass_N = absolute_NX.masked_fill(kept_NX, 0.0).sum(1)
         sums = torch.cat([mass_N3, rest_mass_N[:, None]], dim=1)
         numpy = lambda t: t.cpu().numpy()  # noqa: E731
-        self.rows.append((
-            numpy(node_N), numpy(kept_NX.sum(1)), numpy(source_X[column]), numpy(edges.all_NX[row, column]),
-            numpy(reads.value_N), numpy(edges.constant_N), numpy(rest_N), numpy(sums),
-        ))  # fmt: skip
+        self.rows.append(
+            (
+                numpy(node_N),
+                numpy(kept_NX.sum(1)),
+                numpy(source_X[column]),
+                numpy(edges.all_NX[row, column]),
+                numpy(reads.value_N),
+                numpy(edges.constant_N),
+                numpy(rest_N),
+                numpy(sums),
+            )
+        )
 
     def result(self, unexpanded: float) -> Swept:
         node, count, source, weight, value, constant, rest, sums = (

@@ -1,7 +1,7 @@
 """What a graph explains: logits, differences of logits, directions, features.
 
-A target reads the stream at one position. Logits are taken as unembedding rows minus the mean row, so that they do not depend
-on what all logits share.
+A target reads the stream at one position. Logits are taken as unembedding rows minus the mean row, so that they do not
+depend on what all logits share.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """A target as the command line has it: `TOKEN`, `TOKEN-minus-TOKEN`, `L12/345`; each with `@POSITION` if not the last.
+    """A target as the command line has it: `TOKEN`, `TOKEN-minus-TOKEN`, `L12/345`; each with `@POSITION` if not the
+    last.
 
     A token is its text, or `#ID`.
 
@@ -101,10 +102,12 @@ class Resolved:
 
 
 def resolve(local: LocalModel, asked: Sequence[Target] | None) -> list[Resolved]:
-    """Targets with their directions: those asked for, or the fewest tokens that reach 95 % of the probability, 10 at most.
+    """Targets with their directions: those asked for, or the fewest tokens that reach 95 % of the probability, 10 at
+    most.
 
     Raises:
-        ConfigError: for a position outside the prompt, a text that is not one token, or a feature that is not active there.
+        ConfigError: for a position outside the prompt, a text that is not one token, or a feature that is not active
+            there.
     """
     if asked is None:
         probability_V = local.kept.logits_TV[-1].float().softmax(0)
@@ -189,7 +192,8 @@ def token_of(local: LocalModel, token: int | str | None) -> tuple[int, str]:
     if len(ids) != 1:
         shown = ", ".join(f"#{i} {host.decode_token(i)!r}" for i in ids[:12]) or "none"
         raise ConfigError(
-            f"target {token!r} is {len(ids)} tokens of {host.name} ({shown}); give one of them, by its text or its #ID, a leading space counts"
+            f"target {token!r} is {len(ids)} tokens of {host.name} ({shown}); give one of them, by its text or its #ID,"
+            " a leading space counts"
         )
     return ids[0], host.decode_token(ids[0])
 
@@ -200,7 +204,8 @@ def _feature(local: LocalModel, target: Target, position: int) -> Resolved:
     config = local.clt.config
     if not (0 <= layer < config.n_layers and 0 <= index < config.n_features):
         raise ConfigError(
-            f"there is no feature {index} in layer {layer}; the transcoder has {config.n_layers} layers of {config.n_features} features"
+            f"there is no feature {index} in layer {layer}; the transcoder has {config.n_layers} layers of"
+            f" {config.n_features} features"
         )
     f = local.features
     found = ((f.layer_N == layer) & (f.position_N == position) & (f.index_N == index)).nonzero().flatten()
@@ -208,14 +213,24 @@ def _feature(local: LocalModel, target: Target, position: int) -> Resolved:
         elsewhere = f.position_N[(f.layer_N == layer) & (f.index_N == index)].tolist()
         where = f"it is at {', '.join(map(str, elsewhere[:12]))}" if elsewhere else "nor anywhere else on this prompt"
         raise ConfigError(
-            f"feature {index} of layer {layer} is not active at position {position}, {where}; a graph explains active features only"
+            f"feature {index} of layer {layer} is not active at position {position}, {where}; a graph explains active"
+            " features only"
         )
     reads = feature_reads(local, layer, found)
     name = target.name or f"L{layer}/{index}"
     weight = 1.0 if target.weight is None else target.weight
     return Resolved(
-        "feature", name, position, layer, None, weight, None, reads.read_ND[0], float(reads.constant_N[0]), float(reads.value_N[0])
-    )  # fmt: skip
+        "feature",
+        name,
+        position,
+        layer,
+        None,
+        weight,
+        None,
+        reads.read_ND[0],
+        float(reads.constant_N[0]),
+        float(reads.value_N[0]),
+    )
 
 
 def feature_reads(local: LocalModel, layer: int, which_N: Tensor) -> Reads:
@@ -239,6 +254,9 @@ def target_reads(resolved: Sequence[Resolved]) -> Reads:
     """Targets of one site together, in order of position."""
     read_ND = torch.stack([r.read_D for r in resolved])
     return Reads(
-        resolved[0].layer, torch.tensor([r.position for r in resolved], device=read_ND.device), read_ND,
-        read_ND.new_tensor([r.constant for r in resolved]), read_ND.new_tensor([r.value for r in resolved]),
-    )  # fmt: skip
+        resolved[0].layer,
+        torch.tensor([r.position for r in resolved], device=read_ND.device),
+        read_ND,
+        read_ND.new_tensor([r.constant for r in resolved]),
+        read_ND.new_tensor([r.value for r in resolved]),
+    )

@@ -25,12 +25,13 @@ class Validation(NamedTuple):
     Attributes:
         n_sources: features ablated, the most influential first.
         n_pairs: pairs of features compared.
-        feature_pearson, feature_spearman: predicted against measured change of pre-activations when a source is ablated and all MLPs
-            are held but for what it writes (constrained patching).
-        kl_spearman: influence of a feature against the Kullback-Leibler divergence of the model's next tokens when it is ablated and
-            everything reacts.
-        cosine_L, error_L: of a perturbation's effect on each layer's MLP input in the replacement model against the host: cosine,
-            and norm of the difference over the norm of the host's effect; means over the sources, below whose layers nothing happens.
+        feature_pearson, feature_spearman: predicted against measured change of pre-activations when a source is ablated
+            and all MLPs are held but for what it writes (constrained patching).
+        kl_spearman: influence of a feature against the Kullback-Leibler divergence of the model's next tokens when it
+            is ablated and everything reacts.
+        cosine_L, error_L: of a perturbation's effect on each layer's MLP input in the replacement model against the
+            host: cosine, and norm of the difference over the norm of the host's effect; means over the sources, below
+            whose layers nothing happens.
     """
 
     n_sources: int
@@ -57,7 +58,8 @@ def validate(
     Args:
         model, clt, device: as for `attribute`; those that the graph was made with.
         n_sources: features to ablate.
-        freeze: what is held in constrained patching: with `both` edges are exact, with `attention` norms react as they would.
+        freeze: what is held in constrained patching: with `both` edges are exact, with `attention` norms react as they
+            would.
 
     Raises:
         ConfigError: for a graph without expanded features, or of another host.
@@ -66,7 +68,8 @@ def validate(
     a, h = graph.arrays, graph.header
     if h.n_layers != host.n_layers or max(h.tokens) >= host.n_vocab:
         raise ConfigError(
-            f"the graph is of a host with {h.n_layers} layers, {host.name} has {host.n_layers}; give the host it was made with"
+            f"the graph is of a host with {h.n_layers} layers, {host.name} has {host.n_layers}; give the host it was"
+            " made with"
         )
     rows = np.sort(a.row_R[a.row_R < graph.n_features])
     by_influence = np.argsort(-graph.influence_N[: graph.n_features], kind="stable")
@@ -102,10 +105,14 @@ def validate(
     touched_SL = np.array([[layer > a.layer_F[n] for layer in range(h.n_layers)] for n in sources])
     mean = lambda parts: np.where(touched_SL, np.concatenate(parts), np.nan)  # noqa: E731
     return Validation(
-        len(sources), len(x), _correlation(pearsonr, x, y), _correlation(spearmanr, x, y),
+        len(sources),
+        len(x),
+        _correlation(pearsonr, x, y),
+        _correlation(spearmanr, x, y),
         _correlation(spearmanr, graph.influence_N[sources], np.concatenate(divergence)),
-        _nanmean(mean(cosines)), _nanmean(mean(errors)),
-    )  # fmt: skip
+        _nanmean(mean(cosines)),
+        _nanmean(mean(errors)),
+    )
 
 
 def _ablate(graph: Graph, node: int) -> Intervention:

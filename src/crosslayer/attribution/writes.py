@@ -1,7 +1,7 @@
 """What the active features of a prompt write: decoder rows, read once, laid out for the sweep.
 
-The sweep takes layers written from the top and, in each, positions one after the other; so for each layer written the rows
-lie together by position, and there by layer read. Rows carry the scale and gain of a norm that follows the MLP.
+The sweep takes layers written from the top and, in each, positions one after the other; so for each layer written the
+rows lie together by position, and there by layer read. Rows carry the scale and gain of a norm that follows the MLP.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Asking until there is a usable answer: the cache first, then the endpoint, within a budget; what fails is counted, not raised."""
+"""Asking until there is a usable answer: the cache first, then the endpoint, within a budget; what fails is counted,
+not raised.
+"""
 
 from __future__ import annotations
 
@@ -138,5 +140,6 @@ class Asker:
             if self._failed_in_a_row < FAILED_IN_A_ROW:
                 return
         raise EndpointError(
-            f"{FAILED_IN_A_ROW} requests to {self.endpoint.host} in a row had no answer (the last: {failed}); what was answered is kept, so run the same command again"
+            f"{FAILED_IN_A_ROW} requests to {self.endpoint.host} in a row had no answer (the last: {failed}); what was"
+            " answered is kept, so run the same command again"
         ) from failed

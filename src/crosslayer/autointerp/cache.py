@@ -1,6 +1,7 @@
 """`label_cache.sqlite`: every answer that was paid for, by the hash of its request, so that none is paid for twice.
 
-It holds answers only: no prompts, no keys. Each is on disk before it is used, so a run that is killed loses what was on its way and no more.
+It holds answers only: no prompts, no keys. Each is on disk before it is used, so a run that is killed loses what was on
+its way and no more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ CACHE = "label_cache.sqlite"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
-    key TEXT PRIMARY KEY, model TEXT NOT NULL, text TEXT NOT NULL, finish TEXT NOT NULL, logprobs TEXT, prompt_tokens INTEGER NOT NULL,
+    key TEXT PRIMARY KEY, model TEXT NOT NULL, text TEXT NOT NULL, finish TEXT NOT NULL, logprobs TEXT, prompt_tokens
+    INTEGER NOT NULL,
     completion_tokens INTEGER NOT NULL, wall_s REAL NOT NULL, time TEXT NOT NULL
 ) WITHOUT ROWID;
 """

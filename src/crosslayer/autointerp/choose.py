@@ -1,4 +1,6 @@
-"""Which features to label, and in which order: by chance, so that a run that ends early has labelled an even sample, but a graph's by influence."""
+"""Which features to label, and in which order: by chance, so that a run that ends early has labelled an even sample,
+but a graph's by influence.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def of_group(bundle: FeatureBundle, level: int, number: int, seed: int = 0) -> l
     members = np.flatnonzero((np.asarray(bundle.array("group")[:, level]) == number) & _has_examples(bundle))
     if not len(members):
         raise ConfigError(
-            f"there is no group {level}/{number}, or none of its features fires; level {level} has groups 0 to {len(bundle.groups(level)) - 1}"
+            f"there is no group {level}/{number}, or none of its features fires; level {level} has groups 0 to"
+            f" {len(bundle.groups(level)) - 1}"
         )
     return in_drawn_order((int(f) for f in members), seed)
 

@@ -1,8 +1,8 @@
 """Where the documents of a bundle's text begin and end, and which is which by a hash of its tokens.
 
-A row of the token file begins with the policy's special token, and so does each document, wherever in a row; that is how they are told apart. Two copies of
-one text have one hash, so they cannot be on two sides. Text without such tokens is cut into blocks of rows; in an imported bundle each example is
-a document, as more is not known of it.
+A row of the token file begins with the policy's special token, and so does each document, wherever in a row; that is
+how they are told apart. Two copies of one text have one hash, so they cannot be on two sides. Text without such tokens
+is cut into blocks of rows; in an imported bundle each example is a document, as more is not known of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An OpenAI-compatible endpoint: one request, one answer, whatever the server is like.
 
-What may pass is waited for (connections that break, timeouts, 408, 409, 425, 429, 5xx), as long as the server says or ever longer. What the server
-refuses (a schema, log-probabilities, a temperature) is left out, and from then on not asked for. The key comes from an environment variable, goes into one
-header, and is in no error, file or representation.
+What may pass is waited for (connections that break, timeouts, 408, 409, 425, 429, 5xx), as long as the server says or
+ever longer. What the server refuses (a schema, log-probabilities, a temperature) is left out, and from then on not
+asked for. The key comes from an environment variable, goes into one header, and is in no error, file or representation.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Patience:
     Attributes:
         timeout_s: for an answer.
         retries: of a request, for what may pass.
-        base_s, most_s: the first wait and the longest, each drawn between half of it and the whole; in between they double.
+        base_s, most_s: the first wait and the longest, each drawn between half of it and the whole; in between they
+            double.
     """
 
     timeout_s: float = 120.0
@@ -133,14 +134,19 @@ class Endpoint:
         self._key = _key(self.key_env) if self.key_env else ""
         if self._key and parts.scheme == "http" and not local:
             raise ConfigError(
-                f"the key in {self.key_env} would go unencrypted to {self.host}; give an https:// endpoint, or a tunnel to 127.0.0.1"
+                f"the key in {self.key_env} would go unencrypted to {self.host}; give an https:// endpoint, or a tunnel"
+                " to 127.0.0.1"
             )
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         timeout = httpx.Timeout(self.patience.timeout_s, connect=10.0)
         # The environment's proxies are for other machines. Redirects would take the key along.
         self._client = httpx.Client(
-            headers=headers, timeout=timeout, trust_env=not local, follow_redirects=False, limits=httpx.Limits(max_connections=None)
-        )  # fmt: skip
+            headers=headers,
+            timeout=timeout,
+            trust_env=not local,
+            follow_redirects=False,
+            limits=httpx.Limits(max_connections=None),
+        )
         self._lock = threading.Lock()
         self._ask = Ask()
         self._not_before = 0.0
@@ -282,7 +288,8 @@ class Endpoint:
             raise EndpointError(f"{self.url} leads elsewhere ({said}); give the endpoint that it leads to")
         if status != 200:
             raise EndpointError(
-                f"{self.url}/chat/completions has no model {self.model!r}, or is no such place ({said}); see --endpoint, which usually ends in /v1, and --model"
+                f"{self.url}/chat/completions has no model {self.model!r}, or is no such place ({said}); see"
+                " --endpoint, which usually ends in /v1, and --model"
             )
 
 
@@ -325,13 +332,19 @@ class _Response(NamedTuple):
         used = self.said.get("usage")
         count = lambda name: n if isinstance(used, dict) and isinstance(n := used.get(name), int) else 0  # noqa: E731
         return Answer(
-            _storable(content), _storable(choice.get("finish_reason")), _logprobs(choice),
-            count("prompt_tokens"), count("completion_tokens"), self.wall_s, datetime.now(UTC).isoformat(timespec="seconds"),
-        )  # fmt: skip
+            _storable(content),
+            _storable(choice.get("finish_reason")),
+            _logprobs(choice),
+            count("prompt_tokens"),
+            count("completion_tokens"),
+            self.wall_s,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
 def simpler(ask: Ask, message: str, *, logprobs: bool) -> Ask | None:
-    """What to ask for after a refusal: without what the message names, else without the next thing in turn; None where nothing is left.
+    """What to ask for after a refusal: without what the message names, else without the next thing in turn; None where
+    nothing is left.
 
     Args:
         logprobs: whether log-probabilities were asked for.
@@ -367,7 +380,8 @@ def base_url(text: str) -> str:
         raise ConfigError(f"the endpoint {_without_secrets(text)!r} is no address; write http://HOST:PORT/v1, say")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ConfigError(
-            f"the endpoint at {parts.hostname} has a name, a password or a query in its address, which could be a key; name the variable that holds the key with --key-env"
+            f"the endpoint at {parts.hostname} has a name, a password or a query in its address, which could be a key;"
+            " name the variable that holds the key with --key-env"
         )
     return said
 

@@ -66,9 +66,16 @@ class Prices(NamedTuple):
 
 
 def estimate(
-    bundle: FeatureBundle, documents: Documents, features: Sequence[int], settings: LabelSettings, *, known: Known, concurrency: int,
-    prices: Prices | None, groups: bool = False,
-) -> Estimate:  # fmt: skip
+    bundle: FeatureBundle,
+    documents: Documents,
+    features: Sequence[int],
+    settings: LabelSettings,
+    *,
+    known: Known,
+    concurrency: int,
+    prices: Prices | None,
+    groups: bool = False,
+) -> Estimate:
     """What labelling and scoring the features takes if nothing is known yet.
 
     Args:
@@ -109,7 +116,9 @@ def _shared_groups(bundle: FeatureBundle, features: Sequence[int]) -> int:
 def requests_of(
     bundle: FeatureBundle, documents: Documents, feature: int, settings: LabelSettings
 ) -> list[tuple[Request, int]]:
-    """All that is asked of a feature, with the tokens of each answer; labels of a usual length stand for those not yet known."""
+    """All that is asked of a feature, with the tokens of each answer; labels of a usual length stand for those not yet
+    known.
+    """
     m = material(bundle, documents, feature, settings)
     if not m.shown:
         return []

@@ -1,12 +1,13 @@
 """Which texts explain a feature, and which score its label: of documents of their own, always.
 
-The documents of a feature's examples are dealt to two sides in an order by hash, each to the side that has fewer examples; any other document is on the side
-that a bit of its hash says. Texts to explain with, those of neighbours included, are of one side, texts to judge of the other, and a text to judge that
-repeats 16 tokens of one that was shown is left out (`assert_disjoint`).
+The documents of a feature's examples are dealt to two sides in an order by hash, each to the side that has fewer
+examples; any other document is on the side that a bit of its hash says. Texts to explain with, those of neighbours
+included, are of one side, texts to judge of the other, and a text to judge that repeats 16 tokens of one that was shown
+is left out (`assert_disjoint`).
 
-What is a negative? A bundle holds examples of a feature, not all of its activations. Windows are drawn at random places, in rows that hold no example of
-the feature, and from examples of its nearest neighbours, around their peaks. `Material.contamination` says how many of them may be positives all the
-same: see docs/design/labels.md.
+What is a negative? A bundle holds examples of a feature, not all of its activations. Windows are drawn at random
+places, in rows that hold no example of the feature, and from examples of its nearest neighbours, around their peaks.
+`Material.contamination` says how many of them may be positives all the same: see docs/design/labels.md.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Window(NamedTuple):
 class Contamination(NamedTuple):
     """Expected share of negatives that are positives in truth; None where it cannot be known.
 
-    Random: at most that, by the activations that no example holds. Neighbours: about that, by how often both fire on one token.
+    Random: at most that, by the activations that no example holds. Neighbours: about that, by how often both fire on
+    one token.
     """
 
     random: float | None
@@ -127,9 +129,16 @@ def material(bundle: FeatureBundle, documents: Documents, feature: int, settings
 
 
 def _contrasts(
-    bundle: FeatureBundle, documents: Documents, feature: int, own: _Own, sides: Sides, repeated: set[bytes], s: LabelSettings
-) -> tuple[list[Window], list[tuple[Window, float]]]:  # fmt: skip
-    """Texts of neighbours on which the feature is not known to fire: to show, and to judge with the neighbour's share of tokens that both fire on.
+    bundle: FeatureBundle,
+    documents: Documents,
+    feature: int,
+    own: _Own,
+    sides: Sides,
+    repeated: set[bytes],
+    s: LabelSettings,
+) -> tuple[list[Window], list[tuple[Window, float]]]:
+    """Texts of neighbours on which the feature is not known to fire: to show, and to judge with the neighbour's share
+    of tokens that both fire on.
 
     One of a neighbour to show, two at most to judge, no two of a row.
     """
@@ -165,7 +174,9 @@ def assert_disjoint(m: Material) -> None:
 
 
 def spread(windows: Sequence[Window], n: int) -> list[Window]:
-    """Half of them of the highest activations, the others of each quantile bin in turn, from the highest down; strongest first."""
+    """Half of them of the highest activations, the others of each quantile bin in turn, from the highest down;
+    strongest first.
+    """
     top = [w for w in windows if w.bin == 0]
     rest = [w for w in windows if w.bin > 0]
     bins = sorted({w.bin for w in rest}, reverse=True)
@@ -205,7 +216,9 @@ def _window(documents: Documents, e: Example, highest: float, s: LabelSettings) 
 
 
 def _silent(own: _Own, documents: Documents, window: Window) -> bool:
-    """Whether a feature is not known to fire in a window, and nothing speaks for it: it has no example in the row, or one that shows it silent there."""
+    """Whether a feature is not known to fire in a window, and nothing speaks for it: it has no example in the row, or
+    one that shows it silent there.
+    """
     at = range(window.start, window.start + len(window.tokens))
     return own.known.isdisjoint(at) and (documents.row(window.start) not in own.rows or own.covered.issuperset(at))
 
@@ -221,7 +234,9 @@ def _runs(bundle: FeatureBundle, window: Window) -> set[bytes]:
 
 
 def _neighbours(bundle: FeatureBundle, feature: int) -> list[tuple[int, float]]:
-    """The nearest by encoder and by decoder in turn, each with the share of its tokens on which the feature fires too; twins left out."""
+    """The nearest by encoder and by decoder in turn, each with the share of its tokens on which the feature fires too;
+    twins left out.
+    """
     lists = [bundle.at(f"{by}_id", feature).tolist() for by in ("encoder", "decoder") if bundle.has(f"{by}_id")]
     near = list(dict.fromkeys(i for some in zip(*lists, strict=False) for i in some if i >= 0 and i != feature))
     shares = _coactive_shares(bundle, feature, near)
@@ -229,7 +244,9 @@ def _neighbours(bundle: FeatureBundle, feature: int) -> list[tuple[int, float]]:
 
 
 def _coactive_shares(bundle: FeatureBundle, feature: int, others: Iterable[int]) -> dict[int, float]:
-    """Of the tokens on which another feature fires, about the share on which this one does: counted if it is listed, else taken at the smallest count listed."""
+    """Of the tokens on which another feature fires, about the share on which this one does: counted if it is listed,
+    else taken at the smallest count listed.
+    """
     if not bundle.has("own_id"):
         return dict.fromkeys(others, 0.0)
     counts, least = dict[int, int](), dict[str, int]()
@@ -248,9 +265,17 @@ def _coactive_shares(bundle: FeatureBundle, feature: int, others: Iterable[int])
 
 
 def _random(
-    bundle: FeatureBundle, documents: Documents, feature: int, own: _Own, sides: Sides, repeated: set[bytes], taken: set[int],
-    n_marks: Sequence[int], n: int, s: LabelSettings,
-) -> list[Window]:  # fmt: skip
+    bundle: FeatureBundle,
+    documents: Documents,
+    feature: int,
+    own: _Own,
+    sides: Sides,
+    repeated: set[bytes],
+    taken: set[int],
+    n_marks: Sequence[int],
+    n: int,
+    s: LabelSettings,
+) -> list[Window]:
     """Windows at random places of documents that score, in rows without an example of the feature, one a row."""
     found, rows, n_tokens = list[Window](), own.rows | taken, len(documents.tokens)
     for k in range(n * TRIES):
@@ -272,8 +297,13 @@ def _random(
 
 
 def _contamination(
-    bundle: FeatureBundle, documents: Documents, feature: int, own: _Own, random: Sequence[Window], near: Sequence[tuple[Window, float]]
-) -> dict[str, Contamination]:  # fmt: skip
+    bundle: FeatureBundle,
+    documents: Documents,
+    feature: int,
+    own: _Own,
+    random: Sequence[Window],
+    near: Sequence[tuple[Window, float]],
+) -> dict[str, Contamination]:
     """How many negatives may be positives; see docs/design/labels.md."""
     m = bundle.manifest
     if m.imported is not None or not m.n_tokens:

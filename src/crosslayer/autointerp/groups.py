@@ -17,9 +17,11 @@ MIN_MEMBERS = 2
 """Labelled, without which a group is not named."""
 MOST_MEMBERS = 40
 
-SYSTEM = f"""Features of a language model, each a detector that fires on some tokens of a text, were put into a group because they fire together, or read or write alike.
+SYSTEM = f"""Features of a language model, each a detector that fires on some tokens of a text, were put into a group \
+because they fire together, or read or write alike.
 {DATA}
-"members" holds what some of them fire on. Say what they have in common, and if it is little, what most of them are about.
+"members" holds what some of them fire on. Say what they have in common, and if it is little, what most of them are \
+about.
 {SAY}"""
 
 
@@ -32,7 +34,8 @@ class GroupMembers(NamedTuple):
 
 
 def groups_of(bundle: FeatureBundle, features: Collection[int], source: str, seed: int = 0) -> list[GroupMembers]:
-    """Groups, of all levels, that hold some of the features, where enough members have a label by a person or by this model.
+    """Groups, of all levels, that hold some of the features, where enough members have a label by a person or by this
+    model.
 
     Members that have only a rule's label fill up what is left of `MOST_MEMBERS`.
     """

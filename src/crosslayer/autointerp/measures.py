@@ -1,4 +1,6 @@
-"""Balanced accuracy, AUROC and their intervals. A question that failed counts as one answered wrongly: nothing is left out. Pure."""
+"""Balanced accuracy, AUROC and their intervals. A question that failed counts as one answered wrongly: nothing is left
+out. Pure.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +40,27 @@ def wilson(k: int, n: int) -> Interval:
 
 
 def balanced_accuracy(judged: Sequence[Judged]) -> Interval:
-    """Mean of the shares of positives and of negatives that were answered rightly; from their Wilson intervals by squares (Newcombe 1998)."""
+    """Mean of the shares of positives and of negatives that were answered rightly; from their Wilson intervals by
+    squares (Newcombe 1998).
+    """
     shares = []
     for side in (True, False):
         some = [j for j in judged if j.fires is side]
         shares.append(wilson(sum(j.fits is side for j in some), len(some)))
     value = sum(s.value for s in shares) / 2
-    down, up = (math.hypot(*(s.value - edge for s, edge in zip(shares, edges, strict=True))) / 2 for edges in ([s.low for s in shares], [s.high for s in shares]))  # fmt: skip
+    down, up = (
+        math.hypot(*(s.value - edge for s, edge in zip(shares, edges, strict=True))) / 2
+        for edges in ([s.low for s in shares], [s.high for s in shares])
+    )
     return Interval(value, max(0.0, value - down), min(1.0, value + up))
 
 
 def auroc(judged: Sequence[Judged]) -> Interval | None:
-    """Chance that a positive was given a higher probability than a negative, ties by half, with Newcombe's score interval (2006, method 5).
+    """Chance that a positive was given a higher probability than a negative, ties by half, with Newcombe's score
+    interval (2006, method 5).
 
-    Failed questions are given the worst place. None where an answer came without probability, or where there was none at all.
+    Failed questions are given the worst place. None where an answer came without probability, or where there was none
+    at all.
     """
     if any(j.fits is not None and j.probability is None for j in judged) or all(j.fits is None for j in judged):
         return None
@@ -81,9 +90,14 @@ def _auroc_deviation(value: float, n_positive: int, n_negative: int) -> float:
 
 
 def mean_interval(found: Sequence[Interval]) -> Interval:
-    """The mean over features: by bootstrap over them, and no narrower than their own intervals allow, which counts where there are few."""
+    """The mean over features: by bootstrap over them, and no narrower than their own intervals allow, which counts
+    where there are few.
+    """
     values = np.array([x.value for x in found])
     picks = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
     value, (low, high) = float(values.mean()), np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    down, up = (math.hypot(*(x.value - edge for x, edge in zip(found, edges, strict=True))) / len(found) for edges in ([x.low for x in found], [x.high for x in found]))  # fmt: skip
+    down, up = (
+        math.hypot(*(x.value - edge for x, edge in zip(found, edges, strict=True))) / len(found)
+        for edges in ([x.low for x in found], [x.high for x in found])
+    )
     return Interval(value, max(0.0, min(float(low), value - down)), min(1.0, max(float(high), value + up)))

@@ -1,8 +1,8 @@
 """Text of others inside a prompt: it can be read, and cannot act.
 
-Every stretch of text is a JSON string. Characters that a chat template, a tokenizer or our own marks could take for structure are written as
-JSON escapes (`\\u003c`), which say the same to whoever reads JSON: `<` and `[` where they open something like `<|im_end|>`, `</s>` or `[INST]`, the
-marks « and », and all that cannot be seen.
+Every stretch of text is a JSON string. Characters that a chat template, a tokenizer or our own marks could take for
+structure are written as JSON escapes (`\\u003c`), which say the same to whoever reads JSON: `<` and `[` where they open
+something like `<|im_end|>`, `</s>` or `[INST]`, the marks « and », and all that cannot be seen.
 """
 
 from __future__ import annotations

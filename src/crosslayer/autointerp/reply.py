@@ -106,7 +106,9 @@ def intruder_in(answer: Answer, n: int) -> int:
 
 
 def probabilities(answer: Answer) -> dict[int, float]:
-    """For each text that was judged, from 1, the probability of 1 against 0 at that place of the answer; none without log-probabilities."""
+    """For each text that was judged, from 1, the probability of 1 against 0 at that place of the answer; none without
+    log-probabilities.
+    """
     if answer.logprobs is None:
         return {}
     whole = "".join(token for token, _ in answer.logprobs)

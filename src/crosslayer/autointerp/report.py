@@ -23,7 +23,10 @@ def print_estimate(
     how = "measured with this model" if e.measured else "taken, as this model was not asked before"
     cost = "" if e.cost is None else f", about {e.cost:,.2f} at the prices given"
     said = [
-        f"{e.n_features:,} {'feature' if e.n_features == 1 else 'features'}, to be labelled by {model} at {host}: about {e.calls:,} calls, {e.prompt_tokens:,} tokens read and {e.completion_tokens:,} written{cost}",
+        (
+            f"{e.n_features:,} {'feature' if e.n_features == 1 else 'features'}, to be labelled by {model} at {host}:"
+            f" about {e.calls:,} calls, {e.prompt_tokens:,} tokens read and {e.completion_tokens:,} written{cost}"
+        ),
         f"about {duration(e.wall_s)}, at {e.seconds_a_call:.1f} s a call ({how}) and {concurrency} at once",
     ]
     if known.n:
@@ -46,12 +49,16 @@ def print_summary(console: Console, s: Mapping[str, Any]) -> None:
     """What came of it."""
     f = s["features"]
     parts = [
-        f"{f['labelled']:,} of {f['chosen']:,} {'feature' if f['chosen'] == 1 else 'features'} labelled by {s['source']}, {f['scored']:,} of them scored"
+        f"{f['labelled']:,} of {f['chosen']:,} {'feature' if f['chosen'] == 1 else 'features'} labelled by"
+        f" {s['source']}, {f['scored']:,} of them scored"
     ]
     for key, words in (
-        ("failed", "without a usable answer"), ("no_examples", "without examples"), ("not_asked", "beyond the budget"),
-        ("too_few_texts", "with too few other texts to be scored"), ("not_reached", "labelled, and not scored within the budget"),
-    ):  # fmt: skip
+        ("failed", "without a usable answer"),
+        ("no_examples", "without examples"),
+        ("not_asked", "beyond the budget"),
+        ("too_few_texts", "with too few other texts to be scored"),
+        ("not_reached", "labelled, and not scored within the budget"),
+    ):
         if f[key]:
             parts.append(f"{f[key]:,} {words}")
     groups = s["groups"]
@@ -68,14 +75,20 @@ def print_summary(console: Console, s: Mapping[str, Any]) -> None:
         c = x.get("contamination")
         if c and x["of"] == "label" and c["random"] is not None:
             console.print(
-                Text(f"{x['method']}: of the random negatives at most {c['random']:.1%}, of the neighbours' about {c['neighbours']:.1%}, may be positives"),
+                Text(
+                    f"{x['method']}: of the random negatives at most {c['random']:.1%}, of the neighbours' about"
+                    f" {c['neighbours']:.1%}, may be positives"
+                ),
                 soft_wrap=True,
-            )  # fmt: skip
+            )
     cost = "" if s["cost"] is None else f", {s['cost']:,.2f}"
     console.print(
-        Text(f"{s['calls']:,} calls, {s['known']:,} answers known before; {s['prompt_tokens']:,} tokens read, {s['completion_tokens']:,} written{cost}; {duration(s['wall_s'])}"),
+        Text(
+            f"{s['calls']:,} calls, {s['known']:,} answers known before; {s['prompt_tokens']:,} tokens read,"
+            f" {s['completion_tokens']:,} written{cost}; {duration(s['wall_s'])}"
+        ),
         soft_wrap=True,
-    )  # fmt: skip
+    )
     if s["reasons"]:
         said = ", ".join(f"{reason} ({n:,})" for reason, n in s["reasons"].items())
         console.print(Text(f"asked in vain: {said}"), soft_wrap=True)
@@ -88,9 +101,14 @@ def _table(lines: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name in ("method", "judged") else "right", no_wrap=True)
     for x in lines:
         row = (
-            x["method"], _NAMES.get(str(x["of"]), str(x["of"])) if "chance" not in x else f"chance {x['chance']:.2f}", _interval(x, FIGURE[x["method"]]),
-            f"{x['auroc']:.3f}" if "auroc" in x else "", f"{x['features']:,}", f"{x['n']:,}", f"{x['failed']:,}",
-        )  # fmt: skip
+            x["method"],
+            _NAMES.get(str(x["of"]), str(x["of"])) if "chance" not in x else f"chance {x['chance']:.2f}",
+            _interval(x, FIGURE[x["method"]]),
+            f"{x['auroc']:.3f}" if "auroc" in x else "",
+            f"{x['features']:,}",
+            f"{x['n']:,}",
+            f"{x['failed']:,}",
+        )
         table.add_row(*(Text(cell) for cell in row))
     return table
 

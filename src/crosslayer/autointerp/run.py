@@ -1,7 +1,8 @@
 """A run: explain, score, keep, some features at a time.
 
-A label is kept as soon as it is there, its scores when they are. All that was answered is in the cache, so a run that was stopped, however, is run again by
-the same command: it goes through the same questions, asks those that have no answer, and ends the same.
+A label is kept as soon as it is there, its scores when they are. All that was answered is in the cache, so a run that
+was stopped, however, is run again by the same command: it goes through the same questions, asks those that have no
+answer, and ends the same.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Labelling:
         self.source = asker.endpoint.model
         if self.source.strip().lower() in (PERSON, "rule", ""):
             raise ConfigError(
-                f"--model {self.source!r} cannot be told from labels by {self.source or 'nobody'}; serve it under another name"
+                f"--model {self.source!r} cannot be told from labels by {self.source or 'nobody'}; serve it under"
+                " another name"
             )
         self.bundle, self.asker, self.settings, self.concurrency = bundle, asker, settings, concurrency
         self.documents = Documents(bundle)
@@ -91,13 +93,22 @@ class Labelling:
         """Of each label: who said it, asked what, shown what."""
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
         return {
-            "model": self.source, "endpoint": self.asker.endpoint.host, "prompt_version": PROMPT_VERSION, "documents": self.documents.told,
-            "settings": settings, "crosslayer": version("crosslayer"),
-        }  # fmt: skip
+            "model": self.source,
+            "endpoint": self.asker.endpoint.host,
+            "prompt_version": PROMPT_VERSION,
+            "documents": self.documents.told,
+            "settings": settings,
+            "crosslayer": version("crosslayer"),
+        }
 
     def run(
-        self, features: Sequence[int], *, groups: bool = True, prices: Prices | None = None, on_progress: Update = lambda done, figures="": None
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        features: Sequence[int],
+        *,
+        groups: bool = True,
+        prices: Prices | None = None,
+        on_progress: Update = lambda done, figures="": None,
+    ) -> dict[str, Any]:
         """Label and score the features, and name the groups that they are in; gives the summary, and keeps it.
 
         Args:
@@ -119,9 +130,15 @@ class Labelling:
         if groups and not self._over_budget:
             self._groups(features)
         found = summary(
-            self.tally, self.asker.spent, source=self.source, endpoint=self.asker.endpoint.host, n_chosen=len(features),
-            wall_s=time.monotonic() - began, prices=prices, provenance=self.provenance,
-        )  # fmt: skip
+            self.tally,
+            self.asker.spent,
+            source=self.source,
+            endpoint=self.asker.endpoint.host,
+            n_chosen=len(features),
+            wall_s=time.monotonic() - began,
+            prices=prices,
+            provenance=self.provenance,
+        )
         self.bundle.user.save_view(VIEW, self.source, found)
         return found
 
@@ -178,7 +195,9 @@ class Labelling:
         return [self.bundle.text(t) for t in self.bundle.at("top_id", feature).tolist() if t >= 0]
 
     def _keep(self, feature: int, said: tuple[Explanation, Answer], scores: dict[str, Any] | None) -> None:
-        """Write a label; without scores only if it is new, so that those of the same label stay until there are others."""
+        """Write a label; without scores only if it is new, so that those of the same label stay until there are
+        others.
+        """
         label, answer = said
         if scores is None:
             kept = next(
@@ -192,7 +211,9 @@ class Labelling:
         )
 
     def _said(self, labels: dict[int, Explanation]) -> dict[int, dict[str, Explanation]]:
-        """What is to be judged of each feature: its label, another feature's that differs, and the rule's, as far as there are any."""
+        """What is to be judged of each feature: its label, another feature's that differs, and the rule's, as far as
+        there are any.
+        """
         others = in_drawn_order(labels, self.settings.seed, "shuffled")
         found: dict[int, dict[str, Explanation]] = {}
         for at, f in enumerate(others):

@@ -1,8 +1,8 @@
 """Asking whether a label is true, on texts that did not make it, and what comes of the answers.
 
-Detection: does the feature fire somewhere in this text? Fuzzing: does it fire on the tokens marked in it? Both are asked of texts it fires on and
-texts it does not, mixed in an order that only the feature decides. Intruder: of some texts, one is not the feature's; it is found without any label,
-or the feature has no meaning that a model can see.
+Detection: does the feature fire somewhere in this text? Fuzzing: does it fire on the tokens marked in it? Both are
+asked of texts it fires on and texts it does not, mixed in an order that only the feature decides. Intruder: of some
+texts, one is not the feature's; it is found without any label, or the feature has no meaning that a model can see.
 """
 
 from __future__ import annotations
@@ -26,20 +26,28 @@ MIN_TEXTS = 2
 _ANSWER = 'Reply with JSON only: the number of each text, and 1 for yes or 0 for no, as in {"1": 0, "2": 1}.'
 _ANY = "Any number of the texts may be yes: none, some, or all."
 SYSTEMS = {
-    "detection": f"""You check what is said of a feature of a language model: a detector that fires on some tokens of a text.
+    "detection": (
+        f"""You check what is said of a feature of a language model: a detector that fires on some tokens of a text.
 {DATA}
 "feature" says what it fires on. For each of "texts": does it hold a token that such a feature fires on?
 {_ANY}
-{_ANSWER}""",
-    "fuzzing": f"""You check what is said of a feature of a language model: a detector that fires on some tokens of a text.
+{_ANSWER}"""
+    ),
+    "fuzzing": (
+        f"""You check what is said of a feature of a language model: a detector that fires on some tokens of a text.
 {DATA}
-"feature" says what it fires on. In each of "texts" some tokens stand between {OPEN} and {CLOSE}: are these the tokens that such a feature fires on?
+"feature" says what it fires on. In each of "texts" some tokens stand between {OPEN} and {CLOSE}: are these the \
+tokens that such a feature fires on?
 {_ANY}
-{_ANSWER}""",
-    "intruder": f"""In all of "texts" but one, the tokens between {OPEN} and {CLOSE} were marked for one and the same reason. In the other one, the intruder, they were
+{_ANSWER}"""
+    ),
+    "intruder": (
+        f"""In all of "texts" but one, the tokens between {OPEN} and {CLOSE} were marked for one and the same reason. \
+In the other one, the intruder, they were
 marked for another reason.
 {DATA}
-Find the intruder. Reply with JSON only: its number, as in {{"intruder": 2}}.""",
+Find the intruder. Reply with JSON only: its number, as in {{"intruder": 2}}."""
+    ),
 }
 
 
@@ -92,11 +100,16 @@ def trials(material: Material, settings: LabelSettings) -> list[Trial]:
 
 def judge_request(method: str, said: Explanation, question: Question, thinking: int = 0) -> Request:
     """Whether the texts fit what is said of the feature."""
-    texts = [quoted("".join(w.tokens)) if method == "detection" else marked(w.tokens, set(w.active)) for w in question.texts]  # fmt: skip
+    texts = [
+        quoted("".join(w.tokens)) if method == "detection" else marked(w.tokens, set(w.active)) for w in question.texts
+    ]
     numbers = [str(n) for n in range(1, len(texts) + 1)]
     schema: dict[str, Any] = {
-        "type": "object", "properties": {n: {"type": "integer", "enum": [0, 1]} for n in numbers}, "required": numbers, "additionalProperties": False,
-    }  # fmt: skip
+        "type": "object",
+        "properties": {n: {"type": "integer", "enum": [0, 1]} for n in numbers},
+        "required": numbers,
+        "additionalProperties": False,
+    }
     feature = f"{said.label}: {said.explanation}" if said.explanation else said.label
     user = f'{{"feature": {quoted(feature)},\n"texts": {numbered(texts)}}}'
     return Request(SYSTEMS[method], user, schema, 32 + 12 * len(texts) + thinking, logprobs=True)
@@ -106,9 +119,11 @@ def intruder_request(trial: Trial, thinking: int = 0) -> Request:
     """Which text does not belong."""
     texts = [marked(w.tokens, set(w.active)) for w in trial.texts]
     schema = {
-        "type": "object", "properties": {"intruder": {"type": "integer", "enum": list(range(1, len(texts) + 1))}},
-        "required": ["intruder"], "additionalProperties": False,
-    }  # fmt: skip
+        "type": "object",
+        "properties": {"intruder": {"type": "integer", "enum": list(range(1, len(texts) + 1))}},
+        "required": ["intruder"],
+        "additionalProperties": False,
+    }
     return Request(SYSTEMS["intruder"], f'{{"texts": {numbered(texts)}}}', schema, 32 + thinking)
 
 
@@ -124,17 +139,25 @@ def judged(asked: Sequence[tuple[Question, Sequence[Judgement] | None]]) -> list
 def judging_scores(texts: Sequence[Judged]) -> dict[str, Any]:
     """Detection's or fuzzing's figures, as they are kept."""
     accuracy, ranked = measures.balanced_accuracy(texts), measures.auroc(texts)
-    return _figures("balanced_accuracy", accuracy) | (_figures("auroc", ranked) if ranked else {}) | {
-        "n": len(texts), "n_positive": sum(j.fires for j in texts), "failed": sum(j.fits is None for j in texts),
-    }  # fmt: skip
+    return (
+        _figures("balanced_accuracy", accuracy)
+        | (_figures("auroc", ranked) if ranked else {})
+        | {
+            "n": len(texts),
+            "n_positive": sum(j.fires for j in texts),
+            "failed": sum(j.fits is None for j in texts),
+        }
+    )
 
 
 def intruder_scores(found: Sequence[tuple[Trial, int | None]]) -> dict[str, Any]:
     """The intruder's figures, as they are kept."""
     accuracy = measures.wilson(sum(answer == trial.intruder for trial, answer in found), len(found))
     return _figures("accuracy", accuracy) | {
-        "chance": 1 / len(found[0][0].texts), "n": len(found), "failed": sum(answer is None for _, answer in found),
-    }  # fmt: skip
+        "chance": 1 / len(found[0][0].texts),
+        "n": len(found),
+        "failed": sum(answer is None for _, answer in found),
+    }
 
 
 def _figures(name: str, x: Interval) -> dict[str, float]:

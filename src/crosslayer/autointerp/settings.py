@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from crosslayer.core.errors import ConfigError
 
 METHODS = ("detection", "fuzzing", "intruder")
-"""Detection: which texts does the feature fire on? Fuzzing: are these the tokens it fires on? Intruder: which text does not belong?"""
+"""Detection: which texts does the feature fire on? Fuzzing: are these the tokens it fires on? Intruder: which text does
+not belong?
+"""
 BASELINES = ("shuffled", "rule")
 """Another feature's label, and the label by rule, judged on the same texts."""
 
@@ -17,8 +19,10 @@ class LabelSettings:
     """Bounds of what a model is shown and asked.
 
     Attributes:
-        window, before: tokens of a text, and how many of them stand before its peak where the row and the document allow it.
-        n_shown, n_contrast: texts to explain with, on which the feature fires, and of its neighbours, on which it does not.
+        window, before: tokens of a text, and how many of them stand before its peak where the row and the document
+            allow it.
+        n_shown, n_contrast: texts to explain with, on which the feature fires, and of its neighbours, on which it does
+            not.
         n_positive, n_negative: texts to judge, of each kind; half of the negatives are random, half neighbours'.
         n_intruder: times that the intruder is looked for, among `per_intruder` texts of the feature.
         per_call: texts judged in one call.

@@ -19,7 +19,8 @@ class Tally:
     """Counts of features, each in one of the first four; `unscored` and `unreached` are of those labelled.
 
     Attributes:
-        labelled, failed, no_examples, unasked: got a label; got none that could be used; has no text to show; the budget ended before.
+        labelled, failed, no_examples, unasked: got a label; got none that could be used; has no text to show; the
+            budget ended before.
         unscored: had too few texts that were not used to explain.
         unreached: were labelled, but the budget ended before they were scored.
         scores: by feature.
@@ -37,20 +38,42 @@ class Tally:
 
 
 def summary(
-    tally: Tally, spent: Spent, *, source: str, endpoint: str, n_chosen: int, wall_s: float, prices: Prices | None, provenance: Mapping[str, Any]
-) -> dict[str, Any]:  # fmt: skip
+    tally: Tally,
+    spent: Spent,
+    *,
+    source: str,
+    endpoint: str,
+    n_chosen: int,
+    wall_s: float,
+    prices: Prices | None,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
     """Everything, as it is kept."""
     counts = {
-        "chosen": n_chosen, "labelled": tally.labelled, "failed": tally.failed, "no_examples": tally.no_examples, "not_asked": tally.unasked,
-        "scored": len(tally.scores), "too_few_texts": tally.unscored, "not_reached": tally.unreached,
-    }  # fmt: skip
+        "chosen": n_chosen,
+        "labelled": tally.labelled,
+        "failed": tally.failed,
+        "no_examples": tally.no_examples,
+        "not_asked": tally.unasked,
+        "scored": len(tally.scores),
+        "too_few_texts": tally.unscored,
+        "not_reached": tally.unreached,
+    }
     return {
-        "source": source, "endpoint": endpoint, "features": counts, "groups": {"labelled": tally.groups, "failed": tally.groups_failed},
-        "scores": _scores(list(tally.scores.values())), "reasons": dict(sorted(spent.reasons.items(), key=lambda p: -p[1])),
-        "calls": spent.calls, "known": spent.cached, "prompt_tokens": spent.prompt_tokens, "completion_tokens": spent.completion_tokens,
-        "cost": prices.cost(spent.prompt_tokens, spent.completion_tokens) if prices else None, "wall_s": round(wall_s, 1),
+        "source": source,
+        "endpoint": endpoint,
+        "features": counts,
+        "groups": {"labelled": tally.groups, "failed": tally.groups_failed},
+        "scores": _scores(list(tally.scores.values())),
+        "reasons": dict(sorted(spent.reasons.items(), key=lambda p: -p[1])),
+        "calls": spent.calls,
+        "known": spent.cached,
+        "prompt_tokens": spent.prompt_tokens,
+        "completion_tokens": spent.completion_tokens,
+        "cost": prices.cost(spent.prompt_tokens, spent.completion_tokens) if prices else None,
+        "wall_s": round(wall_s, 1),
         "provenance": dict(provenance),
-    }  # fmt: skip
+    }
 
 
 def _scores(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -58,9 +81,11 @@ def _scores(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     baseline = lambda name: [s["baselines"][name] for s in found if name in s.get("baselines", {})]  # noqa: E731
     with_rule = [s for s in found if "rule" in s.get("baselines", {})]
     whose = {
-        "label": found, OF_RULED: with_rule if len(with_rule) < len(found) else [], "rule": baseline("rule"),
+        "label": found,
+        OF_RULED: with_rule if len(with_rule) < len(found) else [],
+        "rule": baseline("rule"),
         "shuffled": baseline("shuffled"),
-    }  # fmt: skip
+    }
     return [
         {"of": who, "method": method} | line
         for method in FIGURE

@@ -1,4 +1,6 @@
-"""`user.sqlite`: what people and language models add to a bundle: labels, pins, saved views. The bundle itself is never written to."""
+"""`user.sqlite`: what people and language models add to a bundle: labels, pins, saved views. The bundle itself is never
+written to.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,22 @@ PERSON = "person"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS labels (
-    feature INTEGER, source TEXT, label TEXT NOT NULL, explanation TEXT, scores TEXT, provenance TEXT, time TEXT NOT NULL,
+    feature INTEGER, source TEXT, label TEXT NOT NULL, explanation TEXT, scores TEXT, provenance TEXT,
+    time TEXT NOT NULL,
     PRIMARY KEY (feature, source)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS group_labels (
-    level INTEGER, number INTEGER, source TEXT, label TEXT NOT NULL, explanation TEXT, provenance TEXT, time TEXT NOT NULL,
+    level INTEGER, number INTEGER, source TEXT, label TEXT NOT NULL, explanation TEXT, provenance TEXT,
+    time TEXT NOT NULL,
     PRIMARY KEY (level, number, source)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pins (feature INTEGER PRIMARY KEY, time TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS views (kind TEXT, name TEXT, value TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (kind, name)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS label_words (word TEXT, feature INTEGER, source TEXT, PRIMARY KEY (word, feature, source)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS views (
+    kind TEXT, name TEXT, value TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (kind, name)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS label_words (
+    word TEXT, feature INTEGER, source TEXT, PRIMARY KEY (word, feature, source)
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS words_of_label ON label_words (feature, source);
 """
 
@@ -110,7 +118,8 @@ class UserStore:
                 there = connection.execute("SELECT label FROM labels WHERE feature = ? AND source = ?", key).fetchone()
                 if over is not None and over.strip() != (there[0] if there else ""):
                     raise ConflictError(
-                        f"the label was changed elsewhere to {there[0] if there else ''!r}; look at it, then keep yours again"
+                        f"the label was changed elsewhere to {there[0] if there else ''!r}; look at it, then keep yours"
+                        " again"
                     )
                 connection.execute("DELETE FROM label_words WHERE feature = ? AND source = ?", key)
                 connection.execute("DELETE FROM labels WHERE feature = ? AND source = ?", key)

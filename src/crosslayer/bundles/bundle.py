@@ -105,7 +105,8 @@ class FeatureBundle:
     def at(self, name: str, first: int, last: int | None = None) -> Any:
         """Row `first` of an array, or rows up to `last`, read from the file.
 
-        A mapped page is read with its neighbours, which for single features would take far more memory than they are worth.
+        A mapped page is read with its neighbours, which for single features would take far more memory than they are
+        worth.
         """
         if name not in self._files:
             self._files[name] = RowFile(self.path / (TOKENS if name == "tokens" else f"{name}.npy"))
@@ -144,16 +145,29 @@ class FeatureBundle:
         log = self.at("log_histogram", n) if self.has("log_histogram") else np.zeros(len(log_edges()) - 1, int)
         xy = self.at("map", n) if self.has("map") else np.array([np.nan, np.nan])
         return Feature(
-            layer=layer, index=index, label=label, label_from=label_from, rule=self._rule(n, row.rule, row.rule_values),
-            n_tokens=self.manifest.n_tokens, count=int(counts.sum()), density=self.index.figures(n)["density"], density_by_source=self._by_source(counts),
-            mean=float(self.at("mean", n)) if self.has("mean") else float("nan"), min=float(self.at("min", n)), max=float(self.at("max", n)),
-            linear=Histogram(self._linear_edges(n, len(linear)), linear.tolist()), log=Histogram(log_edges(), log.tolist()),
+            layer=layer,
+            index=index,
+            label=label,
+            label_from=label_from,
+            rule=self._rule(n, row.rule, row.rule_values),
+            n_tokens=self.manifest.n_tokens,
+            count=int(counts.sum()),
+            density=self.index.figures(n)["density"],
+            density_by_source=self._by_source(counts),
+            mean=float(self.at("mean", n)) if self.has("mean") else float("nan"),
+            min=float(self.at("min", n)),
+            max=float(self.at("max", n)),
+            linear=Histogram(self._linear_edges(n, len(linear)), linear.tolist()),
+            log=Histogram(log_edges(), log.tolist()),
             quantile_edges=self.at("quantile_edge", n).tolist() if self.has("quantile_edge") else [],
-            examples=self.examples(n, examples), at=self._at(n), promotes=self._logits(n, "top"), suppresses=self._logits(n, "bottom"),
+            examples=self.examples(n, examples),
+            at=self._at(n),
+            promotes=self._logits(n, "top"),
+            suppresses=self._logits(n, "bottom"),
             decoder_norms=self.at("decoder_norm", n).tolist() if self.has("decoder_norm") else [],
             groups=self.at("group", n).tolist() if self.has("group") else [],
             map_xy=None if np.isnan(xy).any() else (float(xy[0]), float(xy[1])),
-        )  # fmt: skip
+        )
 
     def _linear_edges(self, n: int, n_bins: int) -> list[float]:
         if self.has("linear_exponent"):
@@ -238,7 +252,8 @@ class FeatureBundle:
         """Features near to one, or connected to it, the nearest or strongest first.
 
         Args:
-            by: `encoder` or `decoder` (cosine), `coactivation` (cosine of firing on the same tokens), `upstream` or `downstream` (virtual weight).
+            by: `encoder` or `decoder` (cosine), `coactivation` (cosine of firing on the same tokens), `upstream` or
+                `downstream` (virtual weight).
 
         Raises:
             ConfigError: for a feature or a kind that is not there.
@@ -302,7 +317,8 @@ class FeatureBundle:
         self.user.set_labels([Label(self.id(layer, index), PERSON, label)], over=over)
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
-        """Features that all words match: added labels first, then labels by rule, then tokens that they fire on or promote.
+        """Features that all words match: added labels first, then labels by rule, then tokens that they fire on or
+        promote.
 
         `wid*` matches beginnings; `label:`, `fires:` and `promotes:` look there alone; all else is taken literally.
         """
@@ -318,9 +334,14 @@ class FeatureBundle:
         return self.found(list(found)[:limit])
 
     def page(
-        self, sort: str = "rank", *, descending: bool = False, limit: int = 100, offset: int = 0,
+        self,
+        sort: str = "rank",
+        *,
+        descending: bool = False,
+        limit: int = 100,
+        offset: int = 0,
         filters: Mapping[str, tuple[Any, Any]] | None = None,
-    ) -> list[Found]:  # fmt: skip
+    ) -> list[Found]:
         """Some of all features in order of a column; see `index.SORT_KEYS`.
 
         Args:
@@ -352,7 +373,9 @@ class FeatureBundle:
         return lines
 
     def groups(self, level: int, only: int | None = None) -> list[Group]:
-        """Clusters at one level, the finest being 0, or one of them; an added label counts before the one by its tokens."""
+        """Clusters at one level, the finest being 0, or one of them; an added label counts before the one by its
+        tokens.
+        """
         added = self.user.group_labels(level)
         return [
             g._replace(label=added[g.number][0].label) if g.number in added else g

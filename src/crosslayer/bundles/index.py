@@ -1,8 +1,9 @@
 """`features.sqlite`: what is listed, sorted and searched.
 
-Words are those of labels, of the tokens that a feature fires on, and of those that it promotes. A run of letters and digits is a word, whatever its
-case; so is a run of punctuation, spelled by its code points, so that `(` can be searched for. The index is numbered by rank, the best-named and most
-active features first, so that the first matches are the ones to show and none need be sorted.
+Words are those of labels, of the tokens that a feature fires on, and of those that it promotes. A run of letters and
+digits is a word, whatever its case; so is a run of punctuation, spelled by its code points, so that `(` can be searched
+for. The index is numbered by rank, the best-named and most active features first, so that the first matches are the
+ones to show and none need be sorted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ CREATE TABLE features (
     label TEXT, rule TEXT, rule_values TEXT
 );
 CREATE VIRTUAL TABLE words USING fts5(label, fires, promotes, content='', detail=column, tokenize='ascii');
-CREATE TABLE groups (level INTEGER, number INTEGER, size INTEGER, label TEXT, fed_by TEXT, PRIMARY KEY (level, number)) WITHOUT ROWID;
+CREATE TABLE groups (level INTEGER, number INTEGER, size INTEGER, label TEXT, fed_by TEXT, PRIMARY KEY (level, \
+number)) WITHOUT ROWID;
 """
 
 
@@ -100,14 +102,20 @@ def write_index(
                 yield (n, n // n_features, place, *map(nothing, values), *row)
 
         marks = ", ".join("?" * (3 + len(_FIGURES) + 3))
-        connection.executemany(f"INSERT INTO features (id, layer, rank, {', '.join(_FIGURES)}, label, rule, rule_values) VALUES ({marks})", table())  # fmt: skip
+        connection.executemany(
+            f"INSERT INTO features (id, layer, rank, {', '.join(_FIGURES)}, label, rule, rule_values) VALUES ({marks})",
+            table(),
+        )
         kept.sort()
         connection.executemany("INSERT INTO words (rowid, label, fires, promotes) VALUES (?, ?, ?, ?)", kept)
         connection.execute("INSERT INTO words (words) VALUES ('optimize')")
         connection.executemany(
             "INSERT INTO groups VALUES (?, ?, ?, ?, ?)",
-            ((g.level, g.number, g.size, g.label, " ".join(f"{n}:{share:.4f}" for n, share in g.fed_by)) for g in groups),
-        )  # fmt: skip
+            (
+                (g.level, g.number, g.size, g.label, " ".join(f"{n}:{share:.4f}" for n, share in g.fed_by))
+                for g in groups
+            ),
+        )
         for key in SORT_KEYS:
             if key != "id":
                 connection.execute(f"CREATE INDEX by_{key} ON features ({key}, id)")
@@ -195,8 +203,8 @@ class Index:
     def search(self, text: str, limit: int) -> list[int]:
         """Ids that all words of the text match: labels first, then tokens, each in order of rank.
 
-        A word that ends in `*` matches the beginnings of words; `label:`, `fires:` and `promotes:` before a word look there alone.
-        Everything else is taken literally, quotes and operators too.
+        A word that ends in `*` matches the beginnings of words; `label:`, `fires:` and `promotes:` before a word look
+        there alone. Everything else is taken literally, quotes and operators too.
         """
         terms = terms_of(text)
         if not terms:

@@ -3,7 +3,8 @@
     features/index.json.gz    {"0": {"filename": "layer_0.bin", "offsets": [F + 1 numbers]}, ...}
     features/layer_0.bin      record after record: length in 4 bytes, little-endian, then zlib-compressed JSON
 
-They say less than a bundle does: neither neighbours nor values of logits, and token texts in place of ids. What they do not say, an imported bundle has not.
+They say less than a bundle does: neither neighbours nor values of logits, and token texts in place of ids. What they do
+not say, an imported bundle has not.
 """
 
 from __future__ import annotations
@@ -39,14 +40,19 @@ BYTES_A_RECORD = 9_000
 
 
 def record_of(bundle: FeatureBundle, feature: Feature) -> dict[str, Any]:
-    """One feature as a packed record. `histogram` covers [act_min, act_max], and `quantile_values` are its percentiles from 1 to 100."""
+    """One feature as a packed record. `histogram` covers [act_min, act_max], and `quantile_values` are its percentiles
+    from 1 to 100.
+    """
     bins = max((i for i, c in enumerate(feature.linear.counts) if c), default=-1) + 1
     scan = bundle.manifest.scan or bundle.manifest.clt
     return {
         "transcoder_id": f"{scan}-{feature.layer}",
         "index": feature.index,
         "examples_quantiles": [
-            {"quantile_name": _quantile_name(bundle, feature, number), "examples": [_example(e) for e in feature.examples if e.bin == number]}
+            {
+                "quantile_name": _quantile_name(bundle, feature, number),
+                "examples": [_example(e) for e in feature.examples if e.bin == number],
+            }
             for number in sorted({e.bin for e in feature.examples}, key=lambda number: (number > 0, -number))
         ],
         "top_logits": [x.token for x in feature.promotes],
@@ -56,7 +62,7 @@ def record_of(bundle: FeatureBundle, feature: Feature) -> dict[str, Any]:
         "quantile_values": _percentiles(feature),
         "histogram": feature.linear.counts[:bins],
         "activation_frequency": feature.density,
-    }  # fmt: skip
+    }
 
 
 def _quantile_name(bundle: FeatureBundle, feature: Feature, number: int) -> str:
@@ -173,7 +179,8 @@ def read_packed(name: str, fetch: Callable[[str], Path]) -> list[Layer]:
         ]
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         raise FormatError(
-            f"{where} cannot be read as an index of packed features ({type(error).__name__}: {error}); fetch or write it again"
+            f"{where} cannot be read as an index of packed features ({type(error).__name__}: {error}); fetch or write"
+            " it again"
         ) from error
     counts = {len(layer.offsets) - 1 for layer in layers}
     if len(counts) != 1 or min(counts) < 1:
@@ -187,7 +194,19 @@ class _Gathered:
     def __init__(self) -> None:
         self.ids: dict[str, int] = {}
         self.tokens: list[int] = []
-        self.columns: dict[str, list[Any]] = {name: [] for name in ("example_start", "example_length", "example_peak", "example_value", "example_bin", "example_active", "active_offset", "active_value")}  # fmt: skip
+        self.columns: dict[str, list[Any]] = {
+            name: []
+            for name in (
+                "example_start",
+                "example_length",
+                "example_peak",
+                "example_value",
+                "example_bin",
+                "example_active",
+                "active_offset",
+                "active_value",
+            )
+        }
         self.example, self.active = [0], [0]
         self.max: list[float] = []
         self.min: list[float] = []
@@ -293,11 +312,18 @@ def _write(folder: Path, name: str, n_layers: int, n_features: int, g: _Gathered
         for k, (token, count) in enumerate(pairs):
             token_at[f, 0, k], token_at_count[f, 0, k] = token, count
     arrays = {name: np.array(column) for name, column in g.columns.items()} | {
-        "example": np.array(g.example), "active": np.array(g.active), "max": np.array(g.max), "min": np.array(g.min),
-        "linear_histogram": _table(g.histogram, 0), "quantile_edge": _table(g.quantiles, 0), "top_id": _table(g.top, -1),
-        "bottom_id": _table(g.bottom, -1), "token_at": token_at, "token_at_count": token_at_count,
+        "example": np.array(g.example),
+        "active": np.array(g.active),
+        "max": np.array(g.max),
+        "min": np.array(g.min),
+        "linear_histogram": _table(g.histogram, 0),
+        "quantile_edge": _table(g.quantiles, 0),
+        "top_id": _table(g.top, -1),
+        "bottom_id": _table(g.bottom, -1),
+        "token_at": token_at,
+        "token_at_count": token_at_count,
         "count": np.array([[sum(h)] for h in g.histogram]),
-    }  # fmt: skip
+    }
     assert set(arrays) <= set(ARRAYS)
     for key, array in arrays.items():
         save_array(folder, key, array)
@@ -309,11 +335,26 @@ def _write(folder: Path, name: str, n_layers: int, n_features: int, g: _Gathered
     )
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     manifest = BundleManifest(
-        whole=True, created=datetime.now(UTC).isoformat(timespec="seconds"), host="", host_hash="", clt=name, scan=name, clt_hash="",
-        tokenizer_hash="", text=[Stream(name=name, n_rows=len(g.tokens), digest="")], policy=FirstPosition(n_skip=0), n_layers=n_layers,
-        n_features=n_features, context=1, n_tokens=0, settings={}, sample_tokens=0, files=files, imported=name,
+        whole=True,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        host="",
+        host_hash="",
+        clt=name,
+        scan=name,
+        clt_hash="",
+        tokenizer_hash="",
+        text=[Stream(name=name, n_rows=len(g.tokens), digest="")],
+        policy=FirstPosition(n_skip=0),
+        n_layers=n_layers,
+        n_features=n_features,
+        context=1,
+        n_tokens=0,
+        settings={},
+        sample_tokens=0,
+        files=files,
+        imported=name,
         versions={"crosslayer": version("crosslayer")},
-    )  # fmt: skip
+    )
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 

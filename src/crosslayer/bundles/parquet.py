@@ -44,13 +44,36 @@ def _schema(pa: Any, examples: bool) -> Any:
     counts = pa.list_(pa.struct([("token", text), ("count", whole)]))
     near = pa.list_(pa.struct([("layer", pa.int32()), ("index", pa.int32()), ("value", number)]))
     fields = [
-        ("layer", pa.int32()), ("index", pa.int32()), ("label", text), ("label_from", text), ("rule", text), ("precision", number),
-        ("recall", number), ("auroc", number), ("count", whole), ("density", pa.float64()), ("mean", number), ("min", number), ("max", number),
-        ("promotes", logits), ("suppresses", logits), ("at_peak", counts), ("before_peak", counts), ("decoder_norms", pa.list_(number)),
-        ("groups", pa.list_(pa.int32())), *((name, near) for name in NEIGHBOURS),
-    ]  # fmt: skip
+        ("layer", pa.int32()),
+        ("index", pa.int32()),
+        ("label", text),
+        ("label_from", text),
+        ("rule", text),
+        ("precision", number),
+        ("recall", number),
+        ("auroc", number),
+        ("count", whole),
+        ("density", pa.float64()),
+        ("mean", number),
+        ("min", number),
+        ("max", number),
+        ("promotes", logits),
+        ("suppresses", logits),
+        ("at_peak", counts),
+        ("before_peak", counts),
+        ("decoder_norms", pa.list_(number)),
+        ("groups", pa.list_(pa.int32())),
+        *((name, near) for name in NEIGHBOURS),
+    ]
     if examples:
-        example = [("tokens", pa.list_(text)), ("activations", pa.list_(number)), ("peak", pa.int32()), ("value", number), ("bin", pa.int32()), ("source", text)]  # fmt: skip
+        example = [
+            ("tokens", pa.list_(text)),
+            ("activations", pa.list_(number)),
+            ("peak", pa.int32()),
+            ("value", number),
+            ("bin", pa.int32()),
+            ("source", text),
+        ]
         fields.append(("examples", pa.list_(pa.struct(example))))
     return pa.schema(fields)
 
@@ -64,14 +87,37 @@ def _row(bundle: FeatureBundle, feature: int, examples: bool) -> dict[str, Any]:
         for name in NEIGHBOURS
     }
     row = {
-        "layer": layer, "index": index, "label": f.label, "label_from": f.label_from, "rule": f.rule.kind if f.rule else None,
-        "precision": f.rule.precision if f.rule else None, "recall": f.rule.recall if f.rule else None, "auroc": f.rule.auroc if f.rule else None,
-        "count": f.count, "density": f.density, "mean": f.mean, "min": f.min, "max": f.max, "promotes": plain(f.promotes),
-        "suppresses": plain(f.suppresses), "at_peak": plain(f.at.get("peak", [])), "before_peak": plain(f.at.get("before", [])),
-        "decoder_norms": f.decoder_norms, "groups": f.groups, **near,
-    }  # fmt: skip
+        "layer": layer,
+        "index": index,
+        "label": f.label,
+        "label_from": f.label_from,
+        "rule": f.rule.kind if f.rule else None,
+        "precision": f.rule.precision if f.rule else None,
+        "recall": f.rule.recall if f.rule else None,
+        "auroc": f.rule.auroc if f.rule else None,
+        "count": f.count,
+        "density": f.density,
+        "mean": f.mean,
+        "min": f.min,
+        "max": f.max,
+        "promotes": plain(f.promotes),
+        "suppresses": plain(f.suppresses),
+        "at_peak": plain(f.at.get("peak", [])),
+        "before_peak": plain(f.at.get("before", [])),
+        "decoder_norms": f.decoder_norms,
+        "groups": f.groups,
+        **near,
+    }
     if examples:
         row["examples"] = [
-            {"tokens": e.tokens, "activations": e.activations, "peak": e.peak, "value": e.value, "bin": e.bin, "source": e.source} for e in f.examples
-        ]  # fmt: skip
+            {
+                "tokens": e.tokens,
+                "activations": e.activations,
+                "peak": e.peak,
+                "value": e.value,
+                "bin": e.bin,
+                "source": e.source,
+            }
+            for e in f.examples
+        ]
     return row

@@ -100,7 +100,9 @@ def _accuracy(scores: Mapping[str, Any], method: str) -> float | None:
 
 
 def scores_in_words(scores: Mapping[str, Any]) -> str:
-    """`detection 0.85 [0.64, 0.95], fuzzing ...`; balanced accuracies and an intruder's accuracy, with 95 % intervals where there are any."""
+    """`detection 0.85 [0.64, 0.95], fuzzing ...`; balanced accuracies and an intruder's accuracy, with 95 % intervals
+    where there are any.
+    """
     parts = []
     for method in METHODS:
         value = _accuracy(scores, method)
@@ -118,7 +120,10 @@ def scores_in_words(scores: Mapping[str, Any]) -> str:
 def _figures(f: Feature) -> str:
     if f.rule is None or f.rule.auroc is None:
         return ""
-    return f" ({f.rule.kind}; AUROC {f.rule.auroc:.3f}, precision {f.rule.precision:.2f}, recall {f.rule.recall:.2f} on other text)"
+    return (
+        f" ({f.rule.kind}; AUROC {f.rule.auroc:.3f}, precision {f.rule.precision:.2f}, recall {f.rule.recall:.2f} on"
+        " other text)"
+    )
 
 
 def _bars(counts: Sequence[float]) -> str:
@@ -204,9 +209,5 @@ def print_top(
         for f, activation in some:
             layer, index = bundle.place(f)
             share = activation / max(float(bundle.array("max")[f]), 1e-30)
-            console.print(
-                Text(
-                    f"      L{layer}/{index:<6} {activation:8.3g}  {share:4.0%} of its highest  {labels[f][0] or ''}".rstrip()
-                ),
-                soft_wrap=True,
-            )
+            line = f"      L{layer}/{index:<6} {activation:8.3g}  {share:4.0%} of its max  {labels[f][0] or ''}"
+            console.print(Text(line.rstrip()), soft_wrap=True)

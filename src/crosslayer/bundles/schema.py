@@ -27,11 +27,15 @@ MANIFEST, TOKENS, VOCABULARY, INDEX, USER = (
     "user.sqlite",
 )
 PLACES = ("peak", "before", "first", "last")
-"""Tokens counted: at the peak, just before it, and at the first and the last of the unbroken run of active tokens that holds it."""
+"""Tokens counted: at the peak, just before it, and at the first and the last of the unbroken run of active tokens that
+holds it.
+"""
 
 
 class ArraySpec(NamedTuple):
-    """An array of a bundle: its kind of number, its axes (N features, X examples, A active tokens of examples; others by settings), what it is."""
+    """An array of a bundle: its kind of number, its axes (N features, X examples, A active tokens of examples; others
+    by settings), what it is.
+    """
 
     dtype: str
     axes: str
@@ -106,7 +110,8 @@ def read_manifest(path: Path) -> BundleManifest:
     if not path.is_dir():
         if building_folder(path).is_dir():
             raise FormatError(
-                f"{path} is not whole: its build was stopped; run the same crosslayer features build again, and it goes on"
+                f"{path} is not whole: its build was stopped; run the same crosslayer features build again, and it"
+                " goes on"
             )
         raise FormatError(f"no feature bundle at {path}; make one with crosslayer features build -o {path}")
     missing = f"{path} is no feature bundle: it has no {MANIFEST}; {REBUILD}"
@@ -126,6 +131,7 @@ def read_manifest(path: Path) -> BundleManifest:
             raise FormatError(f"{path}: {name} is missing; {REBUILD}, or copy it again")
         if found != n_bytes:
             raise FormatError(
-                f"{path}: {name} has {found} bytes, expected {n_bytes}; it was cut short or changed, so copy it again or {REBUILD}"
+                f"{path}: {name} has {found} bytes, expected {n_bytes}; it was cut short or changed, so copy it again"
+                f" or {REBUILD}"
             )
     return manifest

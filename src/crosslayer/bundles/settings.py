@@ -8,9 +8,13 @@ from crosslayer.core.errors import ConfigError
 
 LOG_BINS = 32
 LOG_FIRST_EXPONENT = -8
-"""The log histogram has two bins an octave, [2^e, 1.5 2^e) and [1.5 2^e, 2^(e+1)), from 2^-8 to 2^8; what is beyond falls into the last."""
+"""The log histogram has two bins an octave, [2^e, 1.5 2^e) and [1.5 2^e, 2^(e+1)), from 2^-8 to 2^8; what is beyond
+falls into the last.
+"""
 LINEAR_BINS = 32
-"""The linear histogram divides [0, 2^e) evenly, 2^e being the smallest power of two above the feature's highest activation."""
+"""The linear histogram divides [0, 2^e) evenly, 2^e being the smallest power of two above the feature's highest
+activation.
+"""
 
 
 def log_edges() -> list[float]:
@@ -25,10 +29,12 @@ class ScanSettings:
     Attributes:
         n_top: examples with the highest activations, one a row of text at most.
         n_quantiles, per_quantile: bins of equally many rows by activation, and examples from each.
-        n_reservoir: rows drawn evenly, by hash, from all on which a feature fires; quantiles and token counts are taken over them.
+        n_reservoir: rows drawn evenly, by hash, from all on which a feature fires; quantiles and token counts are taken
+            over them.
         window, before: tokens of an example, and how many of them stand before its peak where the row allows it.
         sample_entries: active (token, feature) pairs of the token sample that co-activation and rules are counted on.
-        n_logits, n_neighbours, n_coactive, n_virtual: lengths of the lists of each feature (`n_coactive` each for its own and other layers).
+        n_logits, n_neighbours, n_coactive, n_virtual: lengths of the lists of each feature (`n_coactive` each for its
+            own and other layers).
     """
 
     n_top: int = 16

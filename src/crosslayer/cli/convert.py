@@ -13,7 +13,13 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["published", "per-layer"]), default="published", show_default=True, help="format to write")  # fmt: skip
+@click.option(
+    "--to",
+    type=click.Choice(["published", "per-layer"]),
+    default="published",
+    show_default=True,
+    help="format to write",
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="of all tensors; their own unless given")
 @click.option("--drop-skip", is_flag=True, help="leave an affine skip out, so that circuit-tracer opens the folder")
 @click.option("--keep-skip", is_flag=True, help="keep an affine skip in the published format, for crosslayer alone")

@@ -13,7 +13,9 @@ from rich.console import Console
 @click.option(
     "--model", help="host: hub name, local folder, or stdlib-qwen3; the one the transcoder names unless given"
 )
-@click.option("--text", multiple=True, metavar="SOURCE", help="stdlib, PATH or hf:NAME; repeatable; the run's own unless given")  # fmt: skip
+@click.option(
+    "--text", multiple=True, metavar="SOURCE", help="stdlib, PATH or hf:NAME; repeatable; the run's own unless given"
+)
 @click.option("--tokens", type=click.IntRange(min=1), help="held-out tokens; the run's own, or 131072")
 @click.option("--context", type=click.IntRange(min=3), help="tokens of a row; the run's own, or 256")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")

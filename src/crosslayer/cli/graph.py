@@ -17,10 +17,27 @@ from crosslayer.cli.texts import prompt_text
 )
 @click.option("--clt", required=True, help="transcoder: folder, run, or owner/name on the hub")
 @click.option("--prompt", required=True, help="text to trace; - reads it from standard input")
-@click.option("--target", "targets", multiple=True, metavar="TARGET", help="what to explain: a token (' self'), #ID, TOKEN-minus-TOKEN, or L12/345; @POSITION after it if not the last; repeatable; the most probable tokens unless given")  # fmt: skip
-@click.option("--tolerance", type=float, default=0.02, show_default=True, help="share of influence that may stay unexplained; 0 for every edge")  # fmt: skip
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    help=(
+        "what to explain: a token (' self'), #ID, TOKEN-minus-TOKEN, or L12/345; @POSITION after it if not the last;"
+        " repeatable; the most probable tokens unless given"
+    ),
+)
+@click.option(
+    "--tolerance",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="share of influence that may stay unexplained; 0 for every edge",
+)
 @click.option("--max-nodes", type=int, help="features that get a row at most")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="of the matrix products")  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="of the matrix products"
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
 @click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="features to print")
 @click.option(
@@ -29,7 +46,11 @@ from crosslayer.cli.texts import prompt_text
     help="feature bundle to name features from; that of the transcoder's run unless given",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="save the graph: FILE.json and FILE.safetensors")
-@click.option("--export", type=click.Path(path_type=Path), help="also write it, pruned, as the JSON that circuit-tracer's and Neuronpedia's viewers read")  # fmt: skip
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path),
+    help="also write it, pruned, as the JSON that circuit-tracer's and Neuronpedia's viewers read",
+)
 @click.option(
     "--node-threshold", type=float, default=0.8, show_default=True, help="of influence that exported nodes hold"
 )
@@ -37,10 +58,24 @@ from crosslayer.cli.texts import prompt_text
     "--edge-threshold", type=float, default=0.98, show_default=True, help="of influence that exported edges hold"
 )
 def command(
-    model: str | None, clt: str, prompt: str, targets: tuple[str, ...], tolerance: float, max_nodes: int | None, precision: str,
-    device: str, top: int, features: Path | None, out: Path | None, export: Path | None, node_threshold: float, edge_threshold: float,
-) -> None:  # fmt: skip
-    """Trace PROMPT into an attribution graph: the features that lead to the model's next token, and how they lead there."""
+    model: str | None,
+    clt: str,
+    prompt: str,
+    targets: tuple[str, ...],
+    tolerance: float,
+    max_nodes: int | None,
+    precision: str,
+    device: str,
+    top: int,
+    features: Path | None,
+    out: Path | None,
+    export: Path | None,
+    node_threshold: float,
+    edge_threshold: float,
+) -> None:
+    """Trace PROMPT into an attribution graph: the features that lead to the model's next token, and how they lead
+    there.
+    """
     from crosslayer.attribution.attribute import attribute
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable
@@ -59,9 +94,16 @@ def command(
             raise ConfigError(f"{name}={value} must be between 0 and 1")
     text = prompt_text(prompt)
     graph = attribute(
-        model, clt, text, targets=list(targets) or None, tolerance=tolerance, max_nodes=max_nodes, precision=precision,
-        device=device, console=Console(stderr=True),
-    )  # fmt: skip
+        model,
+        clt,
+        text,
+        targets=list(targets) or None,
+        tolerance=tolerance,
+        max_nodes=max_nodes,
+        precision=precision,
+        device=device,
+        console=Console(stderr=True),
+    )
     labels = labels_of(graph, clt, features)
     print_graph(Console(), graph, top=top, labels=labels)
     if out is not None:

@@ -17,21 +17,55 @@ from crosslayer.cli.texts import prompt_text
 )
 @click.option("--clt", required=True, help="transcoder: folder, run, or owner/name on the hub")
 @click.option("--prompt", required=True, help="text; - reads it from standard input")
-@click.option("--set", "sets", multiple=True, metavar="L3/1204@5=2.5", help="give a feature a value; without @POSITION everywhere, @5: from there on; repeatable")  # fmt: skip
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="L3/1204@5=2.5",
+    help="give a feature a value; without @POSITION everywhere, @5: from there on; repeatable",
+)
 @click.option(
     "--scale", "scales", multiple=True, metavar="L3/1204@5=2", help="multiply a feature's own value; repeatable"
 )
 @click.option("--ablate", "ablations", multiple=True, metavar="L3/1204@5", help="set a feature to zero; repeatable")
-@click.option("--freeze", type=click.Choice(["none", "attention", "norms", "both"]), default="none", show_default=True, help="what keeps the prompt's values")  # fmt: skip
-@click.option("--mlps", type=click.Choice(["host", "replaced"]), default="host", show_default=True, help="who reacts to the change: the host's MLPs, or the transcoder's features with the prompt's errors")  # fmt: skip
+@click.option(
+    "--freeze",
+    type=click.Choice(["none", "attention", "norms", "both"]),
+    default="none",
+    show_default=True,
+    help="what keeps the prompt's values",
+)
+@click.option(
+    "--mlps",
+    type=click.Choice(["host", "replaced"]),
+    default="host",
+    show_default=True,
+    help="who reacts to the change: the host's MLPs, or the transcoder's features with the prompt's errors",
+)
 @click.option("--hold", metavar="FIRST-LAST", help="layers whose MLP outputs keep their values, as 0-5 or all")
-@click.option("--generate", type=click.IntRange(min=0), default=0, show_default=True, help="tokens to add, the most probable each time")  # fmt: skip
+@click.option(
+    "--generate",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="tokens to add, the most probable each time",
+)
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="next tokens to print")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
 def command(
-    model: str | None, clt: str, prompt: str, sets: tuple[str, ...], scales: tuple[str, ...], ablations: tuple[str, ...],
-    freeze: str, mlps: str, hold: str | None, generate: int, top: int, device: str,
-) -> None:  # fmt: skip
+    model: str | None,
+    clt: str,
+    prompt: str,
+    sets: tuple[str, ...],
+    scales: tuple[str, ...],
+    ablations: tuple[str, ...],
+    freeze: str,
+    mlps: str,
+    hold: str | None,
+    generate: int,
+    top: int,
+    device: str,
+) -> None:
     """Run PROMPT with features changed, and print the next tokens before and after."""
     from rich.markup import escape
     from rich.table import Table
@@ -84,7 +118,10 @@ def _parse(text: str, kind: str) -> dict[str, Any]:
         found = None
     if not found or (found[7] is None) != (kind == "ablate"):
         form, example = ("LAYER/INDEX", "L3/1204") if kind == "ablate" else ("LAYER/INDEX=VALUE", "L3/1204=2")
-        raise ConfigError(f"--{kind} {text!r} is not understood; write {form}, as {example}, with @5, @5: or @5:9 after the index for one position, from there on, or up to another")  # fmt: skip
+        raise ConfigError(
+            f"--{kind} {text!r} is not understood; write {form}, as {example}, with @5, @5: or @5:9 after the index for"
+            " one position, from there on, or up to another"
+        )
     whole = lambda s: None if s is None else int(s)  # noqa: E731
     positions = slice(whole(found[3]), whole(found[5])) if found[4] else whole(found[6])
     return {

@@ -14,41 +14,121 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, as http://127.0.0.1:8080/v1 (llama.cpp, vLLM, Ollama, or hosted)")  # fmt: skip
+@click.option(
+    "--endpoint",
+    required=True,
+    metavar="URL",
+    help="OpenAI-compatible, as http://127.0.0.1:8080/v1 (llama.cpp, vLLM, Ollama, or hosted)",
+)
 @click.option("--model", required=True, help="name that the endpoint knows the model by; labels are kept under it")
-@click.option("--key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key; no key is sent unless given")  # fmt: skip
-@click.option("--feature", "features", multiple=True, metavar="L/I", help="a feature to label, as L3/753; repeatable; all unless chosen otherwise")  # fmt: skip
-@click.option("--graph", type=click.Path(path_type=Path), help="label the features of a saved or exported graph, as it is shown")  # fmt: skip
+@click.option(
+    "--key-env",
+    metavar="VARIABLE",
+    help="environment variable that holds the endpoint's key; no key is sent unless given",
+)
+@click.option(
+    "--feature",
+    "features",
+    multiple=True,
+    metavar="L/I",
+    help="a feature to label, as L3/753; repeatable; all unless chosen otherwise",
+)
+@click.option(
+    "--graph", type=click.Path(path_type=Path), help="label the features of a saved or exported graph, as it is shown"
+)
 @click.option("--group", metavar="LEVEL/NUMBER", help="label the features of a cluster")
 @click.option("--unnamed", is_flag=True, help="of these, only what no rule names, nor a person")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="of these, N evenly over layers and densities")
-@click.option("--budget", type=click.IntRange(min=1), metavar="TOKENS", help="tokens to spend at most, read and written; as many features as that reaches")  # fmt: skip
-@click.option("--score", "methods", multiple=True, type=click.Choice(["detection", "fuzzing", "intruder", "none"]), help="how labels are scored; repeatable; in all three ways unless given")  # fmt: skip
-@click.option("--baseline", "baselines", multiple=True, type=click.Choice(["shuffled", "rule", "none"]), help="what else is judged on the same texts: other features' labels, the labels by rule; repeatable; both unless given")  # fmt: skip
-@click.option("--groups/--no-groups", default=True, help="name the clusters that the features are in, from their members' labels")  # fmt: skip
+@click.option(
+    "--budget",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="tokens to spend at most, read and written; as many features as that reaches",
+)
+@click.option(
+    "--score",
+    "methods",
+    multiple=True,
+    type=click.Choice(["detection", "fuzzing", "intruder", "none"]),
+    help="how labels are scored; repeatable; in all three ways unless given",
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    type=click.Choice(["shuffled", "rule", "none"]),
+    help=(
+        "what else is judged on the same texts: other features' labels, the labels by rule; repeatable; both unless"
+        " given"
+    ),
+)
+@click.option(
+    "--groups/--no-groups", default=True, help="name the clusters that the features are in, from their members' labels"
+)
 @click.option("--shown", type=click.IntRange(min=1), default=12, show_default=True, help="texts to explain with")
-@click.option("--texts", type=click.IntRange(min=2), default=10, show_default=True, help="texts to judge on which the feature fires, and as many on which it does not")  # fmt: skip
+@click.option(
+    "--texts",
+    type=click.IntRange(min=2),
+    default=10,
+    show_default=True,
+    help="texts to judge on which the feature fires, and as many on which it does not",
+)
 @click.option("--window", type=click.IntRange(min=4, max=255), default=24, show_default=True, help="tokens of a text")
 @click.option("--per-call", type=click.IntRange(min=1), default=5, show_default=True, help="texts judged in one call")
-@click.option("--thinking", type=click.IntRange(min=0), default=0, metavar="TOKENS", help="more in each answer, for models that think before they answer")  # fmt: skip
+@click.option(
+    "--thinking",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="TOKENS",
+    help="more in each answer, for models that think before they answer",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of every draw")
 @click.option("--concurrency", type=click.IntRange(1, 512), default=8, show_default=True, help="requests at once")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=120.0, show_default=True, metavar="S", help="for an answer")  # fmt: skip
-@click.option("--retries", type=click.IntRange(min=0), default=6, show_default=True, help="of a request, with ever longer waits")  # fmt: skip
-@click.option("--price-in", type=click.FloatRange(min=0), metavar="PRICE", help="of a million tokens read, for the estimate")  # fmt: skip
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=120.0, show_default=True, metavar="S", help="for an answer"
+)
+@click.option(
+    "--retries", type=click.IntRange(min=0), default=6, show_default=True, help="of a request, with ever longer waits"
+)
+@click.option(
+    "--price-in", type=click.FloatRange(min=0), metavar="PRICE", help="of a million tokens read, for the estimate"
+)
 @click.option("--price-out", type=click.FloatRange(min=0), metavar="PRICE", help="of a million tokens written")
 @click.option("--dry-run", is_flag=True, help="say what it would take, and ask nothing")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="also write the summary to this file, as JSON")
 def command(
-    bundle: Path, endpoint: str, model: str, key_env: str | None, features: tuple[str, ...], graph: Path | None, group: str | None,
-    unnamed: bool, sample: int | None, budget: int | None, methods: tuple[str, ...], baselines: tuple[str, ...], groups: bool, shown: int,
-    texts: int, window: int, per_call: int, thinking: int, seed: int, concurrency: int, timeout: float, retries: int, price_in: float | None,
-    price_out: float | None, dry_run: bool, out: Path | None,
-) -> None:  # fmt: skip
-    """Let a language model label features of BUNDLE (or of a run that has one), and score the labels on documents that did not make them.
+    bundle: Path,
+    endpoint: str,
+    model: str,
+    key_env: str | None,
+    features: tuple[str, ...],
+    graph: Path | None,
+    group: str | None,
+    unnamed: bool,
+    sample: int | None,
+    budget: int | None,
+    methods: tuple[str, ...],
+    baselines: tuple[str, ...],
+    groups: bool,
+    shown: int,
+    texts: int,
+    window: int,
+    per_call: int,
+    thinking: int,
+    seed: int,
+    concurrency: int,
+    timeout: float,
+    retries: int,
+    price_in: float | None,
+    price_out: float | None,
+    dry_run: bool,
+    out: Path | None,
+) -> None:
+    """Let a language model label features of BUNDLE (or of a run that has one), and score the labels on documents that
+    did not make them.
 
-    Labels, scores and who gave them go to the bundle's user.sqlite; a person's label counts before them. A run that was stopped goes on when it is
-    run again, and no answer is paid for twice.
+    Labels, scores and who gave them go to the bundle's user.sqlite; a person's label counts before them. A run that was
+    stopped goes on when it is run again, and no answer is paid for twice.
     """
     from functools import partial
 
@@ -70,9 +150,17 @@ def command(
         raise ConfigError("one price was given without the other; give both --price-in and --price-out")
     prices = None if price_in is None or price_out is None else Prices(price_in, price_out)
     settings = LabelSettings(
-        window=window, before=min(16, window * 2 // 3), n_shown=shown, n_positive=texts, n_negative=texts, per_call=per_call,
-        methods=_chosen("--score", methods, METHODS), baselines=_chosen("--baseline", baselines, BASELINES), thinking=thinking, seed=seed,
-    )  # fmt: skip
+        window=window,
+        before=min(16, window * 2 // 3),
+        n_shown=shown,
+        n_positive=texts,
+        n_negative=texts,
+        per_call=per_call,
+        methods=_chosen("--score", methods, METHODS),
+        baselines=_chosen("--baseline", baselines, BASELINES),
+        thinking=thinking,
+        seed=seed,
+    )
     patience = Patience(timeout_s=timeout, retries=retries)
     opened = load_features(bundle)
     console = Console(stderr=True)
@@ -96,7 +184,8 @@ def command(
             chosen = chosen[: int(len(chosen) * budget / expected.tokens)]
             if not chosen:
                 raise ConfigError(
-                    f"--budget {budget} is less than the {expected.tokens // expected.n_features:,} tokens that one feature takes, about; raise it"
+                    f"--budget {budget} is less than the {expected.tokens // expected.n_features:,} tokens that one"
+                    " feature takes, about; raise it"
                 )
             expected = count(chosen)
         print_estimate(console, model, server.host, expected, known, budget, concurrency)
@@ -111,7 +200,10 @@ def command(
     tried = summary["features"]
     if tried["failed"] and not tried["labelled"]:
         reason = next(iter(summary["reasons"]), "no answer")
-        raise EndpointError(f"{model} labelled none of {tried['failed']} features ({reason}); see whether {endpoint} serves a model that follows instructions, or give another --model")  # fmt: skip
+        raise EndpointError(
+            f"{model} labelled none of {tried['failed']} features ({reason}); see whether {endpoint} serves a model"
+            " that follows instructions, or give another --model"
+        )
 
 
 def _chosen(flag: str, given: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:
@@ -123,8 +215,14 @@ def _chosen(flag: str, given: tuple[str, ...], every: tuple[str, ...]) -> tuple[
 
 
 def _features(
-    opened: FeatureBundle, features: tuple[str, ...], graph: Path | None, group: str | None, unnamed: bool, sample: int | None, seed: int
-) -> list[int]:  # fmt: skip
+    opened: FeatureBundle,
+    features: tuple[str, ...],
+    graph: Path | None,
+    group: str | None,
+    unnamed: bool,
+    sample: int | None,
+    seed: int,
+) -> list[int]:
     """Flat ids of the features that are meant, in the order in which they are labelled."""
     from crosslayer.autointerp import choose
     from crosslayer.cli.features import parse_feature

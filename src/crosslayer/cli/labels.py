@@ -30,7 +30,8 @@ def labels_of(graph: Graph, clt: str | Path, bundle: Path | None) -> dict[tuple[
     a = graph.arrays
     if opened.n_layers != graph.header.n_layers or (graph.n_features and int(a.index_F.max()) >= opened.n_features):
         raise ConfigError(
-            f"the bundle {opened.path} is of a transcoder of {opened.n_layers} layers of {opened.n_features} features, another than the graph's; give its own"
+            f"the bundle {opened.path} is of a transcoder of {opened.n_layers} layers of {opened.n_features} features,"
+            " another than the graph's; give its own"
         )
     places = {
         (int(layer), int(index)): opened.id(int(layer), int(index))

@@ -1,4 +1,6 @@
-"""`crosslayer`: registers the verbs, loads one when it is asked for, and turns errors into one sentence and exit code 2."""
+"""`crosslayer`: registers the verbs, loads one when it is asked for, and turns errors into one sentence and exit code
+2.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,14 @@ from crosslayer.cli.settings import GroupedHelp, config_flags, config_from
 
 
 @click.command(cls=GroupedHelp)
-@click.option("--flops", type=click.FloatRange(min=0, min_open=True), help="reckon the time with so many operations a second, of another machine (H200, bf16: 6e14); unless given, some steps are tried here")  # fmt: skip
+@click.option(
+    "--flops",
+    type=click.FloatRange(min=0, min_open=True),
+    help=(
+        "reckon the time with so many operations a second, of another machine (H200, bf16: 6e14); unless given, some"
+        " steps are tried here"
+    ),
+)
 @config_flags
 def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     """Print parameters, memory by part, FLOPs a token and estimated time of a run, without allocating it.
@@ -62,7 +69,17 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
         Console().print(table)
         raise
     if not flops:
-        tried = trial(config.share(1), shape, choose_device(config.device), DTYPES[config.precision], DTYPES[config.host_precision])  # fmt: skip
+        tried = trial(
+            config.share(1),
+            shape,
+            choose_device(config.device),
+            DTYPES[config.precision],
+            DTYPES[config.host_precision],
+        )
         hours = tried.seconds(replace(config, tokens=plan.tokens)) / 3600
-        table.add_row("time, by some steps tried here", f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / tried.harvest_s:,.0f} tokens/s of harvest, {1 / tried.step_s:,.0f} of training")  # fmt: skip
+        table.add_row(
+            "time, by some steps tried here",
+            f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / tried.harvest_s:,.0f} tokens/s of harvest,"
+            f" {1 / tried.step_s:,.0f} of training",
+        )
     Console().print(table)

@@ -47,9 +47,15 @@ def command(folder: str, repo: str, revision: str | None, private: bool, dry_run
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repo, folder_path=path, revision=revision, ignore_patterns=[".*"], commit_message=f"{path.name}, by crosslayer"
-        )  # fmt: skip
+            repo_id=repo,
+            folder_path=path,
+            revision=revision,
+            ignore_patterns=[".*"],
+            commit_message=f"{path.name}, by crosslayer",
+        )
     except hub_errors() as error:
         first_line = str(error).strip().splitlines()[0]
-        raise FormatError(f"the hub did not take {repo} ({first_line}); check the name, the network and hf auth whoami") from error  # fmt: skip
+        raise FormatError(
+            f"the hub did not take {repo} ({first_line}); check the name, the network and hf auth whoami"
+        ) from error
     click.echo(f"pushed: {done.commit_url}")

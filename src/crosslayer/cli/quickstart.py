@@ -1,4 +1,6 @@
-"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures, a feature bundle and a traced prompt."""
+"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures, a feature bundle and a traced
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,19 @@ PROMPT = "class Shape:\n    def __init__(self, width):\n        self.width ="
 
 
 @click.command()
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True, help="run folder to make")  # fmt: skip
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/quickstart"),
+    show_default=True,
+    help="run folder to make",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="of initial weights and of the order of text")
 @click.option("--serve/--no-serve", default=None, help="show the page at the end; only on a terminal unless given")
 def command(out: Path, seed: int, serve: bool | None) -> None:
-    """Train a transcoder of the shipped host on Python's standard library, measure and save it, collect its features, and trace a prompt.
+    """Train a transcoder of the shipped host on Python's standard library, measure and save it, collect its features,
+    and trace a prompt.
 
     Needs no network and no GPU. A run that was stopped goes on where it stood.
     """

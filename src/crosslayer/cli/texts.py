@@ -18,6 +18,7 @@ def prompt_text(given: str) -> str:
         text.encode()
     except UnicodeError as error:
         raise ConfigError(
-            f"the prompt is not UTF-8 text ({error.reason if isinstance(error, UnicodeDecodeError) else 'a byte that is no letter'}); convert it"
+            "the prompt is not UTF-8 text"
+            f" ({error.reason if isinstance(error, UnicodeDecodeError) else 'a byte that is no letter'}); convert it"
         ) from error
     return text

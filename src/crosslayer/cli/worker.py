@@ -34,8 +34,13 @@ class Worker:
         model = self.opened(job["clt"], tell)
         tell(stage="tracing")
         graph = attribute(
-            model, None, job["prompt"], targets=job["targets"] or None, tolerance=job["tolerance"], max_nodes=job["max_nodes"]
-        )  # fmt: skip
+            model,
+            None,
+            job["prompt"],
+            targets=job["targets"] or None,
+            tolerance=job["tolerance"],
+            max_nodes=job["max_nodes"],
+        )
         out = Path(job["out"])
         out.parent.mkdir(exist_ok=True)
         return {"path": str(graph.save(out)), "features": graph.n_features}
@@ -114,5 +119,7 @@ def command() -> None:
             worker = Worker()
             tell(
                 state="failed",
-                error=f"the model could not do it: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                error=(
+                    f"the model could not do it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                ),
             )

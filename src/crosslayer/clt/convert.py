@@ -51,7 +51,10 @@ def convert(
     opened = load_clt(source)
     if opened.clt.config.skip and to == "published" and skip != "keep":
         if skip == "refuse":
-            raise ConfigError(f"{source} has an affine skip, which circuit-tracer does not open; give --drop-skip to leave it out, or --keep-skip to write it for crosslayer alone")  # fmt: skip
+            raise ConfigError(
+                f"{source} has an affine skip, which circuit-tracer does not open; give --drop-skip to leave it out, or"
+                " --keep-skip to write it for crosslayer alone"
+            )
         opened = _without_skip(opened)
     files = (published if to == "published" else transcoder_set).plan(opened, dtype)
     folder = open_folder(source)
@@ -66,7 +69,8 @@ def convert(
         except FormatError as error:
             if dtype == torch.float16:
                 raise FormatError(
-                    f"{source} does not fit into fp16, whose greatest number is 65,504 ({error}); give --dtype bf16 or fp32"
+                    f"{source} does not fit into fp16, whose greatest number is 65,504 ({error}); give --dtype bf16 or"
+                    " fp32"
                 ) from error
             raise
 
@@ -95,7 +99,9 @@ def _check_sample(source: Opened, written: Opened, dtype: torch.dtype | None) ->
         )
         scale = max(1e-6, expected.abs().max().item())
         if (expected.float() - found.float()).abs().max().item() > loose * scale:
-            raise FormatError(f"layer {i} of what was written encodes or decodes otherwise than its source; write it again")  # fmt: skip
+            raise FormatError(
+                f"layer {i} of what was written encodes or decodes otherwise than its source; write it again"
+            )
 
 
 def _some_features(clt: CLT, x_BLD: torch.Tensor) -> list[Active]:

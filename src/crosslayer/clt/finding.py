@@ -1,9 +1,10 @@
 """Where features may fire: pre-activations looked at some tokens at a time, coarsely where that is faster.
 
 Most of an encoder's product is thrown away: only what passes a bound matters. Where the device multiplies bfloat16 in
-hardware, the product is made so, each entry known to within a margin, and only entries that might pass are computed again
-from the weights as they are. The margin is of the rounding's size: SLACK of the standard deviation that a pre-activation would
-have if input and encoder row pointed anywhere. Rounding errors of 512 products stay well within it unless they conspire.
+hardware, the product is made so, each entry known to within a margin, and only entries that might pass are computed
+again from the weights as they are. The margin is of the rounding's size: SLACK of the standard deviation that a
+pre-activation would have if input and encoder row pointed anywhere. Rounding errors of 512 products stay well within it
+unless they conspire.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 from crosslayer.clt.sparse import Entries, sampled_products, where
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
-"""Tokens whose pre-activations of one layer are looked at together; on CPU few enough to stay in the processor's cache."""
+"""Tokens whose pre-activations of one layer are looked at together; on CPU few enough to stay in the processor's
+cache.
+"""
 SLACK = 2.0**-5
 
 
@@ -45,8 +48,8 @@ class Found(NamedTuple):
 class Given:
     """Pre-activations that are there already.
 
-    Like the two below it has `look(layer, tokens)`, those of some tokens; `exact(layer, entries)`, those of some entries as they
-    really are; and `chunks()`, all tokens in parts to be looked at together.
+    Like the two below it has `look(layer, tokens)`, those of some tokens; `exact(layer, entries)`, those of some
+    entries as they really are; and `chunks()`, all tokens in parts to be looked at together.
     """
 
     def __init__(self, pre: Sequence[Float[Tensor, "B F"]]) -> None:
@@ -140,7 +143,9 @@ def above(finder: Finder, layer: int, bound_F: Float[Tensor, " F"]) -> Found:
 
 
 def near(finder: Finder, layer: int, bound_F: Float[Tensor, " F"]) -> tuple[Found, bool]:
-    """The same and, unless the second value says otherwise, some that come near; the pre-activations are exact of all."""
+    """The same and, unless the second value says otherwise, some that come near; the pre-activations are exact of
+    all.
+    """
     if isinstance(finder, Fused):
         return finder.above(layer, bound_F), True
     found, values = list[Entries](), list[Tensor]()

@@ -1,7 +1,8 @@
 """The units of training, folded away.
 
-While training, layer L sees x_L s_in_L Q_L, with Q_L a rotation, and is asked for y_L s_out_L. Folding puts both into the
-weights, so that the saved transcoder takes and gives the host's own activations, exactly (bfloat16 weights are rounded once more):
+While training, layer L sees x_L s_in_L Q_L, with Q_L a rotation, and is asked for y_L s_out_L. Folding puts both into
+the weights, so that the saved transcoder takes and gives the host's own activations, exactly (bfloat16 weights are
+rounded once more):
 
     W_enc_L <- s_in_L W_enc_L Q_L^T     W_dec_{L->M} /= s_out_M     b_dec_M /= s_out_M
     W_skip_M <- (s_in_M / s_out_M) Q_M W_skip_M

@@ -1,4 +1,5 @@
-"""Where a transcoder's files are: a local folder, or a repository of the Hugging Face hub of which each file is fetched when first needed.
+"""Where a transcoder's files are: a local folder, or a repository of the Hugging Face hub of which each file is fetched
+when first needed.
 
 runs/mine                                a local folder, or a run, whose clt/ is meant
 owner/name                               a repository
@@ -68,7 +69,10 @@ def open_folder(name: str | Path) -> Folder:
         raise FormatError(f"{name} is a file; give the folder that holds the transcoder's files")
     match = _REPOSITORY.fullmatch(str(name)) if len(str(name)) < MOST_CHARACTERS else None
     if match is None or str(name).startswith((".", "~")):
-        raise FormatError(f"no folder {str(name)[:200]}; give a local folder, or a repository of the hub as owner/name[@revision][//subfolder]")  # fmt: skip
+        raise FormatError(
+            f"no folder {str(name)[:200]}; give a local folder, or a repository of the hub as"
+            " owner/name[@revision][//subfolder]"
+        )
     return _open_repository(str(name), match["repo"], match["revision"], match["under"])
 
 
@@ -93,15 +97,23 @@ def _open_repository(name: str, repo: str, revision: str | None, under: str | No
         info = HfApi().model_info(repo, revision=revision)
         files, commit = [s.rfilename for s in info.siblings or []], info.sha
     except RevisionNotFoundError as error:
-        raise FormatError(f"{name}: {repo} has no revision {revision!r} on the hub; give a branch, tag or commit") from error  # fmt: skip
+        raise FormatError(
+            f"{name}: {repo} has no revision {revision!r} on the hub; give a branch, tag or commit"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise FormatError(f"no folder {name}, and no repository {repo} on the hub that this token may read; check the name, or log in with: hf auth login") from error  # fmt: skip
+        raise FormatError(
+            f"no folder {name}, and no repository {repo} on the hub that this token may read; check the name, or log in"
+            " with: hf auth login"
+        ) from error
     except unreachable as error:
         try:
             snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except OSError:
             at = f" at revision {revision!r}" if revision else ""
-            raise FormatError(f"no folder {name}, and the hub cannot be reached ({type(error).__name__}) and {repo}{at} is not in its cache; check the name, or the network") from error  # fmt: skip
+            raise FormatError(
+                f"no folder {name}, and the hub cannot be reached ({type(error).__name__}) and {repo}{at} is not in its"
+                " cache; check the name, or the network"
+            ) from error
         files = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
         commit = snapshot.name
 
@@ -110,7 +122,9 @@ def _open_repository(name: str, repo: str, revision: str | None, under: str | No
             return Path(hf_hub_download(repo, f"{prefix}{file}", revision=commit))
         except unreachable as error:
             first_line = str(error).strip().splitlines()[0]
-            raise FormatError(f"{name}: {file} cannot be fetched from the hub ({first_line}); check the network and try again") from error  # fmt: skip
+            raise FormatError(
+                f"{name}: {file} cannot be fetched from the hub ({first_line}); check the network and try again"
+            ) from error
 
     names = frozenset(f.removeprefix(prefix) for f in files if f.startswith(prefix))
     if not names:
@@ -119,7 +133,9 @@ def _open_repository(name: str, repo: str, revision: str | None, under: str | No
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when it cannot be reached: its own errors, and those of the HTTP library that it is built on."""
+    """What the hub's client raises when it cannot be reached: its own errors, and those of the HTTP library that it is
+    built on.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, *(base for base in HfHubHTTPError.__bases__ if base is not Exception))

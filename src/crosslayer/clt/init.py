@@ -1,7 +1,7 @@
 """Initial weights, vectorised: encoder U(-1/sqrt(F), 1/sqrt(F)), decoder U(-1/sqrt(n_layers D), 1/sqrt(n_layers D)).
 
-After Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units. Each layer is drawn whole, and a rank
-that holds some of its features keeps their rows: so any number of ranks begins with the same weights.
+After Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units. Each layer is drawn whole, and a
+rank that holds some of its features keeps their rows: so any number of ranks begins with the same weights.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ FORMATS = {
 def load_clt(
     name: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", as_loader: bool = False
 ) -> Opened:
-    """A transcoder, with what its folder says of it. Matrices are read, or fetched from the hub, when they are first used.
+    """A transcoder, with what its folder says of it. Matrices are read, or fetched from the hub, when they are first
+    used.
 
     Args:
         name: a folder, a run, or `owner/name[@revision][//subfolder]` on the hub.
@@ -49,8 +50,14 @@ def open_format(name: str | Path, *, as_loader: bool = False) -> tuple[str, Open
             return format_name, opened
     if published.CONFIG in folder.names:
         kind = published.read_yaml(folder).get("model_kind")
-        raise FormatError(f"{folder.name}/config.yaml says model_kind {kind!r}; expected {published.KIND!r} or {transcoder_set.KIND!r}")  # fmt: skip
-    raise FormatError(f"{folder.name} has no config.yaml, model_config.json or params_layer_0.safetensors, so it is no transcoder's folder")  # fmt: skip
+        raise FormatError(
+            f"{folder.name}/config.yaml says model_kind {kind!r}; expected {published.KIND!r} or"
+            f" {transcoder_set.KIND!r}"
+        )
+    raise FormatError(
+        f"{folder.name} has no config.yaml, model_config.json or params_layer_0.safetensors, so it is no transcoder's"
+        " folder"
+    )
 
 
 def _move(opened: Opened, dtype: torch.dtype | None, device: str) -> None:

@@ -12,7 +12,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDE, TURNS = 512, 6
 FASTER = 1.2
-"""Times that a bfloat16 product must be faster than a float32 one. Processors with bfloat16 reach 2 and more, others stay under 0.6."""
+"""Times that a bfloat16 product must be faster than a float32 one. Processors with bfloat16 reach 2 and more, others
+stay under 0.6.
+"""
 
 
 def dtype_of(precision: Precision, device: str | torch.device) -> torch.dtype:
@@ -24,7 +26,9 @@ def dtype_of(precision: Precision, device: str | torch.device) -> torch.dtype:
 
 @cache
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices faster than float32 ones: measured once in a process, in some milliseconds."""
+    """Whether this device multiplies bfloat16 matrices faster than float32 ones: measured once in a process, in some
+    milliseconds.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     best = dict.fromkeys(DTYPES.values(), float("inf"))

@@ -1,7 +1,7 @@
 """Activations by rank, over layers whose pre-activations are seen one after another and never held together.
 
-Both kinds first find a bound that at least as many scores reach as are wanted, gather the few entries that may reach it,
-and rank only those, by exact scores. A score is the pre-activation times a norm; only positive ones count.
+Both kinds first find a bound that at least as many scores reach as are wanted, gather the few entries that may reach
+it, and rank only those, by exact scores. A score is the pre-activation times a norm; only positive ones count.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from crosslayer.parallel.select import kth_largest
 
 
 def top_mask(score_XSF: Float[Tensor, "X S F"], k: int, group: Group = ALONE.features) -> Bool[Tensor, "X S F"]:
-    """The `k` largest positive entries of each row, over its segments and over the ranks of a group, which hold other columns of each segment.
+    """The `k` largest positive entries of each row, over its segments and over the ranks of a group, which hold other
+    columns of each segment.
 
-    Of equal scores the earlier segment's come first, then the lower rank's, then the earlier column's: the order in which
-    one rank would hold them all.
+    Of equal scores the earlier segment's come first, then the lower rank's, then the earlier column's: the order in
+    which one rank would hold them all.
     """
     flat = score_XSF.flatten(1)
     # One more than wanted, to see whether the last has its equals.
@@ -41,10 +42,11 @@ def top_mask(score_XSF: Float[Tensor, "X S F"], k: int, group: Group = ALONE.fea
 
 
 def batch_top(finder: Finder, norms: Sequence[Float[Tensor, " F"]], k: float, mesh: Mesh = ALONE) -> list[Found]:
-    """BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) over several layers: the `k` B largest positive scores of them all.
+    """BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) over several layers: the `k` B largest positive scores of them
+    all.
 
-    The scores of some tokens tell a bound that half as many entries again exceed as are wanted. Where it misled, everything
-    positive is ranked.
+    The scores of some tokens tell a bound that half as many entries again exceed as are wanted. Where it misled,
+    everything positive is ranked.
 
     Args:
         finder: pre-activations of each layer.
@@ -70,8 +72,8 @@ def token_top(
 ) -> list[Found]:
     """TopK (Gao et al. 2024, arXiv:2406.04093) over several layers: the `k` largest positive scores of each token.
 
-    Features of a layer are seen in some groups; of k groups the largest scores, over the layers seen so far, the least is a bound that
-    k scores reach. It rises from layer to layer.
+    Features of a layer are seen in some groups; of k groups the largest scores, over the layers seen so far, the least
+    is a bound that k scores reach. It rises from layer to layer.
 
     Args:
         finder: pre-activations of each layer.

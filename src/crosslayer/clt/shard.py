@@ -1,7 +1,7 @@
 """A transcoder whose features are shared out over ranks, and one put together again from what each rank wrote.
 
-A rank's share is a transcoder of its own, with F/N features a layer: encoder rows, biases, thresholds and decoder rows. The
-decoder's biases and the affine skip belong to no feature; every rank has them, and keeps them alike.
+A rank's share is a transcoder of its own, with F/N features a layer: encoder rows, biases, thresholds and decoder rows.
+The decoder's biases and the affine skip belong to no feature; every rank has them, and keeps them alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def share_of(whole: CLTConfig, mesh: Mesh, *, dtype: torch.dtype, device: str) -
     n_features = whole.n_features // mesh.features.size
     assert n_features * mesh.features.size == whole.n_features, "TrainConfig refuses features that cannot be shared out"
     most = n_features * (whole.n_layers if whole.scope == "all" else 1)
-    # The k of each step is of all the features, and is given to `encode`; a config must have one that its own can reach.
+    # The k of each step is of all the features, and is given to `encode`; a config must have one that its own can
+    # reach.
     k = None if whole.k is None else min(whole.k, most)
     clt = CLT(replace(whole, n_features=n_features, k=k), dtype=dtype, device=device)
     clt.mesh = mesh
@@ -39,7 +40,8 @@ def by_feature(name: str) -> bool:
 
 
 def join(parts: Sequence[Opened]) -> Opened:
-    """One transcoder of the features of several, in their order; read from them when it is itself read, some rows at a time.
+    """One transcoder of the features of several, in their order; read from them when it is itself read, some rows at a
+    time.
 
     Raises:
         FormatError: for parts that are not of one transcoder.
@@ -72,7 +74,11 @@ def join(parts: Sequence[Opened]) -> Opened:
         return Vectors(torch.cat([clt.b_enc[i].detach() for clt in clts]), first.b_dec[i].detach(), theta)
 
     config = replace(first.config, n_features=sum(each))
-    skip: Reader | None = (lambda i, rows=None: first.W_skip[i] if rows is None else first.W_skip.rows(i, rows)) if len(first.W_skip) else None  # fmt: skip
+    skip: Reader | None = (
+        (lambda i, rows=None: first.W_skip[i] if rows is None else first.W_skip.rows(i, rows))
+        if len(first.W_skip)
+        else None
+    )
     clt = assemble(
         config,
         first.dtype,

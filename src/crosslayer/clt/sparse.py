@@ -2,9 +2,9 @@
 
 An encoding of B tokens is K triples (token, feature, value), in order of token. Decoding adds the value-scaled decoder
 rows of each token; the gradient of a value is the product of one row with one token's gradient, that of a row the sum
-over the tokens on which its feature fires. None of the three needs a B x F or F x D product: they are a product of a sparse
-matrix with a dense one, and a product sampled at entries. On CPU both are PyTorch's over compressed rows, which write where
-they are told; on CUDA they are Triton's (`crosslayer.clt.kernels`).
+over the tokens on which its feature fires. None of the three needs a B x F or F x D product: they are a product of a
+sparse matrix with a dense one, and a product sampled at entries. On CPU both are PyTorch's over compressed rows, which
+write where they are told; on CUDA they are Triton's (`crosslayer.clt.kernels`).
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def add_rows(
 def sum_rows(
     into: int, at_K: Int[Tensor, " K"], row_K: Int[Tensor, " K"], rows: Tensor, scale_K: Tensor, *, ordered: bool
 ) -> Tensor:
-    """out[a] = sum of scale * rows[row] over entries whose `at` is a, for a < into; `ordered` says that `at_K` ascends."""
+    """out[a] = sum of scale * rows[row] over entries whose `at` is a, for a < into; `ordered` says that `at_K`
+    ascends.
+    """
     start = starts(at_K, into)
     if not ordered:
         order = at_K.argsort(stable=True)

@@ -5,10 +5,12 @@
     yhat_M = sum_{L<=M} W_dec_{L->M}^T f_L + b_dec_M  (+ x_M W_skip_M)
 
 `W_dec[L]` is (F, n_layers - L, D): all that a feature writes lies together, slot j going to layer L + j. A per-layer
-transcoder has one slot. Nothing here knows of language models, or of normalisation, which is folded in. Of ranks it knows
-that the features of each layer may be shared out: then what all of them write is summed, and all of them are ranked together.
+transcoder has one slot. Nothing here knows of language models, or of normalisation, which is folded in. Of ranks it
+knows that the features of each layer may be shared out: then what all of them write is summed, and all of them are
+ranked together.
 
-Arithmetic is done in the wider of the inputs' and the weights' dtypes, so a bfloat16 file serves float32 inputs in float32.
+Arithmetic is done in the wider of the inputs' and the weights' dtypes, so a bfloat16 file serves float32 inputs in
+float32.
 
 An encoding is dense, a (B, F) matrix a layer, or sparse, an `Active` a layer. Both decode to the same numbers and give
 the same gradients; the second costs what its entries cost.
@@ -114,7 +116,9 @@ class CLT(nn.Module):
         return [torch.zeros_like(z).index_put(e, z[e]) for (e, _), z in zip(found, pre, strict=True)]
 
     def encode_layer(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
-        """Activations of one layer's features, without gradients. Not for top-k over all layers, which needs them all."""
+        """Activations of one layer's features, without gradients. Not for top-k over all layers, which needs them
+        all.
+        """
         assert not (self.config.ranks and self.config.scope == "all"), "top-k over all layers ranks them together"
         with torch.no_grad():
             z = self.pre(x_BD, layer)
@@ -126,7 +130,8 @@ class CLT(nn.Module):
     def encode_sparse(
         self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
     ) -> list[Active]:
-        """Activations of every layer's features as entries: those that fire and, in training, those inside JumpReLU's window.
+        """Activations of every layer's features as entries: those that fire and, in training, those inside JumpReLU's
+        window.
 
         The gradients are those of `encode`.
         """
@@ -154,7 +159,9 @@ class CLT(nn.Module):
         return Active(*entries, z_K, shape)
 
     def finder(self, x_LBD: Sequence[Float[Tensor, "B D"]], first: int = 0, *, coarse: bool = True) -> Finder:
-        """Pre-activations on these inputs of the layers from `first` on; coarse ones first, where that is faster and asked for."""
+        """Pre-activations on these inputs of the layers from `first` on; coarse ones first, where that is faster and
+        asked for.
+        """
         layers = range(first, first + len(x_LBD))
         x = x_LBD[0]
         here = all(self.W_enc.here(i) for i in layers)
@@ -273,7 +280,9 @@ class CLT(nn.Module):
         return y_BLD.view(len(y_BLD), -1)[:, layer * width : (layer + self.config.n_slots(layer)) * width]
 
     def add_written(self, out_BX: Float[Tensor, "B X"], f_BF: Float[Tensor, "B F"] | Active, layer: int) -> None:
-        """Add what one layer's features write, its slots side by side. Of a decoder still on disk only rows of active features are read."""
+        """Add what one layer's features write, its slots side by side. Of a decoder still on disk only rows of active
+        features are read.
+        """
         n_features, slots, width = self.W_dec.shape(layer)
         if not isinstance(f_BF, Active):
             rows_FX = self.W_dec[layer].detach().view(n_features, slots * width)
@@ -294,7 +303,9 @@ class CLT(nn.Module):
         return x_BD.to(wide) @ self.W_skip[layer].to(wide)
 
     def decode_layer(self, f_BF: Float[Tensor, "B F"] | Active, layer: int) -> Float[Tensor, "B S D"]:
-        """What one layer's features write, by slot. Of a decoder that is not trained, only rows of active features are read."""
+        """What one layer's features write, by slot. Of a decoder that is not trained, only rows of active features are
+        read.
+        """
         n_features, slots, width = self.W_dec.shape(layer)
         if not isinstance(f_BF, Active):
             rows_FX = self.W_dec[layer].view(n_features, slots * width)

@@ -1,7 +1,8 @@
 """The weights of all layers, each read when it is first asked for.
 
 A transcoder that is trained holds ordinary parameters. One that was opened holds promises: the shape of each layer's
-matrix, and how to get it. A published CLT of 18 GB is opened in a second, and a prompt reads the rows of its own features.
+matrix, and how to get it. A published CLT of 18 GB is opened in a second, and a prompt reads the rows of its own
+features.
 """
 
 from __future__ import annotations

@@ -18,13 +18,15 @@ def require_writable(path: Path) -> None:
     """Refuse, before any work is done, a file that could not be written.
 
     Raises:
-        ConfigError: for a folder, a device, a name that is too long, and a folder that is not there or that takes no files.
+        ConfigError: for a folder, a device, a name that is too long, and a folder that is not there or that takes no
+            files.
     """
     remedy = "give the name of a file in a folder that you may write to"
     try:
         if path.is_dir() or (path.exists() and not path.is_file()):
             raise ConfigError(
-                f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name of a file"
+                f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name"
+                " of a file"
             )
         if not path.absolute().parent.is_dir():
             raise ConfigError(

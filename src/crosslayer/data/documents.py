@@ -40,7 +40,8 @@ def split_of(document_id: str, held_out_share: float = HELD_OUT_SHARE) -> Split:
 
 
 def pieces(text: str, n_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """A long text cut at blank lines into pieces of about `n_characters`; joined by blank lines they are the text again.
+    """A long text cut at blank lines into pieces of about `n_characters`; joined by blank lines they are the text
+    again.
 
     Shuffled apart, the pieces of a book or a long module do not crowd a batch.
     """

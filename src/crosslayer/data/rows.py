@@ -1,9 +1,9 @@
 """Documents to rows of tokens: a stream with a cursor that can be saved and taken up again.
 
 A row is the policy's special token and then `context - 1` tokens of text. Documents follow one another, each with the
-special token in front, so that their boundaries can be found again. A policy that puts nothing in front leaves both out. Where several sources are mixed, the next document
-comes from the one whose share of the tokens so far is furthest behind its weight: shares come out exactly, without
-chance.
+special token in front, so that their boundaries can be found again. A policy that puts nothing in front leaves both
+out. Where several sources are mixed, the next document comes from the one whose share of the tokens so far is furthest
+behind its weight: shares come out exactly, without chance.
 """
 
 from __future__ import annotations

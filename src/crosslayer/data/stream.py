@@ -1,10 +1,11 @@
 """Activations made on the fly and shuffled at token level in a ring, with an exact resume.
 
 The ring has `size` slots. Each *turn* a permutation, drawn from the seed and the number of the turn, fixes the order in
-which slots are served; a slot that was served is refilled at once with the next token harvested, to be served in the next
-turn. So tokens of a batch come from a stretch of `size` tokens of text, every token is served exactly once, and none waits
-longer than two turns. With `reuse` above 1, a turn's contents are served that many times, each time in another order,
-before they are replaced; it saves running the host. The state is a few numbers: the ring's contents are made again by harvesting that stretch once more.
+which slots are served; a slot that was served is refilled at once with the next token harvested, to be served in the
+next turn. So tokens of a batch come from a stretch of `size` tokens of text, every token is served exactly once, and
+none waits longer than two turns. With `reuse` above 1, a turn's contents are served that many times, each time in
+another order, before they are replaced; it saves running the host. The state is a few numbers: the ring's contents are
+made again by harvesting that stretch once more.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The units in which a transcoder is trained: mean norm sqrt(D), inputs along their principal axes.
 
-One factor a layer brings the mean norm of inputs and outputs to sqrt(D). Inputs are then turned, layer by layer, onto the
-eigenvectors of their second moment. A rotation changes no loss, but it changes Adam: its step sizes, one a coordinate, fit
-the curvature along the axes of the data and not along the host's arbitrary ones (Vyas et al. 2024, arXiv:2409.11321). Both are
-folded away exactly when the transcoder is saved (`crosslayer.clt.fold`).
+One factor a layer brings the mean norm of inputs and outputs to sqrt(D). Inputs are then turned, layer by layer, onto
+the eigenvectors of their second moment. A rotation changes no loss, but it changes Adam: its step sizes, one a
+coordinate, fit the curvature along the axes of the data and not along the host's arbitrary ones (Vyas et al. 2024,
+arXiv:2409.11321). Both are folded away exactly when the transcoder is saved (`crosslayer.clt.fold`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from crosslayer.data.stream import harvest
 from crosslayer.host.host import Host
 
 MASSIVE = 20.0
-"""Tokens whose norm exceeds this many times the median of their harvest are massive activations (Sun et al. 2024) and left out."""
+"""Tokens whose norm exceeds this many times the median of their harvest are massive activations (Sun et al. 2024) and
+left out.
+"""
 
 
 class Units(NamedTuple):

@@ -37,7 +37,8 @@ def evaluate(
         text: sources, as `crosslayer.data.sources` names them.
         model: the host; the one that the transcoder names unless given.
         dtype: of the host.
-        tokens, context: how many held-out tokens, in rows of how many; of 256, or the host's context if that is less, unless given.
+        tokens, context: how many held-out tokens, in rows of how many; of 256, or the host's context if that is less,
+            unless given.
         console: where progress goes; quiet by default.
 
     Raises:

@@ -20,7 +20,8 @@ class Replace:
 
     Args:
         layers: whose MLPs are replaced; all unless given. Features of all layers are computed and write to those.
-        errors_BTLD: added to what is replaced; with what the transcoder misses on the host's own stream, logits are the host's.
+        errors_BTLD: added to what is replaced; with what the transcoder misses on the host's own stream, logits are the
+            host's.
 
     Raises:
         ConfigError: for a transcoder that ranks the features of all layers together, which cannot go layer by layer.

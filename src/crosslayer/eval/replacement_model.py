@@ -1,7 +1,7 @@
 """`ReplacementModel`: a host and a transcoder in one object, for prompts.
 
-model = ReplacementModel.from_pretrained("Qwen/Qwen3-0.6B-Base", "bluelightai/clt-qwen3-0.6b-base-20k", dtype=torch.bfloat16)
-features = model.features("The capital of France is")
+model = ReplacementModel.from_pretrained("Qwen/Qwen3-0.6B-Base", "bluelightai/clt-qwen3-0.6b-base-20k",
+dtype=torch.bfloat16) features = model.features("The capital of France is")
 """
 
 from __future__ import annotations
@@ -37,9 +37,14 @@ def host_of(
     if not (model or p.model_name):
         raise HostError(f"{p.scan} does not name its host; give the model it was trained on")
     host = load_host(
-        model or p.model_name, dtype=dtype, device=device, input_hook=p.input_hook, output_hook=p.output_hook,
-        policy=p.policy, layers=p.layers,
-    )  # fmt: skip
+        model or p.model_name,
+        dtype=dtype,
+        device=device,
+        input_hook=p.input_hook,
+        output_hook=p.output_hook,
+        policy=p.policy,
+        layers=p.layers,
+    )
     check_shape(host, opened.clt)
     if p.model_name and host.name != p.model_name:
         warnings.warn(f"{p.scan} was trained on {p.model_name}; it is used with {host.name}", stacklevel=3)
@@ -115,7 +120,9 @@ class ReplacementModel:
 
     @torch.no_grad()
     def reconstruct(self, prompt: Prompt) -> Float[Tensor, "T L D"]:
-        """MLP outputs as the transcoder makes them from the host's own stream; the host's own at first positions of the policy."""
+        """MLP outputs as the transcoder makes them from the host's own stream; the host's own at first positions of the
+        policy.
+        """
         x_BTLD, y_BTLD = self.host.tap(self.tokens(prompt))
         return self._reconstruct(x_BTLD[0], y_BTLD[0])
 
@@ -132,7 +139,8 @@ class ReplacementModel:
 
         Args:
             replace: all MLPs, none, or those of these layers; features are recomputed on the replaced stream.
-            errors: add to each replaced output what the transcoder misses on the host's own stream, which gives the host's logits.
+            errors: add to each replaced output what the transcoder misses on the host's own stream, which gives the
+                host's logits.
 
         Raises:
             ConfigError: for a layer that the transcoder does not have.

@@ -52,7 +52,8 @@ base_model: {p.model_name}
 
 # {p.scan}
 
-A {kind} for `{p.model_name}`: it replaces the model's MLPs by sparse features. Each reads the input of one layer's MLP and
+A {kind} for `{p.model_name}`: it replaces the model's MLPs by sparse features. Each reads the input of one layer's \
+MLP and
 writes to the outputs of {"that MLP and of all later ones" if config.cross_layer else "that MLP"}.
 
 | | |
@@ -63,7 +64,8 @@ writes to the outputs of {"that MLP and of all later ones" if config.cross_layer
 | activation | {config.activation} |
 | reads, writes | `{p.input_hook}`, `{p.output_hook}` |
 | affine skip | {"yes" if config.skip else "no"} |
-| first position | {"a special token is put in front; " if p.policy.prepend else ""}the first {p.policy.n_skip} without features |
+| first position | {"a special token is put in front; " if p.policy.prepend else ""}the first {p.policy.n_skip} \
+without features |
 {training}
 
 ## Measures
@@ -74,7 +76,8 @@ On {e.n_tokens:,} held-out tokens of {", ".join(e.sources)}, none of them traine
 |---|---|---|---|
 | {e.l0:.1f} | {e.l0_per_layer:.2f} | {e.fvu:.4f} | {e.dead_share:.1%} |
 
-FVU is the fraction of variance unexplained, each layer against its own mean over these tokens, pooled in normalised units.
+FVU is the fraction of variance unexplained, each layer against its own mean over these tokens, pooled in normalised \
+units.
 
 | layer | FVU | L0 | dead |
 |---|---|---|---|
@@ -102,7 +105,8 @@ It opens in circuit-tracer as well: give it the absolute path of this folder.
 
 ## Format
 
-`config.yaml` and, for each layer i, `W_enc_i.safetensors` (`W_enc_i` (F, D), `b_enc_i`, `b_dec_i`{", `threshold_i`" if config.kind.thresholds else ""}{", `W_skip_i`" if config.skip else ""})
+`config.yaml` and, for each layer i, `W_enc_i.safetensors` (`W_enc_i` (F, D), `b_enc_i`, \
+`b_dec_i`{", `threshold_i`" if config.kind.thresholds else ""}{", `W_skip_i`" if config.skip else ""})
 and `W_dec_i.safetensors` (`W_dec_i` (F, n_layers - i, D); slot j writes to layer i + j). Weights take the model's own
 activations: normalisation is folded in.
 """

@@ -1,7 +1,8 @@
 """What can be said of a token and its place: the words in which rules are written.
 
-An *attribute* gives each token of a sample one value, a whole number: the token itself, the one before it, its place in its document, its kind,
-the bracket or the line it stands in. A rule says which values of one attribute a feature fires on. No torch.
+An *attribute* gives each token of a sample one value, a whole number: the token itself, the one before it, its place in
+its document, its kind, the bracket or the line it stands in. A rule says which values of one attribute a feature fires
+on. No torch.
 """
 
 from __future__ import annotations
@@ -17,10 +18,25 @@ SPOKEN = 3
 """Values of a rule that its label names."""
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 KINDS = (
-    "special tokens", "line breaks", "indentation", "spaces", "numbers", "opening brackets", "closing brackets", "quotes", "operators",
-    "punctuation", "lower-case words", "capitalised words", "upper-case words", "words with capitals inside", "pieces inside words",
-    "pieces inside words, capitalised", "letters of other scripts", "mixed",
-)  # fmt: skip
+    "special tokens",
+    "line breaks",
+    "indentation",
+    "spaces",
+    "numbers",
+    "opening brackets",
+    "closing brackets",
+    "quotes",
+    "operators",
+    "punctuation",
+    "lower-case words",
+    "capitalised words",
+    "upper-case words",
+    "words with capitals inside",
+    "pieces inside words",
+    "pieces inside words, capitalised",
+    "letters of other scripts",
+    "mixed",
+)
 BUCKETS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Last positions of the classes of positions in a document."""
 
@@ -158,7 +174,9 @@ def places_of(rows_BT: NDArray, vocabulary: Vocabulary) -> Places:
 
 
 def _effect(text: str) -> tuple[bool, int, bool, tuple[int, ...]]:
-    """Whether a token breaks the line, the spaces after the break or in all, whether it has a word, and the brackets it opens and closes."""
+    """Whether a token breaks the line, the spaces after the break or in all, whether it has a word, and the brackets it
+    opens and closes.
+    """
     tail = text.rpartition("\n")[2]
     spaces = len(tail.replace("\t", "    ")) - len(tail.replace("\t", "    ").lstrip(" "))
     brackets = [1 + "([{".index(c) if c in "([{" else -1 for c in text if c in "([{)]}"]
@@ -219,7 +237,7 @@ def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -
         plain("indentation", places.indent[row, at], set_of(str, "lines indented by {}", ", ")),
         plain("brackets", places.bracket[row, at], set_of(_inside, or_=" or ")),
         plain("line", places.head[row, at], set_of(vocabulary.quoted, "lines that begin with {}")),
-    ]  # fmt: skip
+    ]
 
 
 def next_tokens(position: NDArray, rows_BT: NDArray) -> NDArray:

@@ -1,7 +1,9 @@
-"""Build a feature bundle: text through host and encoder once, then what the weights say, rules, clusters, the feature map, and the index.
+"""Build a feature bundle: text through host and encoder once, then what the weights say, rules, clusters, the feature
+map, and the index.
 
-A bundle is built beside its place under a temporary name and renamed when it is whole. A build that was stopped goes on when it is run again: the pass
-from the text that it had not seen, later stages from the first whose arrays are not there.
+A bundle is built beside its place under a temporary name and renamed when it is whole. A build that was stopped goes on
+when it is run again: the pass from the text that it had not seen, later stages from the first whose arrays are not
+there.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ def build_features(
     context = context or min(256, host.max_positions)
     if not host.policy.n_skip + 2 <= context <= host.max_positions:
         raise ConfigError(
-            f"context={context} must lie between {host.policy.n_skip + 2} and that of {host.name}, {host.max_positions}; change --context"
+            f"context={context} must lie between {host.policy.n_skip + 2} and that of {host.name},"
+            f" {host.max_positions}; change --context"
         )
     found = rows_of(host, text, context, tokens)
     vocabulary = _vocabulary(host)
@@ -176,16 +179,29 @@ def _alone(folder: Path) -> Any:
 
 
 def _plan(
-    opened: Opened, host: Host, vocabulary: Words, text: Text, settings: ScanSettings, weights: dict[str, float], rows_at_once: int,
+    opened: Opened,
+    host: Host,
+    vocabulary: Words,
+    text: Text,
+    settings: ScanSettings,
+    weights: dict[str, float],
+    rows_at_once: int,
     dtype: torch.dtype,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What a build that goes on must agree in with the one that began."""
     return {
-        "clt": clt_hash(opened.clt), "host": host_hash(host), "tokenizer": tokenizer_hash(vocabulary.strings),
-        "text": [s.model_dump() for s in text.streams], "context": int(text.tokens_BT.shape[1]), "policy": host.policy.model_dump(),
-        "settings": asdict(settings), "cluster_weights": weights, "rows_at_once": rows_at_once, "precision": str(dtype).removeprefix("torch."),
+        "clt": clt_hash(opened.clt),
+        "host": host_hash(host),
+        "tokenizer": tokenizer_hash(vocabulary.strings),
+        "text": [s.model_dump() for s in text.streams],
+        "context": int(text.tokens_BT.shape[1]),
+        "policy": host.policy.model_dump(),
+        "settings": asdict(settings),
+        "cluster_weights": weights,
+        "rows_at_once": rows_at_once,
+        "precision": str(dtype).removeprefix("torch."),
         "version": version("crosslayer"),
-    }  # fmt: skip
+    }
 
 
 def _begin_or_go_on(folder: Path, plan: dict[str, Any], text: Text, vocabulary: Words) -> None:
@@ -196,7 +212,8 @@ def _begin_or_go_on(folder: Path, plan: dict[str, Any], text: Text, vocabulary: 
             for key, value in plan.items():
                 if there.get(key) != value:
                     raise RunError(
-                        f"{folder} holds a stopped build with another {key}; run it with the same settings and files, or remove that folder to begin anew"
+                        f"{folder} holds a stopped build with another {key}; run it with the same settings and files,"
+                        " or remove that folder to begin anew"
                     )
         (folder / PARTS).mkdir(exist_ok=True)
         if not (folder / TOKENS).exists():
@@ -224,9 +241,10 @@ def _estimate_and_scan(
     quiet = console if parallel.is_first() else Console(quiet=True)
     body = text.tokens_BT.shape[1] - host.policy.n_skip
     quiet.print(
-        f"{n_features:,} features on {len(text.tokens_BT) * body:,} held-out tokens: about {_minutes(estimate.seconds)} "
-        f"and {estimate.n_bytes / 2**20:,.0f} MiB", highlight=False,
-    )  # fmt: skip
+        f"{n_features:,} features on {len(text.tokens_BT) * body:,} held-out tokens: about {_minutes(estimate.seconds)}"
+        f" and {estimate.n_bytes / 2**20:,.0f} MiB",
+        highlight=False,
+    )
     require_free_disk(folder, estimate.n_bytes, "lower --tokens or the number of examples, or give -o on another disk")
     with track(quiet, "text", 1.0) as update:
         return scan(
@@ -275,9 +293,18 @@ def _estimate(host: Host, opened: Opened, text: Text, settings: ScanSettings, ro
 
 
 def _finish(
-    folder: Path, out: Path, opened: Opened, host: Host, text: Text, vocabulary: Words, seen: Seen, settings: ScanSettings,
-    weights: dict[str, float], console: Console, began: float,
-) -> None:  # fmt: skip
+    folder: Path,
+    out: Path,
+    opened: Opened,
+    host: Host,
+    text: Text,
+    vocabulary: Words,
+    seen: Seen,
+    settings: ScanSettings,
+    weights: dict[str, float],
+    console: Console,
+    began: float,
+) -> None:
     """All stages after the pass; each is passed over where its arrays are there."""
     c = opened.clt.config
     n_tokens = len(text.tokens_BT) * (text.tokens_BT.shape[1] - host.policy.n_skip)
@@ -303,20 +330,36 @@ def _finish(
             _index(folder, read, ruled, density, c.n_features, vocabulary, groups)
             update(1.0)
         files = {
-            p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix == ".npy" or p.name in (VOCABULARY, INDEX)
-        }  # fmt: skip
+            p.name: p.stat().st_size
+            for p in sorted(folder.iterdir())
+            if p.suffix == ".npy" or p.name in (VOCABULARY, INDEX)
+        }
         write_json(
             folder / MANIFEST,
             BundleManifest(
-                whole=True, created=datetime.now(UTC).isoformat(timespec="seconds"), host=host.name, host_hash=host_hash(host),
-                clt=str(opened.provenance.model_name), scan=opened.provenance.scan or "", clt_hash=clt_hash(opened.clt),
-                tokenizer_hash=tokenizer_hash(vocabulary.strings), text=text.streams, policy=host.policy, n_layers=c.n_layers,
-                n_features=c.n_features, context=text.tokens_BT.shape[1], n_tokens=n_tokens, settings=asdict(settings) | {"cluster_weights": weights},
-                sample_tokens=len(sampled.position), files=files,
-                versions={name: version(name) for name in ("crosslayer", "torch", "transformers", "igraph", "openTSNE")},
+                whole=True,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                host=host.name,
+                host_hash=host_hash(host),
+                clt=str(opened.provenance.model_name),
+                scan=opened.provenance.scan or "",
+                clt_hash=clt_hash(opened.clt),
+                tokenizer_hash=tokenizer_hash(vocabulary.strings),
+                text=text.streams,
+                policy=host.policy,
+                n_layers=c.n_layers,
+                n_features=c.n_features,
+                context=text.tokens_BT.shape[1],
+                n_tokens=n_tokens,
+                settings=asdict(settings) | {"cluster_weights": weights},
+                sample_tokens=len(sampled.position),
+                files=files,
+                versions={
+                    name: version(name) for name in ("crosslayer", "torch", "transformers", "igraph", "openTSNE")
+                },
                 wall_s=round(time.perf_counter() - began, 1),
             ).model_dump(),
-        )  # fmt: skip
+        )
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     for left in folder.glob(".*.tmp"):
         # Of a process that was killed while it wrote.
@@ -332,10 +375,27 @@ def _finish(
 
 
 _FROM_TEXT = (
-    "count", "mean", "min", "max", "linear_histogram", "linear_exponent", "log_histogram", "quantile_edge", "token_at", "token_at_count",
-    "example", "example_start", "example_length", "example_peak", "example_value", "example_bin", "example_active", "active", "active_offset",
+    "count",
+    "mean",
+    "min",
+    "max",
+    "linear_histogram",
+    "linear_exponent",
+    "log_histogram",
+    "quantile_edge",
+    "token_at",
+    "token_at_count",
+    "example",
+    "example_start",
+    "example_length",
+    "example_peak",
+    "example_value",
+    "example_bin",
+    "example_active",
+    "active",
+    "active_offset",
     "active_value",
-)  # fmt: skip
+)
 _LOGITS = ("top_id", "top", "bottom_id", "bottom", "logit_mean", "logit_std", "decoder_norm")
 _TOGETHER = ("own_id", "own_count", "other_id", "other_count", "sample_count")
 _ATLAS = ("group", "map")
@@ -365,14 +425,27 @@ def _from_text(seen: Seen, text: Text, settings: ScanSettings, update: Callable[
     n_active = every("n_active")
     example = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(p.indptr) for p in parts]))])
     return {
-        "count": count, "mean": numpy("sum_F") / FIXED_POINT / np.maximum(count.sum(1), 1), "min": np.where(np.isinf(least), 0, least),
-        "max": numpy("max_F"), "linear_histogram": numpy("linear_FX"), "linear_exponent": numpy("exponent_F"), "log_histogram": numpy("log_FX"),
-        "quantile_edge": every("edge_FQ"), "token_at": every("token"), "token_at_count": every("token_count"), "example": example,
-        "example_start": every("start"), "example_length": every("length"), "example_peak": every("peak"), "example_value": every("value"),
-        "example_bin": every("bin"), "example_active": n_active,
-        "active": np.concatenate([[0], np.cumsum(n_active, dtype=np.int64)])[example], "active_offset": every("offset"),
+        "count": count,
+        "mean": numpy("sum_F") / FIXED_POINT / np.maximum(count.sum(1), 1),
+        "min": np.where(np.isinf(least), 0, least),
+        "max": numpy("max_F"),
+        "linear_histogram": numpy("linear_FX"),
+        "linear_exponent": numpy("exponent_F"),
+        "log_histogram": numpy("log_FX"),
+        "quantile_edge": every("edge_FQ"),
+        "token_at": every("token"),
+        "token_at_count": every("token_count"),
+        "example": example,
+        "example_start": every("start"),
+        "example_length": every("length"),
+        "example_peak": every("peak"),
+        "example_value": every("value"),
+        "example_bin": every("bin"),
+        "example_active": n_active,
+        "active": np.concatenate([[0], np.cumsum(n_active, dtype=np.int64)])[example],
+        "active_offset": every("offset"),
         "active_value": every("activation"),
-    }  # fmt: skip
+    }
 
 
 def _from_weights(
@@ -398,9 +471,11 @@ def _from_weights(
     def virtual() -> dict[str, NDArray]:
         up, down = direct.virtual_weights(wiring, settings.n_virtual, lambda share: update(0.75 + 0.25 * share))
         return {
-            "upstream_id": up.id.cpu().numpy(), "upstream": up.value.cpu().numpy(),
-            "downstream_id": down.id.cpu().numpy(), "downstream": down.value.cpu().numpy(),
-        }  # fmt: skip
+            "upstream_id": up.id.cpu().numpy(),
+            "upstream": up.value.cpu().numpy(),
+            "downstream_id": down.id.cpu().numpy(),
+            "downstream": down.value.cpu().numpy(),
+        }
 
     _stage(folder, _LOGITS, logits)
     encoders = lambda: [clt.W_enc.passing(i).to(clt.device).float() for i in wiring.layers]  # noqa: E731
@@ -429,9 +504,14 @@ def _rules(
 
 
 def _clusters(
-    folder: Path, read: Callable[[str], NDArray], ruled: Rules, density: NDArray, n_features: int, weights: dict[str, float],
+    folder: Path,
+    read: Callable[[str], NDArray],
+    ruled: Rules,
+    density: NDArray,
+    n_features: int,
+    weights: dict[str, float],
     update: Callable[[float], None],
-) -> list[Group]:  # fmt: skip
+) -> list[Group]:
     live = density > 0
     upstream = read("upstream_id"), read("upstream")
 
@@ -484,9 +564,15 @@ def _index(
     squares = np.sort(np.square(read("decoder_norm").astype(np.float64)), axis=1)[:, ::-1]
     share = np.cumsum(squares, axis=1) / np.maximum(squares.sum(1, keepdims=True), 1e-30)
     figures = {
-        "density": density, "mean": np.asarray(read("mean")), "max": np.asarray(read("max")), "auroc": ruled.auroc, "precision": ruled.precision,
-        "recall": ruled.recall, "norm": np.sqrt(squares.sum(1)), "reach": (share < REACH).sum(1) + 1,
-    }  # fmt: skip
+        "density": density,
+        "mean": np.asarray(read("mean")),
+        "max": np.asarray(read("max")),
+        "auroc": ruled.auroc,
+        "precision": ruled.precision,
+        "recall": ruled.recall,
+        "norm": np.sqrt(squares.sum(1)),
+        "reach": (share < REACH).sum(1) + 1,
+    }
     strings = vocabulary.strings
     texts = lambda ids: (" ".join(strings[t] for t in row if t >= 0) for row in ids.tolist())  # noqa: E731
     rows = (Row(*row) for row in zip(ruled.label, ruled.kind, ruled.values, strict=True))

@@ -1,8 +1,8 @@
 """Clusters of features that are near to each other, at several resolutions.
 
-Nearness is a weighted sum of what the bundle's lists of neighbours say: co-activation, encoder, summed decoder. Groups are found by the Leiden
-algorithm (Traag et al. 2019, of `igraph`), the finest first; coarser ones by running it on the groups of the level below, so that each lies in one
-above it. `docs/design/features.md` says what else was tried.
+Nearness is a weighted sum of what the bundle's lists of neighbours say: co-activation, encoder, summed decoder. Groups
+are found by the Leiden algorithm (Traag et al. 2019, of `igraph`), the finest first; coarser ones by running it on the
+groups of the level below, so that each lies in one above it. `docs/design/features.md` says what else was tried.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Lineage(NamedTuple):
 
     Attributes:
         ids_GK: groups, -1 where there are fewer than K.
-        share_GK: of all positive virtual weight that comes to the group's members from their strongest upstream features.
+        share_GK: of all positive virtual weight that comes to the group's members from their strongest upstream
+            features.
     """
 
     ids_GK: Int[np.ndarray, "G K"]
@@ -48,11 +49,13 @@ class Lineage(NamedTuple):
 
 
 def groups(graph: csr_array, n_levels: int = LEVELS, seed: int = 0) -> Int[np.ndarray, "G N"]:
-    """Group of each feature at each level, the finest first, each group inside one of the next level; -1 for features without edges.
+    """Group of each feature at each level, the finest first, each group inside one of the next level; -1 for features
+    without edges.
 
-    Of n features the finest level aims at n / FINEST_SIZE groups, and the number falls by equal factors to one step above a single group: at 573,440
-    features and four levels 47,800, 3,200, 220 and 15. What the graph holds apart stays apart: no level has fewer groups than the graph has components.
-    Groups are numbered by size, the largest first, and of equals by the lowest member.
+    Of n features the finest level aims at n / FINEST_SIZE groups, and the number falls by equal factors to one step
+    above a single group: at 573,440 features and four levels 47,800, 3,200, 220 and 15. What the graph holds apart
+    stays apart: no level has fewer groups than the graph has components. Groups are numbered by size, the largest
+    first, and of equals by the lowest member.
     """
     n = size_of(graph)
     found = np.full((n_levels, n), -1, np.int32)
@@ -75,9 +78,10 @@ def groups(graph: csr_array, n_levels: int = LEVELS, seed: int = 0) -> Int[np.nd
 def _partition(graph: csr_array, size_N: Float[np.ndarray, " N"], wanted: float, seed: int) -> Int[np.ndarray, " N"]:
     """Leiden at the resolution, of a few tried, whose number of groups comes nearest to the wanted.
 
-    Modularity at resolution r holds together what has r times more edges than chance would give it, so a graph of r like groups comes apart at about r:
-    the number of groups is proportional to r but for a factor that hangs on the graph, near 3 on lists of 20 neighbours. Counted is the effective number
-    of groups, 1 / Σ share². Where a graph has no structure of the size wanted, the plain number could be had from one giant and much dust.
+    Modularity at resolution r holds together what has r times more edges than chance would give it, so a graph of r
+    like groups comes apart at about r: the number of groups is proportional to r but for a factor that hangs on the
+    graph, near 3 on lists of 20 neighbours. Counted is the effective number of groups, 1 / Σ share². Where a graph has
+    no structure of the size wanted, the plain number could be had from one giant and much dust.
     """
     low, high, resolution = 0.0, math.inf, wanted / 3
     best, error = np.zeros(size_of(graph), np.int64), math.inf
@@ -157,10 +161,12 @@ def _numbered(member: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
 def group_labels(
     groups_N: Int[np.ndarray, " N"], label_N: Sequence[str | None], score_N: Float[np.ndarray, " N"], n_words: int = 3
 ) -> list[str]:
-    """A label for each group: the phrases that its members' labels share and that tell it from all others, the most telling first, joined by " · ".
+    """A label for each group: the phrases that its members' labels share and that tell it from all others, the most
+    telling first, joined by " · ".
 
-    A phrase is a whole label or a word in it, what stands between quotes being one word. Phrases are ranked by their log-odds against all other features
-    in standard deviations, with all labels as the prior (Monroe et al. 2008). One that a single member has counts only where no two share any.
+    A phrase is a whole label or a word in it, what stands between quotes being one word. Phrases are ranked by their
+    log-odds against all other features in standard deviations, with all labels as the prior (Monroe et al. 2008). One
+    that a single member has counts only where no two share any.
 
     Args:
         label_N: None or empty for features without one; a group of only those is "unlabelled".
@@ -213,7 +219,9 @@ def _log_odds(inside: float, whole: float, everywhere: float, total: float) -> f
 
 
 def _phrases(label: str) -> list[str]:
-    """The whole label, and the words in it, each once: what is between quotes where anything is, else words of three letters or in other scripts."""
+    """The whole label, and the words in it, each once: what is between quotes where anything is, else words of three
+    letters or in other scripts.
+    """
     words = re.findall("“[^”]+”", label) or [
         w for w in re.findall(r"[^\W\d_]+", label) if len(w) > 2 or not w.isascii()
     ]
@@ -227,9 +235,11 @@ def lineage(
     upstream_weight_NK: Float[np.ndarray, "N K"],
     top: int = 5,
 ) -> Lineage:
-    """Which groups of lower mean layer feed each group: the positive virtual weights from its members' strongest upstream features, by source group.
+    """Which groups of lower mean layer feed each group: the positive virtual weights from its members' strongest
+    upstream features, by source group.
 
-    Shares are of the group's whole positive upstream weight, also of what comes from itself, from features without a group, or from groups of higher layers.
+    Shares are of the group's whole positive upstream weight, also of what comes from itself, from features without a
+    group, or from groups of higher layers.
 
     Args:
         upstream_ids_NK: -1 for none.

@@ -15,7 +15,8 @@ CELLS_AT_ONCE = 1 << 25
 
 
 class Coactive(NamedTuple):
-    """For each feature the others that fire on the same tokens, of its own layer and of all others; -1 where there are fewer.
+    """For each feature the others that fire on the same tokens, of its own layer and of all others; -1 where there are
+    fewer.
 
     Ranked by cosine, count / sqrt(n_i n_j); of equals the lower id comes first.
     """
@@ -42,7 +43,12 @@ def coactivation(
     by_feature = fires.T.tocsr()
     n_N = np.bincount(sampled.feature, minlength=n_all)
     root = torch.from_numpy(np.sqrt(np.maximum(n_N, 1))).float()
-    found = [np.full((n_all, n), -1, np.int32), np.zeros((n_all, n), np.uint32), np.full((n_all, n), -1, np.int32), np.zeros((n_all, n), np.uint32)]  # fmt: skip
+    found = [
+        np.full((n_all, n), -1, np.int32),
+        np.zeros((n_all, n), np.uint32),
+        np.full((n_all, n), -1, np.int32),
+        np.zeros((n_all, n), np.uint32),
+    ]
     step = max(1, min(n_features, CELLS_AT_ONCE // n_all))
     for layer in range(n_layers):
         for at in range(layer * n_features, (layer + 1) * n_features, step):
@@ -67,7 +73,9 @@ def coactivation(
 
 
 def _most(cosine: torch.Tensor, count: torch.Tensor, n: int) -> tuple[NDArray, NDArray]:
-    """The highest of each row, of equals the first, left out where 0. (A row's own number does not change its order.)"""
+    """The highest of each row, of equals the first, left out where 0. (A row's own number does not change its
+    order.)
+    """
     width = cosine.shape[1]
     ids = np.full((cosine.shape[0], n), -1, np.int64)
     counts = np.zeros((cosine.shape[0], n), np.int64)

@@ -1,10 +1,12 @@
-"""What the weights alone say of each feature: the tokens it promotes, how much it writes where, its neighbours, and its virtual weights.
+"""What the weights alone say of each feature: the tokens it promotes, how much it writes where, its neighbours, and its
+virtual weights.
 
-Everything is in the residual stream: what a feature writes at layer M is its decoder row there, times the gain of the norm that follows
-the MLP in families that have one. The scales of norms, which depend on the token, are left out.
+Everything is in the residual stream: what a feature writes at layer M is its decoder row there, times the gain of the
+norm that follows the MLP in families that have one. The scales of norms, which depend on the token, are left out.
 
 - *logits* of a feature: all that it writes, summed, times the final norm's gain, times the unembedding;
-- *virtual weight* from s to t: what s writes below t's layer, summed, times the gain of the norm that t's MLP reads through, times t's encoder row.
+- *virtual weight* from s to t: what s writes below t's layer, summed, times the gain of the norm that t's MLP reads
+  through, times t's encoder row.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ LOGIT_BYTES_AT_ONCE = 1 << 28
 
 
 class Logits(NamedTuple):
-    """Of one layer's features: the tokens most promoted and most suppressed, with mean and standard deviation over the vocabulary."""
+    """Of one layer's features: the tokens most promoted and most suppressed, with mean and standard deviation over the
+    vocabulary.
+    """
 
     top_id: Int[Tensor, "F X"]
     top: Float[Tensor, "F X"]
@@ -155,7 +159,9 @@ class Virtual(NamedTuple):
 
 @torch.no_grad()
 def virtual_weights(wiring: Wiring, n: int, on_progress: Callable[[float], None] = lambda share: None) -> Virtual:
-    """The `n` strongest virtual weights, of either sign, into each feature from earlier layers and from it to later ones."""
+    """The `n` strongest virtual weights, of either sign, into each feature from earlier layers and from it to later
+    ones.
+    """
     layers, size = wiring.layers, wiring.clt.config.n_features
     device = wiring.clt.device
     none = lambda: Nearest(  # noqa: E731

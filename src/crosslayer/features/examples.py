@@ -1,4 +1,6 @@
-"""From the candidates that a pass kept of each feature to the examples that the bundle shows, and the tokens they peak on."""
+"""From the candidates that a pass kept of each feature to the examples that the bundle shows, and the tokens they peak
+on.
+"""
 
 from __future__ import annotations
 
@@ -85,9 +87,9 @@ def examples_of(
         bin=bin_[chosen].astype(np.uint8),
         n_active=np.diff(taken.indptr).astype(np.uint8),
         offset=taken.offset,
-        activation=in_eight_bits(taken.activation, highest_F[entry_feature])
-        if len(entry_feature)
-        else np.zeros(0, np.uint8),
+        activation=(
+            in_eight_bits(taken.activation, highest_F[entry_feature]) if len(entry_feature) else np.zeros(0, np.uint8)
+        ),
         edge_FQ=edge_FQ,
         token=token,
         token_count=token_count,

@@ -11,7 +11,9 @@ from scipy.sparse import csr_array
 from crosslayer.features.neighbour_graph import contracted, size_of, without_loops
 
 EPOCHS, GROUP_EPOCHS = 120, 250
-"""Steps of the map of features, and of that of groups before it, which begins anywhere and whose clusters are drawn together at first."""
+"""Steps of the map of features, and of that of groups before it, which begins anywhere and whose clusters are drawn
+together at first.
+"""
 EXAGGERATION = 12.0
 JITTER = 0.1
 RIM = 2.5
@@ -56,7 +58,8 @@ def _embedded(
     from openTSNE.affinity import PrecomputedAffinities
     from scipy.sparse import csr_matrix
 
-    # Relative to the strongest edge at either end, so that features far from all are held by their neighbours as others are.
+    # Relative to the strongest edge at either end, so that features far from all are held by their neighbours as others
+    # are.
     top_N = graph.max(axis=1).toarray().reshape(-1).astype(np.float64)
     row = np.repeat(np.arange(size_of(graph)), np.diff(graph.indptr))
     weight_E = graph.data / top_N[row] + graph.data / top_N[graph.indices]

@@ -1,7 +1,7 @@
 """Hashes by which a bundle knows its transcoder, host and tokenizer again, whatever dtype they were loaded in.
 
-They are taken over the shapes of all weights and over samples of their values, rounded to bfloat16, so that a transcoder of 18 GB is told from
-another in a second.
+They are taken over the shapes of all weights and over samples of their values, rounded to bfloat16, so that a
+transcoder of 18 GB is told from another in a second.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def neighbour_graph(
 ) -> csr_array:
     """Symmetric (N, N), not negative, without loops.
 
-    Of the two directions of a kind the greater is taken: a pair that only one of the two names, as a rare feature does a common one whose list is full
-    of others, counts in full, and one that both name does not count twice.
+    Of the two directions of a kind the greater is taken: a pair that only one of the two names, as a rare feature does
+    a common one whose list is full of others, counts in full, and one that both name does not count twice.
 
     Args:
         lists: ids, -1 for none, and similarities of each kind; those below 0 count as 0.

@@ -29,12 +29,13 @@ def transcoder_of(
     c = opened.clt.config
     if (c.n_layers, c.n_features) != (bundle.n_layers, bundle.n_features):
         raise ConfigError(
-            f"{name} has {c.n_layers} layers of {c.n_features} features, the bundle {bundle.path} {bundle.n_layers} of {bundle.n_features}; give the "
-            "transcoder that it was made of with --clt"
+            f"{name} has {c.n_layers} layers of {c.n_features} features, the bundle {bundle.path} {bundle.n_layers} of"
+            f" {bundle.n_features}; give the transcoder that it was made of with --clt"
         )
     if bundle.manifest.clt_hash and clt_hash(opened.clt) != bundle.manifest.clt_hash:
         raise ConfigError(
-            f"the bundle {bundle.path} is of another transcoder than {name}; give the one that it was made of with --clt"
+            f"the bundle {bundle.path} is of another transcoder than {name}; give the one that it was made of with"
+            " --clt"
         )
     return ReplacementModel(host_of(opened, model, device=where), opened)
 

@@ -1,8 +1,9 @@
 """Labels by rule: what a feature fires on, said as a predicate on tokens, and how far that is true.
 
-A rule is an attribute and the values of it that count (`attributes`). Half of the text, by blocks of rows, chooses it: values are taken in order of their
-activation-weighted log-odds against the corpus, as many as give the best AUROC, or fewer where that costs next to nothing; then the best attribute. The
-other half measures what is reported. For a predicate the AUROC is (1 + true-positive rate - false-positive rate) / 2.
+A rule is an attribute and the values of it that count (`attributes`). Half of the text, by blocks of rows, chooses it:
+values are taken in order of their activation-weighted log-odds against the corpus, as many as give the best AUROC, or
+fewer where that costs next to nothing; then the best attribute. The other half measures what is reported. For a
+predicate the AUROC is (1 + true-positive rate - false-positive rate) / 2.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ DENSE = 0.1
 BLOCK_ROWS = 8
 """Rows that stay in one half together: about as long as a document."""
 PRIOR = 1.0
-"""Firings of the corpus' own distribution that are mixed into each feature's, so that a rare token does not come first by chance."""
+"""Firings of the corpus' own distribution that are mixed into each feature's, so that a rare token does not come first
+by chance.
+"""
 
 
 class Rules(NamedTuple):
-    """A rule for each feature, or none. Figures are of the half that did not choose; NaN where there are too few firings."""
+    """A rule for each feature, or none. Figures are of the half that did not choose; NaN where there are too few
+    firings.
+    """
 
     label: list[str | None]
     kind: list[str | None]
@@ -104,8 +109,9 @@ def rules(
         entries = order[begins[layer] : begins[layer + 1]]
         feature_K = sampled.feature[entries].astype(np.int64) - layer * n_features
         halves = [
-            _half(feature_K, token_of[entries], sampled.activation[entries], measures == side, n_features) for side in (False, True)
-        ]  # fmt: skip
+            _half(feature_K, token_of[entries], sampled.activation[entries], measures == side, n_features)
+            for side in (False, True)
+        ]
         tokens = [measures == side for side in (False, True)]
         promoted_FX = promoted_NX[layer * n_features : (layer + 1) * n_features]
         _layer(found, layer * n_features, halves, tokens, attributes, following, promoted_FX, say_promoted)
@@ -126,9 +132,15 @@ def _half(feature_K: NDArray, token_K: NDArray, activation_K: NDArray, here: NDA
 
 
 def _layer(
-    found: Rules, first: int, halves: list[_Half], tokens: list[NDArray], attributes: Sequence[Attribute], following: NDArray,
-    promoted_FX: NDArray, say_promoted: Callable[[Sequence[int]], str],
-) -> None:  # fmt: skip
+    found: Rules,
+    first: int,
+    halves: list[_Half],
+    tokens: list[NDArray],
+    attributes: Sequence[Attribute],
+    following: NDArray,
+    promoted_FX: NDArray,
+    say_promoted: Callable[[Sequence[int]], str],
+) -> None:
     chooses, measures = halves
     n_features = len(chooses.n_F)
     enough_F = np.ones(n_features, bool)
@@ -199,7 +211,9 @@ def _figures(hits_F: NDArray, said_F: NDArray, half: _Half) -> tuple[NDArray, ND
 
 
 def _choose(value: NDArray, half: _Half, here: NDArray) -> tuple[tuple[NDArray, NDArray], NDArray]:
-    """The values of an attribute that count for each feature, as pairs in order of feature and of activation accounted for; and the AUROC they reach."""
+    """The values of an attribute that count for each feature, as pairs in order of feature and of activation accounted
+    for; and the AUROC they reach.
+    """
     n_features = len(half.n_F)
     n_V = np.bincount(value[here & (value >= 0)], minlength=1)
     value_K = value[half.token_K]

@@ -1,8 +1,8 @@
 """A sample of tokens with all that fires on them, the same tokens for every feature.
 
-What two features do together, and how well a rule foretells one, are counted on it. A token is in the sample if the hash of its position
-begins with `level` zeros; the level rises when the entries exceed their budget, so that the sample is the largest that fits,
-whatever the order in which batches came. Text that is short enough is in it whole.
+What two features do together, and how well a rule foretells one, are counted on it. A token is in the sample if the
+hash of its position begins with `level` zeros; the level rises when the entries exceed their budget, so that the sample
+is the largest that fits, whatever the order in which batches came. Text that is short enough is in it whole.
 """
 
 from __future__ import annotations
@@ -74,9 +74,12 @@ class TokenSample:
         activation = torch.cat(values)[order].clamp(max=torch.finfo(torch.float16).max).half()
         self._append(
             Sampled(
-                position[chosen], np.concatenate([[0], np.cumsum(lengths)]), torch.cat(ids)[order].int().cpu().numpy(), activation.cpu().numpy()
+                position[chosen],
+                np.concatenate([[0], np.cumsum(lengths)]),
+                torch.cat(ids)[order].int().cpu().numpy(),
+                activation.cpu().numpy(),
             )
-        )  # fmt: skip
+        )
 
     def _chosen(self, position: NDArray) -> NDArray:
         return (token_hash(position) >> (63 - self.level)) == 0 if self.level else np.ones(len(position), bool)

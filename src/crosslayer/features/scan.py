@@ -1,8 +1,8 @@
 """One pass of text through host and encoder, into a sketch of each layer and a sample of tokens.
 
-The work is a list of batches of whole rows, the same whatever the number of ranks. Each process keeps one *part*: what it has seen, and
-which batches that were; it is saved now and then. A pass that was killed goes on with the batches that no saved part has, on as many ranks as
-there are then; parts are merged at the end, in any order to the same result.
+The work is a list of batches of whole rows, the same whatever the number of ranks. Each process keeps one *part*: what
+it has seen, and which batches that were; it is saved now and then. A pass that was killed goes on with the batches that
+no saved part has, on as many ranks as there are then; parts are merged at the end, in any order to the same result.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def scan(
     rows_at_once: int = 16,
     on_progress: Update = lambda done, figures="": None,
 ) -> Seen:
-    """Take all rows in, going on from the parts in `folder`; on several ranks each takes its share, and all get the whole.
+    """Take all rows in, going on from the parts in `folder`; on several ranks each takes its share, and all get the
+    whole.
 
     Args:
         tokens_BT: rows of token ids, stream after stream.
@@ -132,7 +133,8 @@ def scan(
                 saved_at = time.monotonic()
                 pause_s = max(SAVE_EVERY_S, (saved_at - began) / SAVE_SHARE)
     finally:
-        # Also where a person interrupts: what was seen is not lost, but for a batch half taken, which would count twice.
+        # Also where a person interrupts: what was seen is not lost, but for a batch half taken, which would count
+        # twice.
         if mine.done and whole_batches:
             mine.save(path)
     parallel.barrier()

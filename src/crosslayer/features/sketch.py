@@ -1,12 +1,12 @@
 """What one layer's features did on a stretch of text, in bounded memory, and mergeable.
 
-A `LayerSketch` is a commutative monoid: taking batches in any order, on any number of ranks, with any kills and resumes in
-between, and merging, gives the same numbers to the last bit. To that end sums are kept in fixed point, the bins of histograms are powers of two,
-and chance is a hash of feature and position.
+A `LayerSketch` is a commutative monoid: taking batches in any order, on any number of ranks, with any kills and resumes
+in between, and merging, gives the same numbers to the last bit. To that end sums are kept in fixed point, the bins of
+histograms are powers of two, and chance is a hash of feature and position.
 
-An *example candidate* of a feature is its peak in one row of text: the highest activation there, the first of several. Kept are
-the `n_top` highest candidates and the `n_reservoir` of lowest hash, which are an even draw from all; each with the feature's
-activations in a window around it. No two candidates share a row, so no two windows overlap.
+An *example candidate* of a feature is its peak in one row of text: the highest activation there, the first of several.
+Kept are the `n_top` highest candidates and the `n_reservoir` of lowest hash, which are an even draw from all; each with
+the feature's activations in a window around it. No two candidates share a row, so no two windows overlap.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def window_start(position: NDArray, context: int, settings: ScanSettings) -> NDA
 
 
 class Candidates(NamedTuple):
-    """Example candidates of one layer. The activations of candidate i are entries `indptr[i]:indptr[i + 1]` of the last two."""
+    """Example candidates of one layer. The activations of candidate i are entries `indptr[i]:indptr[i + 1]` of the last
+    two.
+    """
 
     feature: NDArray
     """Index in the layer, int32."""
@@ -74,8 +76,14 @@ class Candidates(NamedTuple):
     def none(cls) -> Candidates:
         empty = lambda kind: np.zeros(0, kind)  # noqa: E731
         return cls(
-            empty(np.int32), empty(np.int64), empty(np.float32), empty(np.int64), np.zeros(1, np.int64), empty(np.uint8), empty(np.float32)
-        )  # fmt: skip
+            empty(np.int32),
+            empty(np.int64),
+            empty(np.float32),
+            empty(np.int64),
+            np.zeros(1, np.int64),
+            empty(np.uint8),
+            empty(np.float32),
+        )
 
     def take(self, which: NDArray) -> Candidates:
         """These candidates, in this order."""
@@ -168,8 +176,13 @@ class LayerSketch:
             left_F[at] -= 1
 
     def _propose(
-        self, cell_K: Int[Tensor, " K"], position_K: Int[Tensor, " K"], value_K: Float[Tensor, " K"], n_rows: int, first_row: int
-    ) -> None:  # fmt: skip
+        self,
+        cell_K: Int[Tensor, " K"],
+        position_K: Int[Tensor, " K"],
+        value_K: Float[Tensor, " K"],
+        n_rows: int,
+        first_row: int,
+    ) -> None:
         """The peak of each feature in each row, and its window, if it may be kept."""
         # Value and place in one number, so that the highest, and of equals the first, is a maximum.
         key_K = (value_K.view(torch.int32).long() << 32) | (self.context - position_K)
@@ -202,10 +215,15 @@ class LayerSketch:
         numpy = lambda t: t.cpu().numpy()  # noqa: E731
         self._waiting.append(
             Candidates(
-                numpy(feature_X[chosen].int()), numpy(position_X[chosen]), numpy(value_X[chosen]), numpy(hash_X[chosen]),
-                np.concatenate([[0], np.cumsum(numpy(lengths))]), numpy(offset_K[order].to(torch.uint8)), numpy(value_K[order]),
+                numpy(feature_X[chosen].int()),
+                numpy(position_X[chosen]),
+                numpy(value_X[chosen]),
+                numpy(hash_X[chosen]),
+                np.concatenate([[0], np.cumsum(numpy(lengths))]),
+                numpy(offset_K[order].to(torch.uint8)),
+                numpy(value_K[order]),
             )
-        )  # fmt: skip
+        )
         self._n_waiting += len(cell_X)
         if self._n_waiting > max(COMPACT_AT_LEAST, len(self._kept.feature) // 4):
             self._compact()

@@ -41,9 +41,20 @@ def fault(header: GraphHeader, a: GraphArrays) -> str | None:
     N = F + header.n_layers * T + T + len(header.targets)
     R, E = len(a.row_R), len(a.weight_E)
     shapes = {
-        "layer_F": (F,), "position_F": (F,), "index_F": (F,), "activation_F": (F,), "influence_N": (N,), "row_R": (R,),
-        "start_R1": (R + 1,), "source_E": (E,), "weight_E": (E,), "value_R": (R,), "constant_R": (R,), "rest_R": (R,), "mass_R4": (R, 4),
-    }  # fmt: skip
+        "layer_F": (F,),
+        "position_F": (F,),
+        "index_F": (F,),
+        "activation_F": (F,),
+        "influence_N": (N,),
+        "row_R": (R,),
+        "start_R1": (R + 1,),
+        "source_E": (E,),
+        "weight_E": (E,),
+        "value_R": (R,),
+        "constant_R": (R,),
+        "rest_R": (R,),
+        "mass_R4": (R, 4),
+    }
     for name, shape in shapes.items():
         if getattr(a, name).shape != shape:
             return f"{name} has shape {getattr(a, name).shape}, expected {shape}"

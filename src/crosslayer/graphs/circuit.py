@@ -1,4 +1,6 @@
-"""From a graph to a circuit: which features may be drawn as one, and what changing some would do to the others. NumPy and SciPy only."""
+"""From a graph to a circuit: which features may be drawn as one, and what changing some would do to the others. NumPy
+and SciPy only.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ class Suggestion(NamedTuple):
 def suggested(graph: Graph, nodes: Collection[int], likeness: float = LIKENESS) -> list[Suggestion]:
     """Supernodes to take or leave among some features, those of most influence first.
 
-    Two features are alike if they stand at most one position apart and their edges, incoming and outgoing, each normalised, point the same way.
-    Groups are what is left connected when all other pairs are cut, split again where two members are not alike.
+    Two features are alike if they stand at most one position apart and their edges, incoming and outgoing, each
+    normalised, point the same way. Groups are what is left connected when all other pairs are cut, split again where
+    two members are not alike.
 
     Args:
         nodes: features to choose from, as those that pruning keeps.
@@ -75,7 +78,8 @@ def _unit(matrix: csr_array) -> csr_array:
 def predicted_changes(graph: Graph, factors: Mapping[int, float]) -> Float[np.ndarray, " N"]:
     """What the edges say of scaling some features: the change of each row's value, all else linear.
 
-    A feature that is changed by its inputs hands that on in proportion, as if it neither fell silent nor woke others. Those that are scaled keep their new value.
+    A feature that is changed by its inputs hands that on in proportion, as if it neither fell silent nor woke others.
+    Those that are scaled keep their new value.
 
     Args:
         factors: by node of a feature, what its activation is multiplied by.

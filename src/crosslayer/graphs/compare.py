@@ -20,8 +20,8 @@ class Merged(NamedTuple):
         feature_F2: layer and index of each feature.
         influence_GF: share of each graph's influence on its targets.
         activation_GF: largest activation.
-        edges: for each graph (F, F), rows are targets: absolute edges as shares of the target's input, averaged over its
-            positions by influence.
+        edges: for each graph (F, F), rows are targets: absolute edges as shares of the target's input, averaged over
+            its positions by influence.
     """
 
     feature_F2: Int[np.ndarray, "F 2"]
@@ -65,7 +65,8 @@ def merge(graphs: Sequence[Graph]) -> Merged:
     scans = {g.header.scan for g in graphs if g.header.scan}
     if len(scans) > 1:
         raise ConfigError(
-            f"the graphs are of different transcoders, {', '.join(sorted(scans))}; their features have nothing in common"
+            f"the graphs are of different transcoders, {', '.join(sorted(scans))}; their features have nothing in"
+            " common"
         )
     keys = [np.stack([g.arrays.layer_F, g.arrays.index_F], axis=1) for g in graphs]
     feature_F2, which = np.unique(np.concatenate(keys), axis=0, return_inverse=True)

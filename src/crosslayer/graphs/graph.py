@@ -1,8 +1,8 @@
 """An attribution graph: nodes, sparse edges, and how much of the truth they hold. NumPy and SciPy only.
 
-Nodes are numbered: active features by layer, then position, then index; errors by layer, then position; tokens; targets.
-Edges are rows of incoming edges of the nodes that were expanded: `edge[s -> t] = a_s * d value_t / d a_s` in the local replacement
-model. What an edge matrix leaves out is in two numbers of each row, so that sums stay exact.
+Nodes are numbered: active features by layer, then position, then index; errors by layer, then position; tokens;
+targets. Edges are rows of incoming edges of the nodes that were expanded: `edge[s -> t] = a_s * d value_t / d a_s` in
+the local replacement model. What an edge matrix leaves out is in two numbers of each row, so that sums stay exact.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ class Graph:
             ResourceError: for more nodes than a dense matrix is reasonable for.
         """
         if self.n_nodes > DENSE_NODES:
-            raise ResourceError(f"a dense matrix of {self.n_nodes} nodes would take {4 * self.n_nodes**2 / 2**30:.1f} GiB; use graph.edges, which is sparse")  # fmt: skip
+            raise ResourceError(
+                f"a dense matrix of {self.n_nodes} nodes would take {4 * self.n_nodes**2 / 2**30:.1f} GiB; use"
+                " graph.edges, which is sparse"
+            )
         return self.edges.toarray()
 
     def scores(self) -> Scores:
@@ -154,8 +157,14 @@ class Graph:
         total_R = a.mass_R4[:, :3].sum(1)
         error_R = np.divide(a.mass_R4[:, 1], total_R, out=np.zeros_like(total_R), where=total_R > 0)
         return scores(
-            self.influence_N, self.weight_N, a.layer_F, a.row_R, error_R, first_token=self.first_token, n_layers=self.header.n_layers
-        )  # fmt: skip
+            self.influence_N,
+            self.weight_N,
+            a.layer_F,
+            a.row_R,
+            error_R,
+            first_token=self.first_token,
+            n_layers=self.header.n_layers,
+        )
 
     def subgraph_scores(self, features: Collection[int]) -> Scores:
         """Scores of these features alone (numbers of nodes): what is left out is merged into the errors.
@@ -164,13 +173,16 @@ class Graph:
             ConfigError: for a number that is not a feature's.
         """
         if wrong := [n for n in features if not 0 <= n < self.n_features]:
-            raise ConfigError(f"node {wrong[0]} is no feature of the graph, which has {self.n_features}; give numbers below that")  # fmt: skip
+            raise ConfigError(
+                f"node {wrong[0]} is no feature of the graph, which has {self.n_features}; give numbers below that"
+            )
         return subgraph_scores(
             self.edges, self.weight_N, sorted(features), n_features=self.n_features, first_token=self.first_token
         )
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98, wanted: Collection[int] = ()) -> Pruned:
-        """The fewest nodes that hold `node_threshold` of the influence, and of their edges those that hold `edge_threshold`.
+        """The fewest nodes that hold `node_threshold` of the influence, and of their edges those that hold
+        `edge_threshold`.
 
         Args:
             wanted: nodes that stay whatever their influence, with their edges.
@@ -186,10 +198,15 @@ class Graph:
         if self.present_N is not None and node_threshold == edge_threshold == 1:
             return unpruned(self.edges, self.influence_N, self.present_N)
         return prune(
-            self.edges, self.weight_N, n_features=self.n_features, first_token=self.first_token,
-            influence_N=self.influence_N, node_threshold=node_threshold, edge_threshold=edge_threshold,
+            self.edges,
+            self.weight_N,
+            n_features=self.n_features,
+            first_token=self.first_token,
+            influence_N=self.influence_N,
+            node_threshold=node_threshold,
+            edge_threshold=edge_threshold,
             wanted=wanted,
-        )  # fmt: skip
+        )
 
     def normalised(self) -> csr_array:
         """Absolute edges, each row divided by its sum."""

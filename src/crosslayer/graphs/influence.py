@@ -1,7 +1,8 @@
 """Influence, pruning and scores of a graph: pure functions over a sparse matrix, NumPy and SciPy only.
 
-W is the matrix of absolute edges, each target's incoming row normalised to sum 1; p holds the targets' weights. Influence
-is p W + p W^2 + ...; the graph is acyclic, so the sum ends. The numbers are those of circuit-tracer on the same graph.
+W is the matrix of absolute edges, each target's incoming row normalised to sum 1; p holds the targets' weights.
+Influence is p W + p W^2 + ...; the graph is acyclic, so the sum ends. The numbers are those of circuit-tracer on the
+same graph.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def prune(
     edge_threshold: float = 0.98,
     wanted: Collection[int] = (),
 ) -> Pruned:
-    """Keep the fewest nodes that hold `node_threshold` of the influence, tokens and targets always; then edges likewise.
+    """Keep the fewest nodes that hold `node_threshold` of the influence, tokens and targets always; then edges
+    likewise.
 
     Args:
         weight_NN: signed edges. Nodes are features, errors, tokens, targets.
@@ -173,8 +175,14 @@ def prune(
         strong &= keep_N[target_E] & keep_N[source_E]
     chosen = np.flatnonzero(strong)
     return Pruned(
-        keep_N, target_E[chosen], source_E[chosen], weight_E[chosen], score_E[chosen], cumulative(influence_N), influence_N
-    )  # fmt: skip
+        keep_N,
+        target_E[chosen],
+        source_E[chosen],
+        weight_E[chosen],
+        score_E[chosen],
+        cumulative(influence_N),
+        influence_N,
+    )
 
 
 def scores(
@@ -208,7 +216,11 @@ def scores(
     known, complete = reach_N[row_R].sum(), (reach_N[row_R] * (1 - error_share_R)).sum()
     # What was left could add at most this to the influence of features of lower layers.
     below = (np.cumsum(left_L[::-1])[:-1]).sum() if n_layers > 1 else 0.0
-    strict = _interval(complete / known, complete / (known + unexpanded + below), (complete + unexpanded + below) / (known + unexpanded + below))  # fmt: skip
+    strict = _interval(
+        complete / known,
+        complete / (known + unexpanded + below),
+        (complete + unexpanded + below) / (known + unexpanded + below),
+    )
     all_, whole = known + ends, complete + ends
     wide = unexpanded + below
     full = known + ends + unexpanded + wide

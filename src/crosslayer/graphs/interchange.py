@@ -61,18 +61,26 @@ def to_file(
     ids = {int(n): _node_id(graph, int(n)) for n in kept}
     h = graph.header
     said = dict(
-        slug=slug, scan=h.scan, prompt=h.prompt, prompt_tokens=h.token_strings, transcoder_list=[], node_threshold=node_threshold,
+        slug=slug,
+        scan=h.scan,
+        prompt=h.prompt,
+        prompt_tokens=h.token_strings,
+        transcoder_list=[],
+        node_threshold=node_threshold,
         info={
             "generator": {"name": "crosslayer", "version": h.versions.get("crosslayer", ""), "url": ""},
             "create_time_ms": int(time.time() * 1000),
             "influence_accounted_for": None if h.unexpanded is None else 1 - h.unexpanded,
         },
         generation_settings={
-            "max_n_logits": len(h.targets), "desired_logit_prob": h.settings.get("desired_logit_prob"),
-            "max_feature_nodes": h.settings.get("max_nodes"), "batch_size": 1, "tolerance": h.settings.get("tolerance"),
+            "max_n_logits": len(h.targets),
+            "desired_logit_prob": h.settings.get("desired_logit_prob"),
+            "max_feature_nodes": h.settings.get("max_nodes"),
+            "batch_size": 1,
+            "tolerance": h.settings.get("tolerance"),
         },
         pruning_settings={"node_threshold": node_threshold, "edge_threshold": edge_threshold},
-    )  # fmt: skip
+    )
     links = [
         GraphLink(source=ids[int(s)], target=ids[int(t)], weight=float(w))
         for s, t, w in zip(pruned.source_E, pruned.target_E, pruned.weight_E, strict=True)
@@ -114,27 +122,52 @@ def _node(graph: Graph, pruned: Pruned, node: int, labels: Mapping[tuple[int, in
         layer, index = int(a.layer_F[node]), int(a.index_F[node])
         cantor = (layer + index) * (layer + index + 1) // 2 + index
         return GraphNode(
-            node_id=name, feature=cantor, layer=str(layer), ctx_idx=position, feature_type=FEATURE, jsNodeId=f"{layer}_{index}-0",
-            clerp=labels.get((layer, index), ""), influence=influence, activation=float(a.activation_F[node]),
-        )  # fmt: skip
+            node_id=name,
+            feature=cantor,
+            layer=str(layer),
+            ctx_idx=position,
+            feature_type=FEATURE,
+            jsNodeId=f"{layer}_{index}-0",
+            clerp=labels.get((layer, index), ""),
+            influence=influence,
+            activation=float(a.activation_F[node]),
+        )
     if node < graph.first_token:
         layer = (node - graph.first_error) // graph.n_positions
         return GraphNode(
-            node_id=name, feature=-1, layer=str(layer), ctx_idx=position, feature_type=ERROR, jsNodeId=f"{layer}_{position}-0",
-            clerp="", influence=influence,
-        )  # fmt: skip
+            node_id=name,
+            feature=-1,
+            layer=str(layer),
+            ctx_idx=position,
+            feature_type=ERROR,
+            jsNodeId=f"{layer}_{position}-0",
+            clerp="",
+            influence=influence,
+        )
     if node < graph.first_target:
         return GraphNode(
-            node_id=name, feature=position, layer="E", ctx_idx=position, feature_type=TOKEN, clerp="", influence=influence,
+            node_id=name,
+            feature=position,
+            layer="E",
+            ctx_idx=position,
+            feature_type=TOKEN,
+            clerp="",
+            influence=influence,
             jsNodeId=f"E_{h.tokens[position]}-{position}",
-        )  # fmt: skip
+        )
     target, number = h.targets[node - graph.first_target], _target_number(graph, node)
     probability = target.probability or 0.0
     return GraphNode(
-        node_id=name, feature=number, layer=str(h.n_layers + 1), ctx_idx=position, feature_type=LOGIT, token_prob=probability,
-        is_target_logit=node == graph.first_target, jsNodeId=f"L_{number}-{position}",
+        node_id=name,
+        feature=number,
+        layer=str(h.n_layers + 1),
+        ctx_idx=position,
+        feature_type=LOGIT,
+        token_prob=probability,
+        is_target_logit=node == graph.first_target,
+        jsNodeId=f"L_{number}-{position}",
         clerp=f'Output "{target.name}" (p={probability:.3f})',
-    )  # fmt: skip
+    )
 
 
 def write_graph_file(file: GraphFile, path: str | Path) -> None:
@@ -193,7 +226,10 @@ def add_to_folder(file: GraphFile, folder: Path) -> Path:
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f'{index} is no list of graphs ({{"graphs": [...]}}); repair or remove it') from error
     mine = _as_said(file)["metadata"]
-    write_text(index, json.dumps({"graphs": [g for g in listed if g.get("slug") != file.metadata.slug] + [mine]}, indent=1) + "\n")  # fmt: skip
+    write_text(
+        index,
+        json.dumps({"graphs": [g for g in listed if g.get("slug") != file.metadata.slug] + [mine]}, indent=1) + "\n",
+    )
     return path
 
 
@@ -257,7 +293,8 @@ def _check_links(file: GraphFile) -> None:
                 raise FormatError(f"a link names the node {end!r}, which is not among the nodes")
         if not math.isfinite(link.weight):
             raise FormatError(
-                f"the link from {link.source!r} to {link.target!r} has the weight {link.weight}, expected a finite number"
+                f"the link from {link.source!r} to {link.target!r} has the weight {link.weight}, expected a finite"
+                " number"
             )
 
 
@@ -274,8 +311,9 @@ def _settle_ids(file: GraphFile) -> None:
     counts = Counter(n.node_id for n in file.nodes)
     if twice := [i for i, c in counts.items() if c > 1]:
         raise FormatError(f"two nodes have the id {twice[0]!r}")
-    # A link into the shared id goes to the feature (errors have no inputs). One out of it could be either's: the file does not say.
-    # Features of layer 0 and errors of layer l > 0 differ in what they can reach: an error only layers above its own.
+    # A link into the shared id goes to the feature (errors have no inputs). One out of it could be either's: the file
+    # does not say. Features of layer 0 and errors of layer l > 0 differ in what they can reach: an error only layers
+    # above its own.
     layers = {n.node_id: _depth(n) for n in file.nodes}
     for link in file.links:
         error = renamed.get(link.source)
@@ -324,7 +362,8 @@ def numbered(file: GraphFile) -> Numbered:
 
 
 def to_graph(file: GraphFile) -> Graph:
-    """An imported file as a `Graph`: its nodes and links, pruned as they came, so rows are not whole and no scores follow.
+    """An imported file as a `Graph`: its nodes and links, pruned as they came, so rows are not whole and no scores
+    follow.
 
     Raises:
         FormatError: for a node whose place cannot be told.
@@ -353,24 +392,50 @@ def to_graph(file: GraphFile) -> Graph:
     strings = m.prompt_tokens + [""] * (n_positions - len(m.prompt_tokens))
     targets = [
         TargetRecord(
-            kind="logit", name=_said(n.clerp) or n.node_id, position=n.ctx_idx, layer=n_layers, token=n.feature,
-            weight=n.token_prob or 0.0, probability=n.token_prob,
+            kind="logit",
+            name=_said(n.clerp) or n.node_id,
+            position=n.ctx_idx,
+            layer=n_layers,
+            token=n.feature,
+            weight=n.token_prob or 0.0,
+            probability=n.token_prob,
         )
         for n in logits
-    ]  # fmt: skip
+    ]
     header = GraphHeader(
-        prompt=m.prompt, tokens=tokens, token_strings=strings, n_layers=n_layers, n_skip=0, n_vocab=0, targets=targets,
-        unexpanded=None, host="", clt="", scan=m.scan, settings={"imported": True, "node_threshold": m.node_threshold},
-    )  # fmt: skip
+        prompt=m.prompt,
+        tokens=tokens,
+        token_strings=strings,
+        n_layers=n_layers,
+        n_skip=0,
+        n_vocab=0,
+        targets=targets,
+        unexpanded=None,
+        host="",
+        clt="",
+        scan=m.scan,
+        settings={"imported": True, "node_threshold": m.node_threshold},
+    )
     ints = lambda f: np.array([f(n) for n in features], dtype=np.int64)  # noqa: E731
     return Graph(
         header,
         GraphArrays(
-            ints(_depth), ints(lambda n: n.ctx_idx), ints(_index), np.array([n.activation or 0.0 for n in features], dtype=np.float32),
-            influence_N, row_R, np.concatenate([[0], np.cumsum(count_R)]), source_E[order], weight_E[order], zero_R, zero_R, zero_R, mass_R4,
+            ints(_depth),
+            ints(lambda n: n.ctx_idx),
+            ints(_index),
+            np.array([n.activation or 0.0 for n in features], dtype=np.float32),
+            influence_N,
+            row_R,
+            np.concatenate([[0], np.cumsum(count_R)]),
+            source_E[order],
+            weight_E[order],
+            zero_R,
+            zero_R,
+            zero_R,
+            mass_R4,
         ),
         np.isin(np.arange(n_nodes), list(place.values())),
-    )  # fmt: skip
+    )
 
 
 def _said(clerp: str | None) -> str:

@@ -49,11 +49,14 @@ def print_graph(
     for node in np.argsort(-graph.influence_N[: graph.n_features], kind="stable")[:top].tolist():
         inputs = _inputs(graph, node)
         table.add_row(
-            f"L{a.layer_F[node]}/{a.index_F[node]}", escape(f"{h.token_strings[a.position_F[node]]!r} @{a.position_F[node]}"),
-            f"{a.activation_F[node]:.2f}", f"{graph.influence_N[node] / total:.1%}",
-            escape(_input(graph, inputs[0])) if inputs else "not expanded", escape(output.get(node, "")),
+            f"L{a.layer_F[node]}/{a.index_F[node]}",
+            escape(f"{h.token_strings[a.position_F[node]]!r} @{a.position_F[node]}"),
+            f"{a.activation_F[node]:.2f}",
+            f"{graph.influence_N[node] / total:.1%}",
+            escape(_input(graph, inputs[0])) if inputs else "not expanded",
+            escape(output.get(node, "")),
             *([escape(labels.get((int(a.layer_F[node]), int(a.index_F[node])), ""))] if labels else []),
-        )  # fmt: skip
+        )
     console.print(table, highlight=False)
     console.print("")
     for number, target in enumerate(h.targets[:3]):
@@ -77,8 +80,14 @@ def summary(graph: Graph) -> list[str]:
     n_rows = int((a.row_R < graph.n_features).sum())
     lines = [
         f"replacement score  {_interval(s.replacement)}  (influence that ends in tokens rather than errors)",
-        f"completeness score {_interval(s.completeness)}  (inputs that are not errors; {_interval(s.completeness_strict)} over features and targets alone)",
-        f"influence accounted for {1 - graph.unexpanded:.2%}: {n_rows} of {graph.n_features} active features have a row; no node is short by more than {graph.unexpanded:.2%}",
+        (
+            f"completeness score {_interval(s.completeness)}  (inputs that are not errors;"
+            f" {_interval(s.completeness_strict)} over features and targets alone)"
+        ),
+        (
+            f"influence accounted for {1 - graph.unexpanded:.2%}: {n_rows} of {graph.n_features} active features have a"
+            f" row; no node is short by more than {graph.unexpanded:.2%}"
+        ),
         f"incoming edges sum to pre-activations within {graph.sum_error():.1e} of their absolute sum",
     ]
     if graph.header.wall_s is not None:
@@ -139,8 +148,9 @@ def print_difference(console: Console, merged: Merged, names: Sequence[str], *, 
     both = merged.influence_GF[:2].min(0).sum() / max(merged.influence_GF[:2].max(0).sum(), 1e-30)
     console.print(
         f"{shared.sum()} features carry influence in both, {one} only in {names[0]}, {two} only in {names[1]}; "
-        f"overlap of influence {both:.1%}", highlight=False,
-    )  # fmt: skip
+        f"overlap of influence {both:.1%}",
+        highlight=False,
+    )
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("feature")
     for name in (*names, "difference"):

@@ -1,7 +1,7 @@
 """What is linear in a language model once attention patterns and the scales of its norms are held.
 
-A norm multiplies by a gain and by a scale of the position; attention is a value projection, a mixing over positions by the
-pattern, and an output projection. `Anatomy` finds these in the modules of any family in `crosslayer.host.families`.
+A norm multiplies by a gain and by a scale of the position; attention is a value projection, a mixing over positions by
+the pattern, and an output projection. `Anatomy` finds these in the modules of any family in `crosslayer.host.families`.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ class Attention(NamedTuple):
         """The same with its weights in another dtype."""
         wide = lambda t: None if t is None else t.to(dtype)  # noqa: E731
         return self._replace(
-            value_XD=self.value_XD.to(dtype), value_bias_X=wide(self.value_bias_X),
-            output_DY=self.output_DY.to(dtype), output_bias_D=wide(self.output_bias_D),
-        )  # fmt: skip
+            value_XD=self.value_XD.to(dtype),
+            value_bias_X=wide(self.value_bias_X),
+            output_DY=self.output_DY.to(dtype),
+            output_bias_D=wide(self.output_bias_D),
+        )
 
     def apply(self, x_BTD: Float[Tensor, "B T D"], pattern_BHTT: Float[Tensor, "... H T T"]) -> Float[Tensor, "B T D"]:
         """Attention with its patterns held; they are of one row, or of each."""

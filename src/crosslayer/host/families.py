@@ -46,10 +46,14 @@ FAMILIES: dict[str, Family] = {
     "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers", final_norm="model.language_model.norm"),
     "gpt2": Family("transformer.h", "transformer.ln_f", "ln_1", "attn", "ln_2"),
     "gpt_neox": Family(
-        "gpt_neox.layers", "gpt_neox.final_layer_norm", "input_layernorm", "attention", "post_attention_layernorm",
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        "input_layernorm",
+        "attention",
+        "post_attention_layernorm",
         parallel_when="use_parallel_residual",
     ),
-}  # fmt: skip
+}
 
 
 def family_of(model_type: str, name: str) -> Family:

@@ -69,7 +69,10 @@ class Host:
         self.layer_numbers = tuple(range(len(self.layers)) if layers is None else layers)
         if layers is not None:
             if beyond := [i for i in layers if not 0 <= i < len(self.layers)]:
-                raise HostError(f"{name} has {len(self.layers)} layers and no layer {beyond[0]}; give the model that the transcoder was trained on")  # fmt: skip
+                raise HostError(
+                    f"{name} has {len(self.layers)} layers and no layer {beyond[0]}; give the model that the transcoder"
+                    " was trained on"
+                )
             self.layers = [self.layers[i] for i in layers]
         self.n_layers = len(self.layers)
         self.d_model: int = text_config.hidden_size
@@ -155,7 +158,8 @@ class Host:
             text.encode()
         except UnicodeEncodeError as error:
             raise HostError(
-                f"the text holds {text[error.start]!r} at {error.start}, which is no letter of any script; give UTF-8 text"
+                f"the text holds {text[error.start]!r} at {error.start}, which is no letter of any script; give UTF-8"
+                " text"
             ) from error
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.policy.prepend and not (ids and ids[0] in self.tokenizer.all_special_ids):
@@ -178,7 +182,8 @@ class Host:
             if token is not None:
                 return int(token)
         raise HostError(
-            f"the tokenizer of {self.name} has no BOS, PAD or EOS to begin a text with; set one of them in its tokenizer_config.json"
+            f"the tokenizer of {self.name} has no BOS, PAD or EOS to begin a text with; set one of them in its"
+            " tokenizer_config.json"
         )
 
 
@@ -202,7 +207,8 @@ def load_host(
         _check_sites(name, input_hook, output_hook, policy or FirstPosition())
         if layers is not None and tuple(layers) != name.layer_numbers:
             raise ConfigError(
-                f"{name.name} was loaded with the layers {list(name.layer_numbers)}, but {list(layers)} are asked for; load it again with those, or give its name"
+                f"{name.name} was loaded with the layers {list(name.layer_numbers)}, but {list(layers)} are asked for;"
+                " load it again with those, or give its name"
             )
         return name
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -222,7 +228,10 @@ def _check_sites(host: Host, input_hook: str, output_hook: str, policy: FirstPos
     asked = (short_hook(input_hook), short_hook(output_hook), policy)
     for name, has, wanted in zip(("input_hook", "output_hook", "policy"), found, asked, strict=True):
         if has != wanted:
-            raise ConfigError(f"{host.name} was loaded with {name}={has}, but {wanted} is asked for; load it again with that, or give its name")  # fmt: skip
+            raise ConfigError(
+                f"{host.name} was loaded with {name}={has}, but {wanted} is asked for; load it again with that, or give"
+                " its name"
+            )
 
 
 def choose_device(name: str) -> str:
@@ -264,9 +273,13 @@ def reading(name: str, read: Callable[[], Any], what: str = "Hugging Face causal
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if not Path(name).exists() and name != SHIPPED:
             raise HostError(
-                f"no model {name!r}: it is no local folder, and the Hugging Face hub did not give it; check the name, or the network"
+                f"no model {name!r}: it is no local folder, and the Hugging Face hub did not give it; check the name,"
+                " or the network"
             ) from error
         if what == "tokenizer":
-            raise HostError(f"{name} has no tokenizer that can be read; put tokenizer.json and tokenizer_config.json beside the model") from error  # fmt: skip
+            raise HostError(
+                f"{name} has no tokenizer that can be read; put tokenizer.json and tokenizer_config.json beside the"
+                " model"
+            ) from error
         first_line = str(error).strip().splitlines()[0]
         raise HostError(f"{name} cannot be read as a {what}: {first_line}") from error

@@ -1,7 +1,8 @@
-"""Ranks, and the groups that they form. In one process everything here does nothing, so that no caller has a second code path.
+"""Ranks, and the groups that they form. In one process everything here does nothing, so that no caller has a second
+code path.
 
-`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; `start` joins the group they describe, `lay_out` arranges it as a mesh of
-data x feature ranks. May import `records` and `core`.
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; `start` joins the group they describe, `lay_out` arranges it as a mesh
+of data x feature ranks. May import `records` and `core`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ __all__ = [
 ]
 
 PATIENCE = timedelta(hours=1)
-"""How long a rank waits for the others: the first writes a transcoder of many gigabytes alone. One that died is missed at once."""
+"""How long a rank waits for the others: the first writes a transcoder of many gigabytes alone. One that died is missed
+at once.
+"""
 
 
 def start() -> None:
@@ -68,7 +71,10 @@ def check_same_versions() -> None:
     for number, theirs in enumerate(found):
         for package, said in theirs.items():
             if said != found[0][package]:
-                raise RunError(f"rank {number} has {package} {said} and rank 0 has {found[0][package]}; install the same version on every node")  # fmt: skip
+                raise RunError(
+                    f"rank {number} has {package} {said} and rank 0 has {found[0][package]}; install the same version"
+                    " on every node"
+                )
 
 
 def world() -> Group:

@@ -1,8 +1,8 @@
 """Groups of ranks, and the mesh of two kinds of them.
 
-    feature ranks -->      Ranks of a row share the features: each holds F/N of every layer, and all see the row's tokens.
-    0  1  2  3             Ranks of a column share the tokens: each holds the same features, and sees other tokens.
-    4  5  6  7             A row's numbers follow one another, so that it lies within a node where the node has room for it.
+    feature ranks -->    Ranks of a row share the features: each holds F/N of every layer, and all see the row's tokens.
+    0  1  2  3           Ranks of a column share the tokens: each holds the same features, and sees other tokens.
+    4  5  6  7           A row's numbers follow one another, so that it lies within a node that has room for it.
 
 A group of one does nothing, and does it without a process group.
 """
@@ -48,8 +48,8 @@ class Group:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of each rank's tensor, whose gradient is, on every rank, that of the sum.
 
-        What follows the sum is computed alike by every rank, so its gradient is there already: adding those of all ranks
-        would multiply it by their number.
+        What follows the sum is computed alike by every rank, so its gradient is there already: adding those of all
+        ranks would multiply it by their number.
         """
         return _Sum.apply(tensor, self) if self.size > 1 else tensor  # type: ignore[return-value]
 
@@ -116,7 +116,9 @@ class Group:
                     dist.broadcast(p.data, group=self.handle, group_src=0)
 
     def by_first(self, action: Callable[[], T]) -> T | None:
-        """What an action gives on the first rank, and nothing on the others; an error meant for people is raised on all."""
+        """What an action gives on the first rank, and nothing on the others; an error meant for people is raised on
+        all.
+        """
         result = failure = None
         if self.rank == 0:
             try:
@@ -167,7 +169,10 @@ def lay_out(feature_ranks: int, device_type: str = "cpu") -> Mesh:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks % feature_ranks:
         some = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-        raise ConfigError(f"feature_ranks={feature_ranks} does not divide the number of ranks, {ranks}; give --feature-ranks one of {some}, or start another number of ranks")  # fmt: skip
+        raise ConfigError(
+            f"feature_ranks={feature_ranks} does not divide the number of ranks, {ranks}; give --feature-ranks one of"
+            f" {some}, or start another number of ranks"
+        )
     if ranks == 1:
         return ALONE
     devices = init_device_mesh(
@@ -196,4 +201,7 @@ def _talking() -> Iterator[None]:
         first_line = re.sub(
             r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]
         )  # less the place in the backend's source
-        raise LostRank(f"rank {dist.get_rank()} waited for another, which ended or cannot be reached ({first_line}): see what that one said, if it could") from error  # fmt: skip
+        raise LostRank(
+            f"rank {dist.get_rank()} waited for another, which ended or cannot be reached ({first_line}): see what that"
+            " one said, if it could"
+        ) from error

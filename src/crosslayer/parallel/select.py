@@ -1,8 +1,8 @@
 """The k-th largest of numbers that lie on several ranks, by exchanging counts at thresholds and never the numbers.
 
-The bits of positive floating-point numbers order as the numbers do. So the k-th largest is found from its highest bits down,
-eight at a time: each round counts, on every rank, how many numbers reach each of 255 thresholds, and sums the counts.
-Four rounds for float32, eight for float64; exact.
+The bits of positive floating-point numbers order as the numbers do. So the k-th largest is found from its highest bits
+down, eight at a time: each round counts, on every rank, how many numbers reach each of 255 thresholds, and sums the
+counts. Four rounds for float32, eight for float64; exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ BITS = 8
 
 
 def kth_largest(score_XY: Float[Tensor, "X Y"], k: int, group: Group) -> Float[Tensor, " X"]:
-    """The `k`-th largest positive number of each row, whose columns lie on the ranks of a group; 0 where fewer are positive.
+    """The `k`-th largest positive number of each row, whose columns lie on the ranks of a group; 0 where fewer are
+    positive.
 
     Numbers that are not positive are taken for 0. Ranks may have different numbers of columns.
     """

@@ -79,7 +79,9 @@ class Example(NamedTuple):
 
 
 class Logit(NamedTuple):
-    """A token that a feature promotes or suppresses: the logit for an activation of 1, and its z-score over the vocabulary."""
+    """A token that a feature promotes or suppresses: the logit for an activation of 1, and its z-score over the
+    vocabulary.
+    """
 
     token: str
     value: float | None

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 class Replacement(BaseModel):
     """The full replacement model: every MLP output replaced, features recomputed on the replaced stream.
 
-    Cross-entropies in nats a token. The first `n_skip` positions keep the host's own MLP outputs and are not predicted from.
+    Cross-entropies in nats a token. The first `n_skip` positions keep the host's own MLP outputs and are not predicted
+    from.
     """
 
     model_config = ConfigDict(extra="forbid")

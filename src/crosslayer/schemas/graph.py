@@ -1,7 +1,7 @@
 """Attribution graphs as JSON: the header of our own files, and the interchange format of Anthropic's viewer.
 
-The interchange format is also circuit-tracer's and Neuronpedia's. Unknown keys are kept, so a file read and written again
-says what it said.
+The interchange format is also circuit-tracer's and Neuronpedia's. Unknown keys are kept, so a file read and written
+again says what it said.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class GraphHeader(BaseModel):
     n_vocab: int
     targets: list[TargetRecord]
     unexpanded: float | None
-    """The bound: share of the targets' influence in features that have no row; none for a pruned file that was imported."""
+    """The bound: share of the targets' influence in features that have no row; none for a pruned file that was
+    imported.
+    """
     kept_share: float = 1.0
     """At least this share of each row's mass is in the edges kept."""
     host: str

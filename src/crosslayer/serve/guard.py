@@ -1,8 +1,8 @@
 """Checks between a browser and the routes: Host and Origin, the token, the size of bodies, and what a page may load.
 
 A page of another site in the same browser can send requests to 127.0.0.1. By a host name of its own that resolves to
-127.0.0.1 (DNS rebinding) it can even read the answers. So requests must name this server as their host, and requests that
-change something must come from a page of this server.
+127.0.0.1 (DNS rebinding) it can even read the answers. So requests must name this server as their host, and requests
+that change something must come from a page of this server.
 """
 
 from __future__ import annotations

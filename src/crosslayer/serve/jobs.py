@@ -1,8 +1,8 @@
 """Work that needs host and transcoder: one worker process, a queue of jobs, and their progress events.
 
-The worker is the hidden verb `crosslayer worker`. It reads one job per line from its standard input and answers in lines,
-each with the job's number. It caches what it has loaded for the next job. Cancelling a running job kills the worker, the
-only way to stop a matrix product; the next job starts another worker.
+The worker is the hidden verb `crosslayer worker`. It reads one job per line from its standard input and answers in
+lines, each with the job's number. It caches what it has loaded for the next job. Cancelling a running job kills the
+worker, the only way to stop a matrix product; the next job starts another worker.
 """
 
 from __future__ import annotations

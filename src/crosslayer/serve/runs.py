@@ -25,9 +25,11 @@ def run(request: Request, id: str) -> dict[str, Any]:
     card = path / CARD
     return {
         "manifest": manifest,
-        "evaluation": read_json(metrics, missing="", remedy="look again in a moment")
-        if metrics.is_file() and not metrics.is_symlink()
-        else None,
+        "evaluation": (
+            read_json(metrics, missing="", remedy="look again in a moment")
+            if metrics.is_file() and not metrics.is_symlink()
+            else None
+        ),
         "card": card.read_text(encoding="utf-8") if card.is_file() and not _linked(path, card) else None,
     }
 

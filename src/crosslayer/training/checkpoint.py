@@ -1,10 +1,10 @@
-"""Checkpoints: `checkpoints/step-00001000/`, written by all ranks together, renamed into place when every part is whole.
+"""Checkpoints: `checkpoints/step-00001000/`, written by all ranks, renamed into place when every part is whole.
 
-    .metadata, __0_0.distcp, __1_0.distcp, ...    tensors, in the format of torch.distributed.checkpoint: each rank writes its own
-    state.json                                    numbers, the cursors of the streams, what it is a checkpoint of, a digest of each file
+    .metadata, __0_0.distcp, ...    tensors, in the format of torch.distributed.checkpoint: each rank writes its own
+    state.json                      numbers, cursors of the streams, what it is a checkpoint of, a digest of each file
 
-A tensor with a row for each feature is saved as one, whoever holds its rows, so any number of ranks can take it up again.
-A save either succeeds on every rank, or fails on every rank and leaves the checkpoint before it as it was.
+A tensor with a row for each feature is saved as one, whoever holds its rows, so any number of ranks can take it up
+again. A save either succeeds on every rank, or fails on every rank and leaves the checkpoint before it as it was.
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ def save(run: Path, step: int, saved: Saved, keep: int, mesh: Mesh) -> None:
             if mesh.world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             rank, said = wrong[0]
-            last = f"that of step {there[-1]} stays: make room and go on with --resume {run}" if there else "there is none before it: make room and start again"  # fmt: skip
+            last = (
+                f"that of step {there[-1]} stays: make room and go on with --resume {run}"
+                if there
+                else "there is none before it: make room and start again"
+            )
             raise ResourceError(f"rank {rank} could not write the checkpoint of step {step} ({said}); {last}")
     if mesh.world.rank == 0:
         for old in steps(run)[:-keep]:
@@ -150,7 +154,9 @@ def load(folder: Path, by_feature: Callable[[str], bool], mesh: Mesh) -> dict[st
         with _one_process_is_meant():
             dcp.load(_whole(tensors, split, mesh), storage_reader=reader, no_dist=mesh.world.size == 1)
     except (CheckpointException, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise RunError(f"checkpoint {folder} cannot be read ({_said(error)}); go on from another with --step") from error  # fmt: skip
+        raise RunError(
+            f"checkpoint {folder} cannot be read ({_said(error)}); go on from another with --step"
+        ) from error
     return tensors
 
 

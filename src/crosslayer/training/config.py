@@ -35,7 +35,9 @@ class TrainConfig:
     prepend: bool = setting(True, "put the tokenizer's BOS, PAD or EOS in front of text", "host")
     n_skip: int = setting(1, "leading positions without features (Gemma-3-it: 4)", "host")
 
-    text: tuple[str, ...] = setting((), "source, repeatable: stdlib, PATH or hf:NAME[:CONFIG][:SPLIT], each with =WEIGHT", "data")  # fmt: skip
+    text: tuple[str, ...] = setting(
+        (), "source, repeatable: stdlib, PATH or hf:NAME[:CONFIG][:SPLIT], each with =WEIGHT", "data"
+    )
     tokens: int = setting(1_000_000, "tokens to train on, counted each time they are", "data")
     context: int = setting(256, "tokens of a row, the special token included", "data")
     ring: int = setting(65_536, "tokens among which batches are shuffled, over all ranks", "data")
@@ -48,21 +50,35 @@ class TrainConfig:
     activation: str = setting(
         JUMPRELU.name, "activation function; those that rank are saved as jumprelu", "transcoder", ACTIVATIONS
     )
-    scope: Scope = setting("all", "top-k ranks the features of all layers together, or of each layer apart", "transcoder")  # fmt: skip
-    cross_layer: bool = setting(True, "features write to all later layers; without: to their own (a per-layer transcoder)", "transcoder")  # fmt: skip
+    scope: Scope = setting(
+        "all", "top-k ranks the features of all layers together, or of each layer apart", "transcoder"
+    )
+    cross_layer: bool = setting(
+        True, "features write to all later layers; without: to their own (a per-layer transcoder)", "transcoder"
+    )
     skip: bool = setting(False, "an affine skip from each MLP's input to its output", "transcoder")
     l0: float | None = setting(None, "target: active features a token, summed over layers", "transcoder")
-    l0_per_layer: float | None = setting(None, "target: active features a token and layer; give this or --l0", "transcoder")  # fmt: skip
+    l0_per_layer: float | None = setting(
+        None, "target: active features a token and layer; give this or --l0", "transcoder"
+    )
 
-    sparsity: Sparsity = setting("tanh", "jumprelu's penalty: tanh of the activation, or l0 through the threshold", "objective")  # fmt: skip
+    sparsity: Sparsity = setting(
+        "tanh", "jumprelu's penalty: tanh of the activation, or l0 through the threshold", "objective"
+    )
     sparsity_c: float = setting(1.0, "c in tanh(c ||W_dec|| f)", "objective")
     l0_start: float = setting(20.0, "L0 at the start, as a multiple of the target", "objective")
-    l0_ramp: float = setting(0.5, "share of the run over which the L0 asked for falls to the target", "objective")  # fmt: skip
+    l0_ramp: float = setting(0.5, "share of the run over which the L0 asked for falls to the target", "objective")
     eps: float = setting(0.5, "jumprelu: width of the straight-through window", "objective")
-    window_cap: float = setting(4.0, "jumprelu: silent entries inside the window, as a multiple of the L0, above which it is narrowed; 0: never", "objective")  # fmt: skip
+    window_cap: float = setting(
+        4.0,
+        "jumprelu: silent entries inside the window, as a multiple of the L0, above which it is narrowed; 0: never",
+        "objective",
+    )
     threshold: float = setting(0.1, "jumprelu: thresholds at the start", "objective")
     dead_after: int = setting(1_000_000, "tokens of silence after which a feature counts as dead", "objective")
-    revive: float = setting(3e-3, "weight of the pre-activation loss that revives dead features (jumprelu)", "objective")  # fmt: skip
+    revive: float = setting(
+        3e-3, "weight of the pre-activation loss that revives dead features (jumprelu)", "objective"
+    )
     auxiliary: float = setting(1 / 32, "weight of the reconstruction by dead features (topk, batchtopk)", "objective")
     auxiliary_k: int = setting(32, "dead features a token and layer that take part in it", "objective")
     auxiliary_every: int = setting(1, "steps from one such reconstruction to the next", "objective")
@@ -76,13 +92,24 @@ class TrainConfig:
     beta1: float = setting(0.9, "Adam's", "optimiser")
     beta2: float = setting(0.999, "Adam's", "optimiser")
     clip: float = setting(1.0, "global gradient norm above which gradients are scaled down; 0: never", "optimiser")
-    precision: Precision = setting("fp32", "of weights: fp32, or bf16 with stochastic rounding and fp32 moments", "optimiser")  # fmt: skip
+    precision: Precision = setting(
+        "fp32", "of weights: fp32, or bf16 with stochastic rounding and fp32 moments", "optimiser"
+    )
     moments: Moments = setting("fp32", "Adam's moments: fp32, or 8bit with a scale for each row", "optimiser")
-    fused_update: bool = setting(False, "update each layer as soon as its gradient is known, clipping by the norm of the step before", "optimiser")  # fmt: skip
+    fused_update: bool = setting(
+        False,
+        "update each layer as soon as its gradient is known, clipping by the norm of the step before",
+        "optimiser",
+    )
     host_precision: Precision = setting("fp32", "of the host", "optimiser")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "optimiser")
     seed: int = setting(0, "of initial weights and of the order of text", "optimiser")
-    feature_ranks: int = setting(1, "ranks, of those that torchrun starts, that share the features of each layer; groups of so many share the tokens", "optimiser")  # fmt: skip
+    feature_ranks: int = setting(
+        1,
+        "ranks, of those that torchrun starts, that share the features of each layer; groups of so many share the"
+        " tokens",
+        "optimiser",
+    )
 
     eval_tokens: int = setting(131_072, "held-out tokens measured at the end", "run")
     eval_every: int = setting(0, "steps between measures on held-out text while training; 0: only at the end", "run")
@@ -143,7 +170,9 @@ class TrainConfig:
         if self.context <= self.n_skip + 1:
             raise ConfigError(f"context={self.context} leaves no tokens after n_skip={self.n_skip}; raise --context")
         if not (self.warmup + self.decay <= 1 and self.l0_ramp <= 1):
-            raise ConfigError(f"warmup={self.warmup}, decay={self.decay} and l0_ramp={self.l0_ramp} are shares of the run; lower them")  # fmt: skip
+            raise ConfigError(
+                f"warmup={self.warmup}, decay={self.decay} and l0_ramp={self.l0_ramp} are shares of the run; lower them"
+            )
         if (self.l0 is None) == (self.l0_per_layer is None):
             raise ConfigError("give the target L0 once: --l0 (summed over layers) or --l0-per-layer")
         if self.seed >= 2**63:
@@ -157,15 +186,26 @@ class TrainConfig:
         if self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} is no multiple of accumulate={self.accumulate}; change one of them")
         if self.fused_update and self.accumulate > 1:
-            raise ConfigError(f"fused_update uses each gradient at once, and accumulate={self.accumulate} micro-batches would have to be added up first; give --accumulate 1, or leave --fused-update out")  # fmt: skip
+            raise ConfigError(
+                f"fused_update uses each gradient at once, and accumulate={self.accumulate} micro-batches would have to"
+                " be added up first; give --accumulate 1, or leave --fused-update out"
+            )
         if self.batch // self.accumulate < 2:
-            raise ConfigError(f"batch={self.batch} in {self.accumulate} micro-batches leaves one token in each; raise --batch or lower --accumulate")  # fmt: skip
+            raise ConfigError(
+                f"batch={self.batch} in {self.accumulate} micro-batches leaves one token in each; raise --batch or"
+                " lower --accumulate"
+            )
         if self.n_features % self.feature_ranks:
-            raise ConfigError(f"n_features={self.n_features} cannot be shared out evenly over feature_ranks={self.feature_ranks}; make --n-features a multiple of it, or change --feature-ranks")  # fmt: skip
+            raise ConfigError(
+                f"n_features={self.n_features} cannot be shared out evenly over feature_ranks={self.feature_ranks};"
+                " make --n-features a multiple of it, or change --feature-ranks"
+            )
         if self.batch > self.tokens:
             raise ConfigError(f"batch={self.batch} exceeds tokens={self.tokens}; lower --batch or raise --tokens")
         if self.ring < self.batch // self.accumulate:
-            raise ConfigError(f"ring={self.ring} is smaller than a micro-batch of {self.batch // self.accumulate}; raise --ring")  # fmt: skip
+            raise ConfigError(
+                f"ring={self.ring} is smaller than a micro-batch of {self.batch // self.accumulate}; raise --ring"
+            )
 
     def _at_least(self, name: str, least: int) -> None:
         if not getattr(self, name) >= least:
@@ -177,16 +217,23 @@ class TrainConfig:
         return FirstPosition(prepend=self.prepend, n_skip=self.n_skip)
 
     def share(self, data_ranks: int) -> TrainConfig:
-        """Of this run, what one rank of so many groups of `feature_ranks` takes upon itself, as a run of its own: for plans.
+        """Of this run, what one rank of so many groups of `feature_ranks` takes upon itself, as a run of its own: for
+        plans.
 
         Raises:
             ConfigError: for a batch that the ranks cannot share evenly.
         """
         ranks = data_ranks * self.feature_ranks
         if self.batch % (self.accumulate * ranks):
-            raise ConfigError(f"batch={self.batch} in accumulate={self.accumulate} micro-batches cannot be shared out evenly over {ranks} ranks; make --batch a multiple of {self.accumulate * ranks}")  # fmt: skip
+            raise ConfigError(
+                f"batch={self.batch} in accumulate={self.accumulate} micro-batches cannot be shared out evenly over"
+                f" {ranks} ranks; make --batch a multiple of {self.accumulate * ranks}"
+            )
         if self.fused_update and data_ranks > 1:
-            raise ConfigError(f"fused_update uses each gradient at once, and those of {data_ranks} data ranks would have to be averaged first; leave --fused-update out, or give --feature-ranks {ranks}")  # fmt: skip
+            raise ConfigError(
+                f"fused_update uses each gradient at once, and those of {data_ranks} data ranks would have to be"
+                f" averaged first; leave --fused-update out, or give --feature-ranks {ranks}"
+            )
         per_rank = {
             name: None if (x := getattr(self, name)) is None else x / self.feature_ranks
             for name in ("l0", "l0_per_layer")
@@ -222,7 +269,9 @@ class TrainConfig:
         """
         l0, most = self.target_l0(n_layers), n_layers * self.n_features
         if l0 > most:
-            raise ConfigError(f"a target L0 of {l0:g} exceeds the {most} features there are; lower --l0 or raise --n-features")  # fmt: skip
+            raise ConfigError(
+                f"a target L0 of {l0:g} exceeds the {most} features there are; lower --l0 or raise --n-features"
+            )
         return CLTConfig(
             n_layers=n_layers,
             d_model=d_model,

@@ -1,10 +1,12 @@
 """Gradients of a step, kept as what they are made of until the optimiser wants them.
 
-A weight's gradient is a sum of parts. That of a matrix over few active entries is a sparse matrix times the gradient that came to
-each token: it takes a thousandth of the matrix's memory, and is multiplied out some rows at a time, into a buffer that stays in
-the processor's cache, for the norm and again for the update. So no gradient of all the weights is ever held, unless a layer was dense.
+A weight's gradient is a sum of parts. That of a matrix over few active entries is a sparse matrix times the gradient
+that came to each token: it takes a thousandth of the matrix's memory, and is multiplied out some rows at a time, into a
+buffer that stays in the processor's cache, for the norm and again for the update. So no gradient of all the weights is
+ever held, unless a layer was dense.
 
-`FusedUpdate` keeps none at all: each layer is updated as soon as its gradient is final, clipped by the norm of the step before.
+`FusedUpdate` keeps none at all: each layer is updated as soon as its gradient is final, clipped by the norm of the step
+before.
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ class Gradients:
         group.mean_([part.grad_FX for (part,) in self.parts.values() if isinstance(part, Whole)])
 
     def norm(self, clt: CLT) -> Float[Tensor, ""]:
-        """Of the whole gradient, over the features of all ranks that share them; what every rank has (decoder biases, affine skip) counts once.
+        """Of the whole gradient, over the features of all ranks that share them; what every rank has (decoder biases,
+        affine skip) counts once.
 
         Gradients must have been averaged over the ranks that share the tokens: those are alike, and count once too.
         """

@@ -26,7 +26,8 @@ def l0_target(fired: Float[Tensor, ...], running_l0: float, target: float, n_tok
 
     Args:
         fired: `activations.step` of one layer's features, entries or matrix.
-        running_l0: running mean of the L0 summed over layers; it takes the place of L0 in the outer factor, as a constant.
+        running_l0: running mean of the L0 summed over layers; it takes the place of L0 in the outer factor, as a
+            constant.
         target: L0*.
     """
     return (4.0 / target) * (running_l0 - target) * fired.sum() / n_tokens
@@ -35,5 +36,7 @@ def l0_target(fired: Float[Tensor, ...], running_l0: float, target: float, n_tok
 def preactivation(
     pre_BF: Float[Tensor, "B F"], theta_F: Float[Tensor, " F"], norm_F: Float[Tensor, " F"]
 ) -> Float[Tensor, ""]:
-    """sum over the features given, the dead ones, of ReLU(theta - pre) ||W_dec||: it draws them back to where they fire."""
+    """sum over the features given, the dead ones, of ReLU(theta - pre) ||W_dec||: it draws them back to where they
+    fire.
+    """
     return ((theta_F - pre_BF).relu() * norm_F).sum() / pre_BF.shape[0]

@@ -1,8 +1,9 @@
 """Adam's moments in 8 bits each, a quarter of float32's memory.
 
-Each row of the last axis has a scale, its largest absolute value, and codes relative to it: the first moment a signed square root, so that
-values are told apart down to a 16,000th of the largest; the second, which is squared already and must never come out as zero where it was
-not, an unsigned fourth root. (Blockwise scales as in Dettmers et al. 2022, arXiv:2110.02861; roots in place of their tables, which need none.)
+Each row of the last axis has a scale, its largest absolute value, and codes relative to it: the first moment a signed
+square root, so that values are told apart down to a 16,000th of the largest; the second, which is squared already and
+must never come out as zero where it was not, an unsigned fourth root. (Blockwise scales as in Dettmers et al. 2022,
+arXiv:2110.02861; roots in place of their tables, which need none.)
 """
 
 from __future__ import annotations

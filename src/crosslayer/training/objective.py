@@ -1,15 +1,16 @@
 """One micro-batch: encode, decode, the losses, their gradients, and what is counted along the way.
 
-The step goes up through the layers and down again, one layer at a time, so that no tensor of all layers' features is ever held:
+The step goes up through the layers and down again, one layer at a time, so that no tensor of all layers' features is
+ever held:
 
     up      find where layer L's features fire; add what they write to the reconstruction
     then    the residual, which is the gradient of the reconstruction's loss, for all layers written
     down    what the residual pulls each activation by, through W_dec; the penalties; the parts of the layer's gradients
 
-A layer's features are `Points` where they are few and far between, each entry costing a row of the decoder, or a `Matrix`, whose
-products are dense and whose pre-activations are made again on the way down. The two give the same numbers, so the choice is
-one of speed alone, made by the density measured at the step before. What is elementwise (activations with their straight-through
-estimator, penalties) is differentiated by autograd, on either.
+A layer's features are `Points` where they are few and far between, each entry costing a row of the decoder, or a
+`Matrix`, whose products are dense and whose pre-activations are made again on the way down. The two give the same
+numbers, so the choice is one of speed alone, made by the density measured at the step before. What is elementwise
+(activations with their straight-through estimator, penalties) is differentiated by autograd, on either.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006}
 class Terms(NamedTuple):
     """The losses of a micro-batch, each a mean over its tokens, and what was counted.
 
-    Where features are shared out, `sparsity`, JumpReLU's `revival`, `fired_LF` and `entries_L` are those of the features held here.
+    Where features are shared out, `sparsity`, JumpReLU's `revival`, `fired_LF` and `entries_L` are those of the
+    features held here.
     """
 
     total: Float[Tensor, ""]
@@ -51,7 +53,9 @@ class Terms(NamedTuple):
     fired_LF: Int[Tensor, "L F"]
     """Tokens on which each feature fired."""
     entries_L: Float[Tensor, " L"]
-    """Entries that the sparse path has, or would have: those that fire, and those inside the straight-through window."""
+    """Entries that the sparse path has, or would have: those that fire, and those inside the straight-through
+    window.
+    """
 
 
 class Points:
@@ -86,7 +90,9 @@ class Points:
 
     @cached_property
     def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the entries that fire, in order of feature: where each feature's begin, their tokens, and their numbers before."""
+        """Of the entries that fire, in order of feature: where each feature's begin, their tokens, and their numbers
+        before.
+        """
         token_K, feature_K = self.entries
         if not self._all:
             token_K, feature_K = token_K[self._fired_K], feature_K[self._fired_K]
@@ -295,7 +301,9 @@ class _DeadFeatures(NamedTuple):
 def _auxiliary(
     clt: CLT, x_LBD: list[Tensor], residual_BLD: Tensor, dead_LF: Tensor, config: TrainConfig, share: float
 ) -> _DeadFeatures:
-    """Reconstruction of what is left by the `k` most active dead features of each layer (Gao et al. 2024, arXiv:2406.04093)."""
+    """Reconstruction of what is left by the `k` most active dead features of each layer (Gao et al. 2024,
+    arXiv:2406.04093).
+    """
     c, n_tokens = clt.config, len(x_LBD[0])
     left_BLD, found = torch.zeros_like(residual_BLD), list[Found | None]()
     for i, (x_BD, dead_F) in enumerate(zip(x_LBD, dead_LF, strict=True)):
@@ -304,7 +312,9 @@ def _auxiliary(
         if not clt.mesh.features.any_(len(which) > 0):
             continue
         pre_BK = F.linear(x_BD, clt.W_enc[i].detach()[which]) + clt.b_enc[i].detach()[which]
-        (entries, z_K), = token_top(Given([pre_BK]), [torch.ones_like(pre_BK[0])], config.auxiliary_k, clt.mesh.features)  # fmt: skip
+        ((entries, z_K),) = token_top(
+            Given([pre_BK]), [torch.ones_like(pre_BK[0])], config.auxiliary_k, clt.mesh.features
+        )
         entries = entries._replace(feature_K=which[entries.feature_K])
         found[i] = Found(entries, z_K)
         clt.add_written(clt.columns(left_BLD, i), Active(*entries, z_K, (n_tokens, c.n_features)), i)

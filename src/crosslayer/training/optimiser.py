@@ -1,8 +1,8 @@
 """Adam over blocks of rows, with stochastic rounding where weights are bfloat16.
 
-A step passes once over weights, moments and gradient, block by block (Kingma & Ba 2015). A bfloat16 weight has 8 bits: an update under
-1/256 of it would round away. Rounding up or down at random, with the chance that makes the mean right, keeps it. Moments are
-float32 (Zamirai et al. 2020, arXiv:2010.06192), or 8 bits each (`moments.py`).
+A step passes once over weights, moments and gradient, block by block (Kingma & Ba 2015). A bfloat16 weight has 8 bits:
+an update under 1/256 of it would round away. Rounding up or down at random, with the chance that makes the mean right,
+keeps it. Moments are float32 (Zamirai et al. 2020, arXiv:2010.06192), or 8 bits each (`moments.py`).
 """
 
 from __future__ import annotations
@@ -91,10 +91,21 @@ class Adam:
             mean, square = state["exp_avg"][rows], state["exp_avg_sq"][rows]
         if grad.dtype == weight.dtype == mean.dtype:
             torch._fused_adam_(
-                [weight], [grad], [mean], [square], [], [state["step"].to(p.device)],
-                lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=EPS, amsgrad=False, maximize=False,
+                [weight],
+                [grad],
+                [mean],
+                [square],
+                [],
+                [state["step"].to(p.device)],
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=0.0,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
                 grad_scale=torch.tensor(1.0 / scale, dtype=torch.float32, device=p.device) if scale != 1.0 else None,
-            )  # fmt: skip
+            )
         else:
             new = adam(weight.to(mean.dtype), grad.to(mean.dtype).mul_(scale), mean, square, lr, beta1, beta2, t)
             weight.copy_(round_at_random(new, generator) if generator else new)
@@ -107,10 +118,19 @@ class Adam:
         from crosslayer.clt import kernels
 
         kernels.adam(
-            p.detach()[rows], grad, state["exp_avg"][rows], state["exp_avg_sq"][rows],
-            lr=self._group[p]["lr"], beta1=self.betas[0], beta2=self.betas[1], eps=EPS, t=int(state["step"]), scale=scale,
-            seed=seed, first=rows.start * (p.numel() // len(p)),
-        )  # fmt: skip
+            p.detach()[rows],
+            grad,
+            state["exp_avg"][rows],
+            state["exp_avg_sq"][rows],
+            lr=self._group[p]["lr"],
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=EPS,
+            t=int(state["step"]),
+            scale=scale,
+            seed=seed,
+            first=rows.start * (p.numel() // len(p)),
+        )
 
 
 def adam(

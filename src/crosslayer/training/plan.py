@@ -119,12 +119,14 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
         "transcoder as saved": n * weight,
         RING: config.ring * c.n_layers * width * 2 * 2,
         "harvest": rows * (2 * c.n_layers + 24) * width * host_weight,
-        # Of one layer: pre-activations, activations, what pulls them, and masks; of all of them: the entries that are kept.
+        # Of one layer: pre-activations, activations, what pulls them, and masks; of all of them: the entries that are
+        # kept.
         "features of a micro-batch": round(
             (micro * c.n_features * 24 if dense else min(micro, TOKENS_AT_ONCE[device]) * c.n_features * 16)
             + entries * 48
         ),
-        # Inputs and outputs as served and in the units of training, the reconstruction, and a layer's gradient laid out in rows.
+        # Inputs and outputs as served and in the units of training, the reconstruction, and a layer's gradient laid out
+        # in rows.
         "reconstructions": 6 * activations + micro * max(slots) * width * 4,
     }
     if device == "cpu":
@@ -164,9 +166,9 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
             "reconstructions": "lower --batch or raise --accumulate",
             "host weights": "use --host-precision bf16",
             "gradients": "use --fused-update, or lower --n-features",
-            "Adam moments": "use --moments 8bit, or lower --n-features"
-            if config.moments == "fp32"
-            else "lower --n-features",
+            "Adam moments": (
+                "use --moments 8bit, or lower --n-features" if config.moments == "fp32" else "lower --n-features"
+            ),
         }.get(part, "lower --n-features" + ("" if config.precision == "bf16" else " or use --precision bf16"))
         raise ResourceError(
             f"the run needs {needed / GIB:.1f} GiB {where} but {free / GIB:.1f} GiB are free; "

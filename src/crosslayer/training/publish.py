@@ -46,9 +46,16 @@ def in_host_units(clt: CLT, units: Units, config: TrainConfig, host: Host, sourc
 
 
 def publish(
-    clt: CLT, config: TrainConfig, run: Path, host: Host, sources: Sequence[Weighted], held_out: Tensor, mesh: Mesh,
-    console: Console, train_s: float,
-) -> Evaluation:  # fmt: skip
+    clt: CLT,
+    config: TrainConfig,
+    run: Path,
+    host: Host,
+    sources: Sequence[Weighted],
+    held_out: Tensor,
+    mesh: Mesh,
+    console: Console,
+    train_s: float,
+) -> Evaluation:
     """Write `clt/`, measure it, and write its model card and `eval.json`.
 
     Args:

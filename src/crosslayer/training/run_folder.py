@@ -42,7 +42,10 @@ def read_manifest(folder: Path) -> RunManifest:
     try:
         return RunManifest.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is damaged and tells no settings; put it back, or start again in another folder (what clt/ holds can still be opened)") from error  # fmt: skip
+        raise RunError(
+            f"{path} is damaged and tells no settings; put it back, or start again in another folder (what clt/ holds"
+            " can still be opened)"
+        ) from error
 
 
 def write_manifest(folder: Path, manifest: RunManifest) -> None:

@@ -1,4 +1,6 @@
-"""What changes over a run: the learning rate, the L0 asked for, lambda, which follows it, and the width of the straight-through window."""
+"""What changes over a run: the learning rate, the L0 asked for, lambda, which follows it, and the width of the
+straight-through window.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def l0_asked(progress: float, start: float, target: float, ramp: float) -> float
 class Controller:
     """Holds the mean L0 at what is asked by moving lambda: proportional and integral, in the logarithm.
 
-    lambda = exp(integral + gain * error), error = log(L0 / asked), clamped; the integral gathers `rate` times the error a step.
+    lambda = exp(integral + gain * error), error = log(L0 / asked), clamped; the integral gathers `rate` times the error
+    a step.
     """
 
     integral: float
@@ -52,9 +55,9 @@ class Controller:
 class Window:
     """Keeps JumpReLU's straight-through window as wide as it may be and no wider than can be paid for.
 
-    Each silent entry inside it costs a product with a decoder row, and a window of fixed width holds nearly every entry of a narrow
-    distribution. Under a narrower window the estimate of the thresholds' gradients has the same mean over a smooth distribution,
-    and more variance.
+    Each silent entry inside it costs a product with a decoder row, and a window of fixed width holds nearly every entry
+    of a narrow distribution. Under a narrower window the estimate of the thresholds' gradients has the same mean over a
+    smooth distribution, and more variance.
     """
 
     widest: float

@@ -33,7 +33,9 @@ from crosslayer.training.schedule import Controller, Window
 from crosslayer.training.state import TrainState
 
 BIAS_TOKENS, BIAS_STRIDE = 8_192, 8
-"""Tokens on which biases are set at the start, and how many lie from one to the next, so that they come from many documents."""
+"""Tokens on which biases are set at the start, and how many lie from one to the next, so that they come from many
+documents.
+"""
 
 
 def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) -> TrainState:

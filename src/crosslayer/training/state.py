@@ -89,12 +89,19 @@ class TrainState:
         numbers = checkpoint.numbers(folder)
         for name, mine in identity.items():
             if numbers["of"].get(name) != mine:
-                raise RunError(f"checkpoint {folder} is of another transcoder, with {name}={numbers['of'].get(name)} and not {mine}; put back the run's own, or start a new run")  # fmt: skip
+                raise RunError(
+                    f"checkpoint {folder} is of another transcoder, with {name}={numbers['of'].get(name)} and not"
+                    f" {mine}; put back the run's own, or start a new run"
+                )
         device = self.clt.device
         tensors = checkpoint.load(folder, _by_feature, self.clt.mesh)
         for name, p in self.clt.named_parameters():
             p.data.copy_(tensors[f"weights.{name}"])
-            of_it = {key.split(".")[1]: t for key, t in tensors.items() if key.startswith("moments.") and key.split(".", 2)[2] == name}  # fmt: skip
+            of_it = {
+                key.split(".")[1]: t
+                for key, t in tensors.items()
+                if key.startswith("moments.") and key.split(".", 2)[2] == name
+            }
             if of_it:
                 self.optimiser.state[p] = {key: t.to("cpu" if key == "step" else device) for key, t in of_it.items()}
         n_layers = len(self.silent_LF)

@@ -1,11 +1,12 @@
 """The training loop: from a config and a folder to a trained, measured, saved transcoder.
 
-    open the host and the text -> estimate normalisation -> fill the ring -> step, step, step -> convert, fold, save -> measure
+    open the host and the text -> estimate normalisation -> fill the ring -> step, step, step -> convert, fold, save ->
+    measure
 
-The same code runs in one process and under `torchrun`, on a mesh of ranks that share the tokens and ranks that share the
-features (docs/many-gpus.md). Each rank harvests its part of the batch; ranks that share features gather theirs, so that all of
-them see all their tokens; what their features write is summed; gradients are averaged over ranks that share the tokens.
-Killed at any step and resumed, a run ends bit-equal to one that was not.
+The same code runs in one process and under `torchrun`, on a mesh of ranks that share the tokens and ranks that share
+the features (docs/many-gpus.md). Each rank harvests its part of the batch; ranks that share features gather theirs, so
+that all of them see all their tokens; what their features write is summed; gradients are averaged over ranks that share
+the tokens. Killed at any step and resumed, a run ends bit-equal to one that was not.
 """
 
 from __future__ import annotations
@@ -102,7 +103,11 @@ def train(
         return _train(config, out, resume, step, host, console)
     except parallel.LostRank as error:
         there = checkpoint.steps(Path(out))
-        remedy = f"go on from the checkpoint of step {there[-1]} with --resume {out}, on as many ranks or others" if there else "there is no checkpoint yet, start again"  # fmt: skip
+        remedy = (
+            f"go on from the checkpoint of step {there[-1]} with --resume {out}, on as many ranks or others"
+            if there
+            else "there is no checkpoint yet, start again"
+        )
         raise RunError(f"{error}; {remedy}") from error
 
 
@@ -186,7 +191,10 @@ class Trainer:
                 checkpoint.drop_after(self.run, state.step)
         self.mesh.world.barrier()
         if not (self.run / "run.json").exists():
-            raise RunError(f"rank {self.mesh.world.rank} does not see {self.run}, which rank 0 has made; give --out on a file system that all nodes share")  # fmt: skip
+            raise RunError(
+                f"rank {self.mesh.world.rank} does not see {self.run}, which rank 0 has made; give --out on a file"
+                " system that all nodes share"
+            )
         if state.units is None:
             state.units = units_of_text(config, self.host, self.sources, self.mesh, self.device, self.console)
         self.stream = ActivationStream(
@@ -207,7 +215,11 @@ class Trainer:
         """Where this rank's stream goes on; on another mesh, the text that is left is dealt to the ranks anew."""
         if restored.mesh == self.mesh.shape:
             return restored.streams[self.mesh.world.rank]
-        self.console.print("the run was on {} x {} ranks (data x features) and goes on on {} x {}: weights and optimiser as they were, the text dealt out anew".format(*restored.mesh, *self.mesh.shape), highlight=False)  # fmt: skip
+        self.console.print(
+            "the run was on {} x {} ranks (data x features) and goes on on {} x {}: weights and optimiser as they were,"
+            " the text dealt out anew".format(*restored.mesh, *self.mesh.shape),
+            highlight=False,
+        )
         cursors = [Cursor.of(state.begun_at) for state in restored.streams]
         self.rows.cursor = dealt_anew(cursors, self.mesh.world.rank, self.mesh.world.size)
         return None
@@ -258,19 +270,34 @@ class Trainer:
         for _ in range(config.accumulate):
             x_BLD, y_BLD = self._batch(micro // self.mesh.world.size)
             terms = compute(
-                clt, x_BLD, y_BLD, config, gradients,
-                coefficient=coefficient, running_l0=state.controller.running_l0, asked_l0=asked, eps=state.window.eps,
-                dead_LF=revive_LF, sparse_L=sparse_L, share=1 / config.accumulate,
-            )  # fmt: skip
+                clt,
+                x_BLD,
+                y_BLD,
+                config,
+                gradients,
+                coefficient=coefficient,
+                running_l0=state.controller.running_l0,
+                asked_l0=asked,
+                eps=state.window.eps,
+                dead_LF=revive_LF,
+                sparse_L=sparse_L,
+                share=1 / config.accumulate,
+            )
             fired_LF += terms.fired_LF
             mean_LD = data.sum_(y_BLD.mean(0)) / data.size
             variance_L = (y_BLD - mean_LD).square().sum(dim=(0, 2)) / len(y_BLD)
             # Ranks that share features have the same reconstruction, and each the penalties of its own features.
             of_all = 1 / features.size
-            sums += torch.tensor([
-                terms.reconstruction * of_all, terms.sparsity, terms.revival * (of_all if clt.config.ranks else 1),
-                variance_L.sum() * of_all, dead_LF.double().mean() * of_all,
-            ], dtype=torch.float64)  # fmt: skip
+            sums += torch.tensor(
+                [
+                    terms.reconstruction * of_all,
+                    terms.sparsity,
+                    terms.revival * (of_all if clt.config.ranks else 1),
+                    variance_L.sum() * of_all,
+                    dead_LF.double().mean() * of_all,
+                ],
+                dtype=torch.float64,
+            )
             layers_3L[:2] += torch.stack([terms.error_L, variance_L]).double().cpu() * of_all
             layers_3L[2] += terms.entries_L / len(x_BLD)
         self.mesh.world.sum_(sums)
@@ -280,7 +307,10 @@ class Trainer:
         figures: dict[str, float] = dict(zip(FIGURES, (sums / (config.accumulate * data.size)).tolist(), strict=True))
         figures["loss"] = figures["reconstruction"] + coefficient * figures["sparsity"] + figures["revival"]
         if not math.isfinite(figures["loss"]):
-            raise RunError(f"the loss of step {state.step + 1} is not finite; lower --lr in a new run, or go on from an earlier step with --resume {self.run} --step")  # fmt: skip
+            raise RunError(
+                f"the loss of step {state.step + 1} is not finite; lower --lr in a new run, or go on from an earlier"
+                f" step with --resume {self.run} --step"
+            )
         gradients.average(data)
         if config.clip:
             state.last_norm = figures["gradient_norm"] = float(gradients.norm(clt))
@@ -312,7 +342,9 @@ class Trainer:
         )
 
     def _batch(self, n: int) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of this rank's next `n` tokens, and of those of the ranks that share the features with it."""
+        """Inputs and outputs of this rank's next `n` tokens, and of those of the ranks that share the features with
+        it.
+        """
         began = time.perf_counter()
         x_BLD, y_BLD = (self.mesh.features.cat(a.to(self.device)) for a in self.stream.batch(n))
         assert self.state.units is not None
@@ -346,8 +378,9 @@ class Trainer:
             self._record(record)
         update(
             state.step,
-            f"loss {record['loss']:.1f}  FVU {record['fvu']:.3f}  L0 {record['l0']:.1f} ({record['l0_per_layer']:.1f} a layer)  "
-            f"dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s, {state.harvest_s / state.train_s:.0%} of it harvest",
+            f"loss {record['loss']:.1f}  FVU {record['fvu']:.3f}  L0 {record['l0']:.1f} ({record['l0_per_layer']:.1f} a"
+            f" layer)  dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s,"
+            f" {state.harvest_s / state.train_s:.0%} of it harvest",
         )
 
     def _record(self, record: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """How long a run will take, from a few steps on random numbers: the same code, the same shapes, this machine.
 
-A step's time depends on how much fires, which falls over the run: it is tried at several points of the schedule. What is too large to
-try is tried with fewer layers and fewer tokens, and scaled: the arithmetic by tokens and parameters, the optimiser by parameters.
-The host is tried with random weights. Nothing of it is kept.
+A step's time depends on how much fires, which falls over the run: it is tried at several points of the schedule. What
+is too large to try is tried with fewer layers and fewer tokens, and scaled: the arithmetic by tokens and parameters,
+the optimiser by parameters. The host is tried with random weights. Nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -76,9 +76,19 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
             gradients = Gradients()
             sparse_L = [density < SPARSE_BELOW[torch.device(device).type] for density in density_L]
             one_pass = partial(
-                compute, clt, x_BLD, y_BLD, part, gradients,
-                coefficient=1e-3, running_l0=asked, asked_l0=asked, eps=window.eps, dead_LF=dead_LF, sparse_L=sparse_L,
-            )  # fmt: skip
+                compute,
+                clt,
+                x_BLD,
+                y_BLD,
+                part,
+                gradients,
+                coefficient=1e-3,
+                running_l0=asked,
+                asked_l0=asked,
+                eps=window.eps,
+                dead_LF=dead_LF,
+                sparse_L=sparse_L,
+            )
             pass_s, terms = _timed(one_pass, device)
             if config.clip:
                 pass_s += _timed(partial(gradients.norm, clt), device)[0]

@@ -42,7 +42,11 @@ def command() -> None:
     """What features mean: make a bundle of it, look into it, exchange it."""
 
 
-bundle_option = click.option("--bundle", type=click.Path(path_type=Path), help="feature bundle, or a run that has one; the only one here unless given")  # fmt: skip
+bundle_option = click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="feature bundle, or a run that has one; the only one here unless given",
+)
 
 
 def bundle_path(given: Path | None) -> Path:
@@ -62,7 +66,8 @@ def bundle_path(given: Path | None) -> Path:
         return found[0]
     if not found:
         raise ConfigError(
-            "there is no feature bundle here or below runs/; give one with --bundle, or make one with crosslayer features build"
+            "there is no feature bundle here or below runs/; give one with --bundle, or make one with crosslayer"
+            " features build"
         )
     raise ConfigError(
         f"there are several feature bundles here ({', '.join(map(str, found[:6]))}); say which with --bundle"

@@ -13,7 +13,15 @@ from rich.console import Console
 @click.option(
     "--model", help="host: hub name, local folder, or stdlib-qwen3; the one the transcoder names unless given"
 )
-@click.option("--text", multiple=True, metavar="SOURCE", help="stdlib, PATH or hf:NAME, each with =WEIGHT if you like; repeatable, each is a stream of its own; the run's own unless given")  # fmt: skip
+@click.option(
+    "--text",
+    multiple=True,
+    metavar="SOURCE",
+    help=(
+        "stdlib, PATH or hf:NAME, each with =WEIGHT if you like; repeatable, each is a stream of its own; the run's own"
+        " unless given"
+    ),
+)
 @click.option(
     "--tokens", type=click.IntRange(min=1), default=1 << 20, show_default=True, help="held-out tokens, in all"
 )
@@ -32,8 +40,20 @@ from rich.console import Console
 @click.option(
     "--window", type=click.IntRange(min=1, max=255), default=64, show_default=True, help="tokens of an example"
 )
-@click.option("--sample-entries", type=click.IntRange(min=1), default=1 << 25, show_default=True, help="active (token, feature) pairs that co-activation and rules are counted on, at most")  # fmt: skip
-@click.option("--cluster-weight", "cluster_weights", multiple=True, metavar="KIND=WEIGHT", help="what coactivation, encoder and decoder neighbours count in clustering; repeatable (1, 0.5, 1)")  # fmt: skip
+@click.option(
+    "--sample-entries",
+    type=click.IntRange(min=1),
+    default=1 << 25,
+    show_default=True,
+    help="active (token, feature) pairs that co-activation and rules are counted on, at most",
+)
+@click.option(
+    "--cluster-weight",
+    "cluster_weights",
+    multiple=True,
+    metavar="KIND=WEIGHT",
+    help="what coactivation, encoder and decoder neighbours count in clustering; repeatable (1, 0.5, 1)",
+)
 @click.option(
     "--rows", type=click.IntRange(min=1), default=16, show_default=True, help="rows that go through the host together"
 )
@@ -43,9 +63,22 @@ from rich.console import Console
     "-o", "--out", type=click.Path(path_type=Path), help="the bundle's folder; features/ of the run unless given"
 )
 def command(
-    clt: str, model: str | None, text: tuple[str, ...], tokens: int, context: int | None, top: int, quantiles: int, per_quantile: int,
-    window: int, sample_entries: int, cluster_weights: tuple[str, ...], rows: int, precision: str | None, device: str, out: Path | None,
-) -> None:  # fmt: skip
+    clt: str,
+    model: str | None,
+    text: tuple[str, ...],
+    tokens: int,
+    context: int | None,
+    top: int,
+    quantiles: int,
+    per_quantile: int,
+    window: int,
+    sample_entries: int,
+    cluster_weights: tuple[str, ...],
+    rows: int,
+    precision: str | None,
+    device: str,
+    out: Path | None,
+) -> None:
     """Make a feature bundle of the transcoder on held-out text. A build that was stopped goes on when it is run again.
 
     Under torchrun the text is shared among ranks; the bundle is the same.
@@ -70,16 +103,30 @@ def command(
             f"there is no folder {out.absolute().parent} to make {out.name} in; make it, or give another -o"
         )
     settings = ScanSettings(
-        n_top=top, n_quantiles=quantiles, per_quantile=per_quantile, n_reservoir=max(48, 3 * quantiles * per_quantile), window=window,
-        before=min(40, window * 5 // 8), sample_entries=sample_entries,
-    )  # fmt: skip
+        n_top=top,
+        n_quantiles=quantiles,
+        per_quantile=per_quantile,
+        n_reservoir=max(48, 3 * quantiles * per_quantile),
+        window=window,
+        before=min(40, window * 5 // 8),
+        sample_entries=sample_entries,
+    )
     parallel.start()
     try:
         bundle = build_features(
-            clt, text=text, out=out, model=model, tokens=tokens, context=context or run.get("context"), settings=settings,
-            cluster_weights=CLUSTER_WEIGHTS | dict(map(_weight, cluster_weights)), rows_at_once=rows,
-            dtype=DTYPES[precision or run.get("host_precision", "fp32")], device=device, console=Console(stderr=True),
-        )  # fmt: skip
+            clt,
+            text=text,
+            out=out,
+            model=model,
+            tokens=tokens,
+            context=context or run.get("context"),
+            settings=settings,
+            cluster_weights=CLUSTER_WEIGHTS | dict(map(_weight, cluster_weights)),
+            rows_at_once=rows,
+            dtype=DTYPES[precision or run.get("host_precision", "fp32")],
+            device=device,
+            console=Console(stderr=True),
+        )
     finally:
         parallel.stop()
     if parallel.is_first():
@@ -89,7 +136,8 @@ def command(
         n_live = bundle.index.connection.execute("SELECT COUNT(*) FROM features WHERE density > 0").fetchone()[0]
         size = sum(bundle.manifest.files.values()) / 2**20
         click.echo(
-            f"{out}: {n_live:,} features fire, rules name {n_named:,} of them; {size:,.0f} MiB, {bundle.manifest.wall_s:.0f} s"
+            f"{out}: {n_live:,} features fire, rules name {n_named:,} of them; {size:,.0f} MiB,"
+            f" {bundle.manifest.wall_s:.0f} s"
         )
 
 

@@ -21,7 +21,13 @@ from crosslayer.cli.features import bundle_option, bundle_path
     help="what to write",
 )
 @click.option("--examples/--no-examples", default=True, help="with the texts of examples (Parquet)")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="packed: the transcoder's folder, in which features/ is made; parquet: a file")  # fmt: skip
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="packed: the transcoder's folder, in which features/ is made; parquet: a file",
+)
 def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> None:
     """Write a bundle as packed feature files, which circuit-tracer's viewer reads, or as a Parquet table."""
     from crosslayer.bundles.bundle import load_features

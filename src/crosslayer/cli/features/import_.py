@@ -12,7 +12,9 @@ from rich.console import Console
 @click.argument("source")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="the bundle's folder")
 def command(source: str, out: Path) -> None:
-    """Make a bundle of the packed feature files in SOURCE: a transcoder's folder, its features/, or owner/name on the hub."""
+    """Make a bundle of the packed feature files in SOURCE: a transcoder's folder, its features/, or owner/name on the
+    hub.
+    """
     from crosslayer.bundles.packed import INDEX_FILE, import_packed
     from crosslayer.clt.folder import open_folder
     from crosslayer.core.progress import track

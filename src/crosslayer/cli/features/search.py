@@ -16,7 +16,9 @@ from crosslayer.cli.features import bundle_option, bundle_path
 @bundle_option
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="features to print")
 def command(words: tuple[str, ...], bundle: Path | None, limit: int) -> None:
-    """Features that all WORDS match, labels first; wid* matches beginnings, label:, fires: and promotes: look there alone."""
+    """Features that all WORDS match, labels first; wid* matches beginnings, label:, fires: and promotes: look there
+    alone.
+    """
     from crosslayer.bundles.bundle import load_features
     from crosslayer.bundles.report import print_found
     from crosslayer.core.errors import ConfigError

@@ -1,6 +1,7 @@
 """Activation functions, one file each. To add one, write its file and put it into `ACTIVATIONS`.
 
-The registry needs no torch, so that settings and `--help` know the activations at once; tensors come with their own methods.
+The registry needs no torch, so that settings and `--help` know the activations at once; tensors come with their own
+methods.
 """
 
 from __future__ import annotations

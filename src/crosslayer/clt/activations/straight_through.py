@@ -1,4 +1,5 @@
-"""JumpReLU's gradients: the straight-through estimator of its threshold, through the rectangle kernel K(u) = 1[|u| < 1/2].
+"""JumpReLU's gradients: the straight-through estimator of its threshold, through the rectangle kernel K(u) = 1[|u| <
+1/2].
 
     df/dz = 1[z > theta]        df/dtheta = -(theta / eps) K((z - theta) / eps)
 

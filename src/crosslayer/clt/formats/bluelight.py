@@ -2,8 +2,8 @@
 
     pre = (x / norm_factor_in) W_enc + b_enc        out = (decoded + b_dec) * norm_factor_out
 
-Both factors are folded here. Decoders lie by the layer read (`input_layer`: (L - i, F, D), slot j to layer i + j) or by the
-layer written (`output_layer`: (m + 1, F, D), one slot a source).
+Both factors are folded here. Decoders lie by the layer read (`input_layer`: (L - i, F, D), slot j to layer i + j) or by
+the layer written (`output_layer`: (m + 1, F, D), one slot a source).
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ SINGLE_NAMES = {
     "norm_factor_in": "norm_factor_in",
     "norm_factor_out": "norm_factor_out",
 }
-INPUT_MODULES = {"mlp": "mlp.hook_in", "post_attention_layernorm": "mlp.hook_in", "pre_feedforward_layernorm": "mlp.hook_in", "ln_2": "mlp.hook_in"}  # fmt: skip
+INPUT_MODULES = {
+    "mlp": "mlp.hook_in",
+    "post_attention_layernorm": "mlp.hook_in",
+    "pre_feedforward_layernorm": "mlp.hook_in",
+    "ln_2": "mlp.hook_in",
+}
 OUTPUT_MODULES = {"mlp": "mlp.hook_out", "post_feedforward_layernorm": "hook_mlp_out"}
 
 
@@ -62,7 +67,8 @@ def open_(folder: Folder, *, as_loader: bool = False) -> Opened:
     """A transcoder of this format.
 
     Args:
-        as_loader: take `topk_all` as BluelightAI's loader does: the k largest values over batch and features of each layer.
+        as_loader: take `topk_all` as BluelightAI's loader does: the k largest values over batch and features of each
+            layer.
     """
     said = _read_config(folder)
     layers = said.layers
@@ -139,7 +145,9 @@ def _files(folder: Folder, said: Said) -> tuple[TensorFile, Any]:
     listed = manifest.get("files")
     if manifest.get("format") != "layer_weights" or not isinstance(listed, list) or not listed:
         raise FormatError(f"{folder.name}/{MANIFEST} lists no files of format layer_weights; fetch it again")
-    files = [TensorFile(folder.path(str(f["filename"] if isinstance(f, dict) and "filename" in f else f))) for f in listed]  # fmt: skip
+    files = [
+        TensorFile(folder.path(str(f["filename"] if isinstance(f, dict) and "filename" in f else f))) for f in listed
+    ]
     shared = next((f for f in files if "W_enc" in f), None)
     if shared is None:
         raise FormatError(f"{folder.name}: none of the files of {MANIFEST} has W_enc; fetch them again")
@@ -173,23 +181,44 @@ def _read_config(folder: Folder) -> Said:
             base, architecture = said["base_model"], said["architecture"]
             points, activation = base["hook_points"], architecture["activation"]
             found = Said(
-                base["n_layers"], points["input"]["dim"], architecture["d_latent"], activation["type"], activation.get("k"),
-                architecture["decoder"]["layout"], base["name"], points["input"]["attr"], points["output"]["attr"],
+                base["n_layers"],
+                points["input"]["dim"],
+                architecture["d_latent"],
+                activation["type"],
+                activation.get("k"),
+                architecture["decoder"]["layout"],
+                base["name"],
+                points["input"]["attr"],
+                points["output"]["attr"],
                 points.get("layer_indices"),
-            )  # fmt: skip
+            )
         else:
             found = Said(
-                said["n_layers"], said["d_in"], said["d_latent"], said["activation"], said.get("k"), said["decoder_layout"],
-                said["base_model_name"], said["input_attr"], said["output_attr"], said.get("layer_indices"),
-            )  # fmt: skip
+                said["n_layers"],
+                said["d_in"],
+                said["d_latent"],
+                said["activation"],
+                said.get("k"),
+                said["decoder_layout"],
+                said["base_model_name"],
+                said["input_attr"],
+                said["output_attr"],
+                said.get("layer_indices"),
+            )
     except (KeyError, TypeError) as error:
-        raise FormatError(f"{where} has no {error.args[0] if isinstance(error, KeyError) else 'mapping where one is due'}; it is neither version 1 nor 2 of the format") from error  # fmt: skip
+        raise FormatError(
+            f"{where} has no {error.args[0] if isinstance(error, KeyError) else 'mapping where one is due'}; it is"
+            " neither version 1 nor 2 of the format"
+        ) from error
     if found.activation not in KINDS:
         raise FormatError(f"{where}: activation {found.activation!r} is not known; known: {', '.join(KINDS)}")
     if found.layout not in ("input_layer", "output_layer"):
         raise FormatError(f"{where}: decoder layout {found.layout!r} is not known; known: input_layer, output_layer")
     if not all(isinstance(v, int) and v > 0 for v in (found.n_layers, found.d_in, found.d_latent)):
-        raise FormatError(f"{where}: layers, width and latents are {found.n_layers}, {found.d_in}, {found.d_latent}; expected whole numbers above 0")  # fmt: skip
+        raise FormatError(
+            f"{where}: layers, width and latents are {found.n_layers}, {found.d_in}, {found.d_latent}; expected whole"
+            " numbers above 0"
+        )
     layers = tuple(found.layers) if found.layers else None
     if layers == tuple(range(found.n_layers)):
         layers = None

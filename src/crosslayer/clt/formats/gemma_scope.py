@@ -1,7 +1,8 @@
 """Gemma Scope 2's cross-layer transcoders, one file a layer.
 
-params_layer_{i}.safetensors    w_enc (D, F) · w_dec (F, n_layers, D), slot m writes to layer m, those below i unused · b_enc (F) ·
-                                b_dec (D) · threshold (F) · affine_skip_connection (D, D), optional, used as x @ affine_skip_connection
+params_layer_{i}.safetensors    w_enc (D, F) · w_dec (F, n_layers, D), slot m writes to layer m, those below i unused ·
+                                b_enc (F) · b_dec (D) · threshold (F) · affine_skip_connection (D, D), optional, used
+                                as x @ affine_skip_connection
 config.json                     optional: model_name, hf_hook_point_in, hf_hook_point_out
 """
 

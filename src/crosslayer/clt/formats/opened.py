@@ -75,7 +75,10 @@ def checked_hooks(where: str, input_hook: object, output_hook: object) -> tuple[
     Raises:
         FormatError: for hooks that are not named or not known, with those that are.
     """
-    for key, hook, known in (("feature_input_hook", input_hook, INPUT_HOOKS), ("feature_output_hook", output_hook, OUTPUT_HOOKS)):  # fmt: skip
+    for key, hook, known in (
+        ("feature_input_hook", input_hook, INPUT_HOOKS),
+        ("feature_output_hook", output_hook, OUTPUT_HOOKS),
+    ):
         if not isinstance(hook, str):
             raise FormatError(f"{where} has no {key}; name one of {', '.join(known)}")
         if short_hook(hook) not in known:
@@ -87,5 +90,7 @@ def all_there(where: str, found: list[int], pattern: str) -> int:
     """The number of layers, if they are numbered from 0 without a gap."""
     for expected, number in enumerate(found):
         if expected != number:
-            raise FormatError(f"{where}: {pattern.format(expected)} is missing; the folder is not whole, fetch or write it again")  # fmt: skip
+            raise FormatError(
+                f"{where}: {pattern.format(expected)} is missing; the folder is not whole, fetch or write it again"
+            )
     return len(found)

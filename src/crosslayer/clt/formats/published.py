@@ -1,8 +1,9 @@
 """The published folder of a cross-layer transcoder, which is ours too: what circuit-tracer opens.
 
-    config.yaml              model_kind: cross_layer_transcoder, model_name, feature_input_hook, feature_output_hook, scan,
-                             and keys of ours under `crosslayer:`
-    W_enc_{i}.safetensors    W_enc_{i} (F, D) · b_enc_{i} (F) · b_dec_{i} (D) · threshold_{i} (F), absent for ReLU · W_skip_{i} (D, D)
+    config.yaml              model_kind: cross_layer_transcoder, model_name, feature_input_hook, feature_output_hook,
+                             scan, and keys of ours under `crosslayer:`
+    W_enc_{i}.safetensors    W_enc_{i} (F, D) · b_enc_{i} (F) · b_dec_{i} (D) · threshold_{i} (F), absent for ReLU ·
+                             W_skip_{i} (D, D)
     W_dec_{i}.safetensors    W_dec_{i} (F, n_layers - i, D); slot j writes to layer i + j
 
 A per-layer transcoder is written as a cross-layer one whose later slots are zero.
@@ -68,7 +69,9 @@ def open_(folder: Folder) -> Opened:
     if not n_layers:
         raise FormatError(f"{folder.name} holds no W_enc_*.safetensors; give the folder of a cross-layer transcoder")
     if beyond := [i for i in folder.numbered("W_dec_{}.safetensors") if i >= n_layers]:
-        raise FormatError(f"{folder.name}: W_enc_{beyond[0]}.safetensors is missing; the folder is not whole, fetch or write it again")  # fmt: skip
+        raise FormatError(
+            f"{folder.name}: W_enc_{beyond[0]}.safetensors is missing; the folder is not whole, fetch or write it again"
+        )
     encoders = [TensorFile(folder.path(f"W_enc_{i}.safetensors")) for i in range(n_layers)]
     shape = encoders[0].entry("W_enc_0").shape
     if len(shape) != 2:
@@ -112,9 +115,11 @@ def open_(folder: Folder) -> Opened:
         [_vectors(file, i, n_features, d_model, jump) for i, file in enumerate(encoders)],
         lambda i, rows=None: encoders[i].tensor(f"W_enc_{i}") if rows is None else encoders[i].rows(f"W_enc_{i}", rows),
         W_dec,
-        (lambda i, rows=None: encoders[i].tensor(f"W_skip_{i}")[rows if rows is not None else slice(None)])
-        if skip
-        else None,
+        (
+            (lambda i, rows=None: encoders[i].tensor(f"W_skip_{i}")[rows if rows is not None else slice(None)])
+            if skip
+            else None
+        ),
         by_row=True,
     )
     return Opened(clt, _provenance(config, ours, folder, input_hook, output_hook))
@@ -133,7 +138,9 @@ def _provenance(
     try:
         policy = FirstPosition(**ours.get("policy", {}))
     except (ValidationError, TypeError) as error:
-        raise FormatError(f"{folder.name}/{CONFIG}: crosslayer.policy is {ours['policy']!r}, expected prepend and n_skip") from error  # fmt: skip
+        raise FormatError(
+            f"{folder.name}/{CONFIG}: crosslayer.policy is {ours['policy']!r}, expected prepend and n_skip"
+        ) from error
     return Provenance(
         model_name=str(config.get("model_name") or ""),
         scan=str(config.get("scan") or Path(folder.name).name),
@@ -145,7 +152,8 @@ def _provenance(
 
 
 def save(clt: CLT, provenance: Provenance, folder: Path) -> None:
-    """Write the folder whole or not at all, each tensor in its own dtype. Units must be folded away (`crosslayer.clt.fold`).
+    """Write the folder whole or not at all, each tensor in its own dtype. Units must be folded away
+    (`crosslayer.clt.fold`).
 
     Raises:
         ConfigError: for what the format does not know: a top-k transcoder, or one of some of the host's layers.
@@ -159,9 +167,15 @@ def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
     clt, provenance = opened
     c = clt.config
     if c.ranks:
-        raise ConfigError(f"the published format knows no {c.activation}; convert to JumpReLU first (crosslayer.clt.calibrate.to_jumprelu)")  # fmt: skip
+        raise ConfigError(
+            f"the published format knows no {c.activation}; convert to JumpReLU first"
+            " (crosslayer.clt.calibrate.to_jumprelu)"
+        )
     if provenance.layers is not None:
-        raise ConfigError(f"the published format knows no transcoder of some layers only, and this one has layers {', '.join(map(str, provenance.layers))} of its host; open it as it is")  # fmt: skip
+        raise ConfigError(
+            "the published format knows no transcoder of some layers only, and this one has layers"
+            f" {', '.join(map(str, provenance.layers))} of its host; open it as it is"
+        )
     files = [FilePlan(CONFIG, text=yaml.safe_dump(_config(opened), sort_keys=False))]
     for i in range(c.n_layers):
         vectors = {f"b_dec_{i}": clt.b_dec[i], f"b_enc_{i}": clt.b_enc[i]}

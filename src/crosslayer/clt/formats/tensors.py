@@ -1,7 +1,7 @@
 """One safetensors file: its header checked, its tensors mapped, its rows read alone. Nothing is ever unpickled.
 
-A whole tensor is mapped to memory, and its pages are read as they are used. Rows are read from the file instead of its map:
-where the kernel keeps files in huge pages, touching one row of a map makes two megabytes of it resident.
+A whole tensor is mapped to memory, and its pages are read as they are used. Rows are read from the file instead of its
+map: where the kernel keeps files in huge pages, touching one row of a map makes two megabytes of it resident.
 """
 
 from __future__ import annotations

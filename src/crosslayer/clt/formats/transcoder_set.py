@@ -103,9 +103,14 @@ def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
     clt, p = opened
     c = clt.config
     if c.cross_layer and c.n_layers > 1:
-        raise ConfigError("a set of per-layer transcoders cannot hold one that writes to later layers; write the published format")  # fmt: skip
+        raise ConfigError(
+            "a set of per-layer transcoders cannot hold one that writes to later layers; write the published format"
+        )
     if c.kind.over_batch or (c.ranks and (c.scope == "all" or c.rank_by == "norm")):
-        raise ConfigError(f"a transcoder set knows TopK by value a layer and token, not this {c.activation}; convert to JumpReLU first (crosslayer.clt.calibrate.to_jumprelu)")  # fmt: skip
+        raise ConfigError(
+            f"a transcoder set knows TopK by value a layer and token, not this {c.activation}; convert to JumpReLU"
+            " first (crosslayer.clt.calibrate.to_jumprelu)"
+        )
     config: dict[str, object] = {
         "model_kind": KIND,
         "model_name": p.model_name,

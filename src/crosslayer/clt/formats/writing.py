@@ -1,4 +1,5 @@
-"""Writing a folder of safetensors in constant memory: part by part, to a temporary folder that is renamed when all is there.
+"""Writing a folder of safetensors in constant memory: part by part, to a temporary folder that is renamed when all is
+there.
 
 The temporary folder, `.NAME.partial`, stays when the process is killed; written again with the same content, it goes on
 with the files that are not yet there. A folder of the final name is always whole.
@@ -177,7 +178,10 @@ def check_written(
                 for part in chunks.read():
                     back = file.rows(name, torch.arange(at, at + len(part)))
                     if back.dtype != part.dtype or not torch.equal(back, part.cpu()):
-                        raise FormatError(f"{folder / plan.name}: {name} was read back with other values than were written; the disk may be failing, write it again")  # fmt: skip
+                        raise FormatError(
+                            f"{folder / plan.name}: {name} was read back with other values than were written; the disk"
+                            " may be failing, write it again"
+                        )
                     at += len(part)
         done += plan.n_bytes
         on_progress(done)

@@ -5,8 +5,9 @@
     sampled_products   entries of a product                                                   sparse.sampled_products
     adam               Adam with stochastic rounding, one pass                                training.optimiser.adam
 
-Sums are float32 (float64 for float64), whatever the weights are. None uses atomic additions of floating-point numbers, so a step
-gives the same bits each time. Triton comes with PyTorch's CUDA builds; its interpreter (TRITON_INTERPRET=1) runs all of this on CPU.
+Sums are float32 (float64 for float64), whatever the weights are. None uses atomic additions of floating-point numbers,
+so a step gives the same bits each time. Triton comes with PyTorch's CUDA builds; its interpreter (TRITON_INTERPRET=1)
+runs all of this on CPU.
 """
 
 from __future__ import annotations

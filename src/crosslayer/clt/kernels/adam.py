@@ -14,9 +14,20 @@ from crosslayer.clt.kernels.dtypes import wide
 
 
 def adam(
-    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *,
-    lr: float, beta1: float, beta2: float, eps: float, t: int, scale: float, seed: int, first: int,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: int,
+    scale: float,
+    seed: int,
+    first: int,
+) -> None:
     """Update weights and moments in place; a bfloat16 weight is rounded at random.
 
     Args:
@@ -26,16 +37,44 @@ def adam(
     """
     n, block = weight.numel(), 1024
     _adam[(triton.cdiv(n, block),)](
-        weight, grad, mean, square, n, lr / (1 - beta1**t), 1 / (1 - beta2**t), beta1, beta2, eps, scale, seed % (1 << 31), first,
-        WIDE=wide(weight.dtype), ROUND=weight.dtype == torch.bfloat16, BLOCK=block,
-    )  # fmt: skip
+        weight,
+        grad,
+        mean,
+        square,
+        n,
+        lr / (1 - beta1**t),
+        1 / (1 - beta2**t),
+        beta1,
+        beta2,
+        eps,
+        scale,
+        seed % (1 << 31),
+        first,
+        WIDE=wide(weight.dtype),
+        ROUND=weight.dtype == torch.bfloat16,
+        BLOCK=block,
+    )
 
 
 @triton.jit
 def _adam(
-    weight, grad, mean, square, n, rate, correction, beta1, beta2, eps, scale, seed, first,
-    WIDE: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    weight,
+    grad,
+    mean,
+    square,
+    n,
+    rate,
+    correction,
+    beta1,
+    beta2,
+    eps,
+    scale,
+    seed,
+    first,
+    WIDE: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
     g = tl.load(grad + i, mask=here, other=0.0).to(WIDE) * scale

@@ -18,7 +18,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 def encode_above(
     x_BD: Float[Tensor, "B D"], W_FD: Float[Tensor, "F D"], b_F: Float[Tensor, " F"], bound_F: Float[Tensor, " F"]
 ) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"], Float[Tensor, " K"]]:
-    """Tokens, features and pre-activations where x W^T + b exceeds its feature's bound, in order of token then feature."""
+    """Tokens, features and pre-activations where x W^T + b exceeds its feature's bound, in order of token then
+    feature.
+    """
     n_tokens, width = x_BD.shape
     n_features = len(W_FD)
     size, capacity = 64, max(1024, n_tokens * n_features // 64)
@@ -27,9 +29,24 @@ def encode_above(
         z_K = torch.empty(capacity, dtype=torch.float32, device=x_BD.device)
         count = torch.zeros(1, dtype=torch.int64, device=x_BD.device)
         _encode_above[(triton.cdiv(n_tokens, size), triton.cdiv(n_features, size))](
-            place_K, z_K, count, x_BD, W_FD, b_F, bound_F, n_tokens, n_features, width, capacity,
-            x_BD.stride(0), W_FD.stride(0), EXACT=x_BD.dtype == torch.float32, WIDEN=INTERPRETED, SIZE=size, BLOCK=32,
-        )  # fmt: skip
+            place_K,
+            z_K,
+            count,
+            x_BD,
+            W_FD,
+            b_F,
+            bound_F,
+            n_tokens,
+            n_features,
+            width,
+            capacity,
+            x_BD.stride(0),
+            W_FD.stride(0),
+            EXACT=x_BD.dtype == torch.float32,
+            WIDEN=INTERPRETED,
+            SIZE=size,
+            BLOCK=32,
+        )
         found = int(count)
         if found <= capacity:
             break
@@ -42,9 +59,24 @@ def encode_above(
 
 @triton.jit
 def _encode_above(
-    place, z_out, count, x, W, b, bound, n_tokens, n_features, width, capacity, x_stride, W_stride,
-    EXACT: tl.constexpr, WIDEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    place,
+    z_out,
+    count,
+    x,
+    W,
+    b,
+    bound,
+    n_tokens,
+    n_features,
+    width,
+    capacity,
+    x_stride,
+    W_stride,
+    EXACT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     feature = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     in_token, in_feature = token < n_tokens, feature < n_features
@@ -53,11 +85,15 @@ def _encode_above(
         column = first + tl.arange(0, BLOCK)
         in_width = column < width
         x_tile = tl.load(
-            x + token.to(tl.int64)[:, None] * x_stride + column[None, :], mask=in_token[:, None] & in_width[None, :], other=0.0
-        )  # fmt: skip
+            x + token.to(tl.int64)[:, None] * x_stride + column[None, :],
+            mask=in_token[:, None] & in_width[None, :],
+            other=0.0,
+        )
         W_tile = tl.load(
-            W + feature.to(tl.int64)[None, :] * W_stride + column[:, None], mask=in_feature[None, :] & in_width[:, None], other=0.0
-        )  # fmt: skip
+            W + feature.to(tl.int64)[None, :] * W_stride + column[:, None],
+            mask=in_feature[None, :] & in_width[:, None],
+            other=0.0,
+        )
         if WIDEN:
             x_tile, W_tile = x_tile.to(tl.float32), W_tile.to(tl.float32)
         if EXACT:

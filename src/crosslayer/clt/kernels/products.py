@@ -23,9 +23,17 @@ def add_rows(
         return
     block = min(1024, triton.next_power_of_2(width))
     _add_rows[(n_rows, triton.cdiv(width, block))](
-        out_XD, start_R1, row_K, scale_K, rows_YD, width, out_XD.stride(0), rows_YD.stride(0),
-        WIDE=wide(out_XD.dtype), BLOCK=block,
-    )  # fmt: skip
+        out_XD,
+        start_R1,
+        row_K,
+        scale_K,
+        rows_YD,
+        width,
+        out_XD.stride(0),
+        rows_YD.stride(0),
+        WIDE=wide(out_XD.dtype),
+        BLOCK=block,
+    )
 
 
 @triton.jit
@@ -51,16 +59,37 @@ def sampled_products(
         width = a_BD.shape[1]
         entries, block = 16, min(128, triton.next_power_of_2(width))
         _sampled_products[(triton.cdiv(len(token_K), entries),)](
-            out_K, a_BD, b_FD, token_K, feature_K, len(token_K), width, a_BD.stride(0), b_FD.stride(0),
-            WIDE=wide(kind), ENTRIES=entries, BLOCK=block,
-        )  # fmt: skip
+            out_K,
+            a_BD,
+            b_FD,
+            token_K,
+            feature_K,
+            len(token_K),
+            width,
+            a_BD.stride(0),
+            b_FD.stride(0),
+            WIDE=wide(kind),
+            ENTRIES=entries,
+            BLOCK=block,
+        )
     return out_K
 
 
 @triton.jit
 def _sampled_products(
-    out, a, b, token, feature, n, width, a_stride, b_stride, WIDE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    out,
+    a,
+    b,
+    token,
+    feature,
+    n,
+    width,
+    a_stride,
+    b_stride,
+    WIDE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     k = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     there = k < n
     a_row = a + tl.load(token + k, mask=there, other=0).to(tl.int64)[:, None] * a_stride

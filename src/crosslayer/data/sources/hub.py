@@ -16,7 +16,9 @@ TEXT_COLUMNS = ("text", "content", "markdown", "code")
 
 
 class HubSource:
-    """`hf:NAME[:CONFIG][:SPLIT]`; SPLIT is `train` unless said. A local folder in the hub's layout serves as NAME too."""
+    """`hf:NAME[:CONFIG][:SPLIT]`; SPLIT is `train` unless said. A local folder in the hub's layout serves as NAME
+    too.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -38,8 +38,8 @@ SKIPPED_FOLDERS = frozenset({".git", "node_modules", "__pycache__", ".venv"})
 def local_documents(path: Path) -> Iterator[Document]:
     """Documents of one file, or of every file of a known kind below a folder, in path order.
 
-    A `.jsonl` line or a Parquet row is a document (its `text` or `content`). A plain text file of a folder is one too: its
-    pieces share an id, so that they stay on one side of the split. Of a single file each piece is a document.
+    A `.jsonl` line or a Parquet row is a document (its `text` or `content`). A plain text file of a folder is one too:
+    its pieces share an id, so that they stay on one side of the split. Of a single file each piece is a document.
 
     Raises:
         SourceError: for a path that is not there, or a file that is not what its suffix says.
