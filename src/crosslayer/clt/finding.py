@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crosslayer.clt.sparse import Entries, sampled_products, where
 
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
 """Tokens whose pre-activations of one layer are looked at together; on CPU few enough to stay in the processor's
 cache.
 """

@@ -26,6 +26,8 @@ class Family(NamedTuple):
     after_mlp_norm: str | None = None
     gain_plus_one: bool = False
     """The norms multiply by one plus their weight."""
+    positions: str | None = None
+    """Learned positions, from the model: an embedding added to that of the tokens."""
     parallel_when: str | None = None
     """Attribute of the config that, if true, says that attention and MLP run in parallel."""
 
@@ -44,7 +46,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
     "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers", final_norm="model.language_model.norm"),
-    "gpt2": Family("transformer.h", "transformer.ln_f", "ln_1", "attn", "ln_2"),
+    "gpt2": Family("transformer.h", "transformer.ln_f", "ln_1", "attn", "ln_2", positions="transformer.wpe"),
     "gpt_neox": Family(
         "gpt_neox.layers",
         "gpt_neox.final_layer_norm",

@@ -98,10 +98,6 @@ def command(
         if not run:
             raise ConfigError("no place for the bundle was given; name a folder with -o")
         out = Path(clt) / "features"
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(
-            f"there is no folder {out.absolute().parent} to make {out.name} in; make it, or give another -o"
-        )
     settings = ScanSettings(
         n_top=top,
         n_quantiles=quantiles,
