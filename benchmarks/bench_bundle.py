@@ -93,7 +93,7 @@ def _examples(real, folder: Path, drawn: np.ndarray, per_feature: int) -> None:
 
 def _index(real, folder: Path, drawn: np.ndarray, n_features: int, groups: np.ndarray) -> None:
     rows = [real.index.row(f) for f in range(real.n_layers * real.n_features)]
-    figures = [real.index.figures(f) for f in range(real.n_layers * real.n_features)]
+    figures = [real.index.metrics(f) for f in range(real.n_layers * real.n_features)]
     chance = np.random.default_rng(1)
     columns = {
         name: (

@@ -226,8 +226,8 @@ def test_reach_and_ranks(made: Made):
     share = writes.square().sum(-1).sort(dim=1, descending=True).values
     share = share.cumsum(1) / share.sum(1, keepdim=True)
     reach = ((share < 0.9).sum(1) + 1).tolist()
-    assert [index.figures(n)["reach"] for n in range(len(reach))] == reach
+    assert [index.metrics(n)["reach"] for n in range(len(reach))] == reach
     auroc = [
-        index.figures(n)["auroc"] or 0.0 for n in index.page("rank", descending=False, limit=99, offset=0, filters={})
+        index.metrics(n)["auroc"] or 0.0 for n in index.page("rank", descending=False, limit=99, offset=0, filters={})
     ]
     assert auroc == sorted(auroc, reverse=True)
