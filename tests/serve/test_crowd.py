@@ -1,4 +1,4 @@
-"""A hundred connections left open, and sockets that say nothing: the server still answers."""
+"""The server still answers with a hundred open connections and idle sockets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_streams_and_sockets_left_open(crowded: Served):
         " AAAAAAAAAAAAAAAAAAAAAA==\r\n"
     )
     left += [ask(crowded, "/api/jobs/1/events", upgrade) for _ in range(100)]
-    # Begun and never ended.
+    # Started and never finished.
     for _ in range(100):
         left.append(socket.create_connection(("127.0.0.1", crowded.port), timeout=20))
         left[-1].sendall(b"GET /api/lib")
@@ -78,7 +78,7 @@ def test_no_path_leads_out(crowded: Served, path: str):
 
 
 def test_killed_while_saving(root: Path):
-    """What the server said it kept is there, whole, whenever it is killed."""
+    """Everything that the server reported as saved is complete on disk, whenever it is killed."""
     for delay_s in (0.02, 0.05, 0.11):
         served = Served(root)
         at = f"graphs/{served.id('graph', 'one')}/views/killed"
