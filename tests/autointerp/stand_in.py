@@ -1,4 +1,4 @@
-"""A stand-in for a language model's server, on a thread: it answers as it is told to, and remembers every request."""
+"""A stand-in for a language model's server, on a thread: it answers as configured and records every request."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ MARKED = re.compile("«(.*?)»")
 
 
 class Reply(NamedTuple):
-    """What is sent back: a status, the message's content, and what else."""
+    """A response: status, content of the message, and other fields."""
 
     status: int = 200
     content: str = ""
     headers: Mapping[str, str] = MappingProxyType({})
     finish: str = "stop"
     raw: bytes | None = None
-    """In place of all else."""
+    """Replaces everything else."""
     logprobs: Any = None
 
 
 Answering = Callable[[dict[str, Any], int], Reply]
-"""From the request's body, and how many came before it."""
+"""From the body of a request and the number of earlier requests."""
 
 
 class StandIn:
-    """Attributes: bodies and headers of all requests, and how many were answered."""
+    """Attributes: bodies and headers of all requests, and the number of answers."""
 
     def __init__(self, answering: Answering) -> None:
         self.answering = answering
@@ -100,13 +100,13 @@ class StandIn:
 
     @property
     def users(self) -> list[dict[str, Any]]:
-        """What the user's messages say, read as the JSON that they are."""
+        """Parse the user messages as JSON."""
         return [user_of(b) for b in self.bodies]
 
 
 @contextmanager
 def serving(answering: Answering) -> Iterator[StandIn]:
-    """A stand-in that answers while the block runs."""
+    """Run a stand-in that answers while the block runs."""
     stand_in = StandIn(answering)
     thread = threading.Thread(target=stand_in.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -162,7 +162,7 @@ def said(value: object) -> Reply:
 
 
 def judged(answers: dict[str, bool], *, logprobs: bool) -> Reply:
-    """Judgements, 0.9 sure of each, in tokens of a few characters."""
+    """Return judgements with probability 0.9 each, in tokens of a few characters."""
     content = json.dumps({k: int(v) for k, v in answers.items()})
     if not logprobs:
         return Reply(content=content)
