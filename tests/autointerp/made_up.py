@@ -76,10 +76,10 @@ def write_bundle(
     n_near: int = 4,
     n_top: int = 0,
 ) -> FeatureBundle:
-    """Rows of the documents, and the features' examples: one a row, around a firing, all that there are up to `most`.
+    """Write a bundle with rows of the documents and, per feature, max `most` examples around firings, one per row.
 
-    One layer. The neighbours of a feature are those that follow it, `n_near` of them at most. `n_top` of the examples
-    are top ones, half of them unless given.
+    It has one layer. The neighbours of a feature are the `n_near` features after it. `n_top` of the examples are top
+    activations, by default half.
     """
     words = sorted({*WORDS, *(w for d in documents for w in d)}, key=lambda w: (w != EOT, w))
     ids = {w: i for i, w in enumerate(words)}

@@ -127,9 +127,7 @@ def user_of(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def well(body: dict[str, Any], n: int = 0) -> Reply:
-    """As a careful person would: names the marked words if they are few, looks for the words named, and guesses where
-    none are.
-    """
+    """Answer like a careful person: name few marked words, find named words, and guess otherwise."""
     user = user_of(body)
     if "fires" in user:
         words = sorted({w for x in user["fires"].values() for m in MARKED.findall(x["text"]) for w in m.split()})
@@ -147,9 +145,7 @@ def well(body: dict[str, Any], n: int = 0) -> Reply:
 
 
 def fits(feature: str, text: str) -> bool:
-    """Whether a word that the label names stands in the text, or between marks if there are any; by chance where it
-    names none.
-    """
+    """Whether the text, or its marked tokens if any, contains a named word; random if the label names none."""
     named = re.search(r"the words ([a-z, ]*)", feature) or re.search("“ ([a-z]+)”", feature)
     if named is None:
         return bool(hashlib.sha256(text.encode()).digest()[0] % 2)

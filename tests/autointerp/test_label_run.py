@@ -1,6 +1,4 @@
-"""A run from end to end against a stand-in: labels where they are due, scores as computed by hand, nothing lost,
-nothing paid for twice.
-"""
+"""A complete run against a stand-in: correct labels and scores, nothing lost, and no answer paid for twice."""
 
 from __future__ import annotations
 
@@ -202,9 +200,7 @@ def test_no_auroc_without_logprobs(bundle: FeatureBundle):
 
 
 def test_failures_are_counted_as_failures(bundle: FeatureBundle):
-    """Half of the questions about zebras are answered by nonsense, however often they are asked; so are all about
-    whales' meaning.
-    """
+    """Half of the questions about zebras always get unusable answers, and so do all about the meaning of whales."""
     bad: set[str] = set()
 
     def answering(body: dict[str, Any], n: int) -> Reply:

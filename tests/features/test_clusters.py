@@ -1,6 +1,4 @@
-"""Clusters on planted clusters: found, nested, kept together on the map, labelled by what sets them apart; lineage by
-its definition.
-"""
+"""Planted clusters are found, nested, kept together on the map and labelled; lineage matches its definition."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ N = N_CLUSTERS * SIZE + DEAD
 
 
 def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lists of 12 neighbours, 10 of them in the same cluster and near, 2 anywhere and far; and the cluster of each, -1
-    for the dead at the end.
+    """Lists of 12 neighbours and each feature's cluster.
+
+    Ten neighbours are near and in the same cluster, two are anywhere and far. Dead features at the end have cluster -1.
     """
     chance = np.random.default_rng(seed)
     cluster_N = np.append(np.repeat(np.arange(N_CLUSTERS), SIZE), np.full(DEAD, -1))

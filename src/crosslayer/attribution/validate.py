@@ -30,9 +30,8 @@ class Validation(NamedTuple):
         kl_spearman: a feature's influence against the KL divergence of the next-token distribution when the feature is
             ablated and everything reacts.
         cosine_L, error_L: effect of an ablation on each layer's MLP input, replacement model against host. `cosine_L`
-            is
-            the cosine, `error_L` the norm of the difference over the norm of the host's effect. Both are means over the
-            sources of earlier layers.
+            is the cosine, `error_L` the norm of the difference over the norm of the host's effect. Both are means over
+            the sources of earlier layers.
     """
 
     n_sources: int

@@ -141,8 +141,7 @@ def _contrasts(
     """Select texts of neighbours on which the feature is not known to fire, for explanation and for scoring.
 
     Scoring texts come with the share of the neighbour's tokens on which the feature fires too. Max one explanation text
-    and
-    two scoring texts per neighbour, and one text per row.
+    and two scoring texts per neighbour, and one text per row.
     """
     show, judge, rows = list[Window](), list[tuple[Window, float]](), set[int]()
     for g, share in _neighbours(bundle, feature):

@@ -204,8 +204,7 @@ class Index:
         """Return ids of features that match all words: first by label, then by tokens, each in order of rank.
 
         A word that ends in `*` matches prefixes. `label:`, `fires:` or `promotes:` restricts a word to one column. All
-        other
-        characters are matched literally, including quotes and operators.
+        other characters are matched literally, including quotes and operators.
         """
         terms = terms_of(text)
         if not terms:

@@ -26,8 +26,7 @@ class ScanSettings:
         n_top: number of top-activation examples, max one per row of text.
         n_quantiles, per_quantile: number of activation bins with equally many rows, and of examples from each bin.
         n_reservoir: rows sampled uniformly, by hash, from all rows on which the feature fires. Quantiles and token
-            counts
-            are computed on them.
+            counts are computed on them.
         window, before: tokens per example, and how many of them precede the peak where the row allows it.
         sample_entries: active (token, feature) pairs of the token sample for co-activation and rules.
         n_logits, n_neighbours, n_coactive, n_virtual: lengths of the lists per feature (`n_coactive` each for the

@@ -177,8 +177,7 @@ def _effect(text: str) -> tuple[bool, int, bool, tuple[int, ...]]:
     """Return how a token changes the line and the brackets.
 
     The result holds whether the token breaks the line, the spaces after the break or in all, whether it has a word, and
-    the
-    brackets that it opens and closes.
+    the brackets that it opens and closes.
     """
     tail = text.rpartition("\n")[2]
     spaces = len(tail.replace("\t", "    ")) - len(tail.replace("\t", "    ").lstrip(" "))

@@ -53,9 +53,8 @@ def groups(graph: csr_array, n_levels: int = LEVELS, seed: int = 0) -> Int[np.nd
 
     Of n features the finest level aims at n / FINEST_SIZE groups. The number falls by equal factors to one step above a
     single group: at 573,440 features and four levels 47,800, 3,200, 220 and 15. Components of the graph are never
-    joined,
-    so no level has fewer groups than the graph has components. Groups are numbered by size, the largest first, then by
-    lowest member.
+    joined, so no level has fewer groups than the graph has components. Groups are numbered by size, the largest first,
+    then by lowest member.
     """
     n = size_of(graph)
     found = np.full((n_levels, n), -1, np.int32)
@@ -81,8 +80,7 @@ def _partition(graph: csr_array, size_N: Float[np.ndarray, " N"], wanted: float,
     Modularity at resolution r holds together what has r times more edges than expected by chance, so a graph of r
     similar groups breaks apart at about r. The number of groups is proportional to r, with a factor that depends on the
     graph, near 3 on lists of 20 neighbours. The count is the effective number of groups, 1 / Σ share². In a graph
-    without
-    structure of the wanted size, the plain number could come from one giant group and many tiny ones.
+    without structure of the wanted size, the plain number could come from one giant group and many tiny ones.
     """
     low, high, resolution = 0.0, math.inf, wanted / 3
     best, error = np.zeros(size_of(graph), np.int64), math.inf
@@ -165,9 +163,8 @@ def group_labels(
     """Label each group by the phrases that its members' labels share and that distinguish it from other groups.
 
     The most distinctive phrases come first, joined by " · ". A phrase is a whole label or a word in it; text in quotes
-    is
-    one word. Phrases are ranked by their log-odds against all other features in standard deviations, with all labels as
-    the prior (Monroe et al. 2008). A phrase of a single member counts only if no two members share a phrase.
+    is one word. Phrases are ranked by their log-odds against all other features in standard deviations, with all labels
+    as the prior (Monroe et al. 2008). A phrase of a single member counts only if no two members share a phrase.
 
     Args:
         label_N: None or empty for features without one; a group of only those is "unlabelled".
@@ -241,8 +238,7 @@ def lineage(
 
     The measure is the positive virtual weight from the members' strongest upstream features, summed by source group.
     Shares are of the group's whole positive upstream weight, including weight from itself, from features without a
-    group,
-    or from groups of higher layers.
+    group, or from groups of higher layers.
 
     Args:
         upstream_ids_NK: -1 for none.

@@ -43,8 +43,7 @@ def neighbour_graph(
     """Build a symmetric, non-negative (N, N) graph without loops.
 
     The larger of the two directions of a kind is used. So a pair that only one feature lists counts in full (a rare
-    feature
-    may list a common one whose own list is full), and a pair that both list does not count twice.
+    feature may list a common one whose own list is full), and a pair that both list does not count twice.
 
     Args:
         lists: ids, -1 for none, and similarities of each kind; negative similarities count as 0.
