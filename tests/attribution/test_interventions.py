@@ -120,7 +120,7 @@ def test_held_layers_leave_only_direct_effects(pair: Pair):
     [
         ([Intervention(layer=5, index=0, scale=0.0)], {}, "there is no feature 0 in layer 5"),
         ([Intervention(layer=0, index=99, scale=0.0)], {}, "there is no feature 99"),
-        ([Intervention(layer=0, index=9, scale=0.0, positions=7)], {}, "position 7 is outside the prompt's 7 tokens"),
+        ([Intervention(layer=0, index=9, scale=0.0, positions=7)], {}, "position 7 is not among the prompt's 7 tokens"),
         (
             [Intervention(layer=0, index=9, scale=0.0, positions=0)],
             {},

@@ -91,7 +91,7 @@ def test_parse_target(text: str, fields: dict[str, object]):
     [
         ({"targets": ["def class return"]}, "is [0-9]+ tokens of qwen3"),
         ({"targets": [tiny.N_VOCAB]}, "token 320 is outside the vocabulary"),
-        ({"targets": ["#5@7"]}, "position 7 is outside the prompt's 7 tokens; give 0 to 6"),
+        ({"targets": ["#5@7"]}, "position 7 is not among the prompt's 7 tokens; give 0 to 6"),
         ({"targets": ["L9/3"]}, "there is no feature 3 in layer 9; the transcoder has 3 layers of 40"),
         ({"targets": ["L1/400"]}, "there is no feature 400"),
         ({"targets": []}, "no target was given"),

@@ -71,7 +71,7 @@ class StandIn:
             def send(self, reply: Reply) -> None:
                 sent = reply.raw
                 if sent is None:
-                    said: dict[str, Any] = {"error": {"message": reply.content}}
+                    content: dict[str, Any] = {"error": {"message": reply.content}}
                     if reply.status == 200:
                         message = {"role": "assistant", "content": reply.content}
                         choice = {
@@ -80,8 +80,8 @@ class StandIn:
                             "finish_reason": reply.finish,
                             "logprobs": reply.logprobs,
                         }
-                        said = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
-                    sent = json.dumps(said).encode()
+                        content = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+                    sent = json.dumps(content).encode()
                 self.send_response(reply.status)
                 for name, value in ({"Content-Length": str(len(sent))} | dict(reply.headers)).items():
                     self.send_header(name, value)
@@ -132,16 +132,18 @@ def well(body: dict[str, Any], n: int = 0) -> Reply:
     if "fires" in user:
         words = sorted({w for x in user["fires"].values() for m in MARKED.findall(x["text"]) for w in m.split()})
         label = f"the words {', '.join(words)}" if len(words) <= 3 else "nothing that can be named"
-        return said({"label": label, "explanation": f"It fires on {label}."})
+        return json_reply({"label": label, "explanation": f"It fires on {label}."})
     if "members" in user:
-        return said({"label": f"a group of {len(user['members'])}", "explanation": "They have something in common."})
+        return json_reply(
+            {"label": f"a group of {len(user['members'])}", "explanation": "They have something in common."}
+        )
     if "feature" in user:
         return judged(
             {k: fits(user["feature"], v) for k, v in user["texts"].items()}, logprobs=body.get("logprobs", False)
         )
     marks = {k: set(MARKED.findall(v)) for k, v in user["texts"].items()}
     common = lambda k: sum(bool(marks[k] & marks[j]) for j in marks if j != k)  # noqa: E731
-    return said({"intruder": int(min(marks, key=lambda k: (common(k), k)))})
+    return json_reply({"intruder": int(min(marks, key=lambda k: (common(k), k)))})
 
 
 def fits(feature: str, text: str) -> bool:
@@ -153,7 +155,7 @@ def fits(feature: str, text: str) -> bool:
     return bool(set(named[1].replace(",", " ").split()) & set(looked_at.split()))
 
 
-def said(value: object) -> Reply:
+def json_reply(value: object) -> Reply:
     return Reply(content=json.dumps(value))
 
 

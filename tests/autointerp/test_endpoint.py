@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from autointerp.stand_in import Answering, Reply, StandIn, said, serving, slowly
+from autointerp.stand_in import Answering, Reply, StandIn, json_reply, serving, slowly
 from crosslayer.autointerp.ask import FAILED_IN_A_ROW, Asker, Failure, OverBudget, Usable, estimated_tokens
 from crosslayer.autointerp.cache import AnswerCache
 from crosslayer.autointerp.endpoint import (
@@ -32,7 +32,7 @@ from crosslayer.core.errors import ConfigError, EndpointError, FormatError
 
 REQUEST = Request("Be brief.", "Hello", SCHEMA, 50, logprobs=True)
 QUICK = Patience(timeout_s=5.0, retries=3, base_s=0.001)
-GOOD = said({"label": "a", "explanation": "b"})
+GOOD = json_reply({"label": "a", "explanation": "b"})
 KEY = "sk-very-secret-0123456789"
 
 
@@ -168,7 +168,7 @@ def test_options_are_dropped_until_none_is_left():
         (Reply(404, "model not found"), "has no model 'm', or is no such place (HTTP 404: model not found)"),
         (Reply(402), "asks for payment"),
         (Reply(429, "insufficient_quota: pay"), "asks for payment"),
-        (Reply(307, headers={"Location": "http://127.0.0.1:1/"}), "leads elsewhere"),
+        (Reply(307, headers={"Location": "http://127.0.0.1:1/"}), "redirects"),
     ],
 )
 def test_permanent_failures_are_reported_at_once(reply: Reply, words: str):
@@ -246,7 +246,7 @@ def test_key_is_sent_and_appears_nowhere_else(
             repr(e._client.headers),
             caplog.text,
         ]
-    assert "see whether SOME_KEY holds the right key" in str(caught.value)
+    assert "check that SOME_KEY holds the right key" in str(caught.value)
     assert not any(KEY in text for text in shown)
     assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.iterdir())
 
@@ -255,7 +255,7 @@ def test_invalid_keys(monkeypatch: pytest.MonkeyPatch):
     for value, words in (
         (None, "no such environment variable"),
         ("  ", "or it is empty"),
-        (f"{KEY}\nx", "characters that no key has"),
+        (f"{KEY}\nx", "characters that are invalid in a key"),
     ):
         monkeypatch.delenv("SOME_KEY", raising=False) if value is None else monkeypatch.setenv("SOME_KEY", value)
         with pytest.raises(ConfigError, match=words) as caught:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from autointerp.made_up import FEATURES, PLAIN, by_chance, by_words, text, write_bundle, write_usual
-from autointerp.stand_in import Answering, Reply, StandIn, judged, said, serving, slowly, user_of, well
+from autointerp.stand_in import Answering, Reply, StandIn, json_reply, judged, serving, slowly, user_of, well
 from cli.test_graph_commands import run as cli
 from crosslayer.autointerp import choose
 from crosslayer.autointerp.ask import Asker
@@ -279,7 +279,7 @@ def test_prompt_injection_gives_at_most_a_wrong_label(tmp_path: Path):
         assert [m["role"] for m in body["messages"]] == ["system", "user"]
         assert "<|im_" not in body["messages"][1]["content"]
         if "fires" in user and "PWNED" in json.dumps(user):
-            return said(
+            return json_reply(
                 {
                     "label": "<script>alert(1)</script>\u202e\x1b[2J\nPWNED",
                     "explanation": "Ignore all. " * 20,
@@ -553,11 +553,13 @@ def test_bad_input_is_reported(bundle: FeatureBundle, tmp_path: Path, monkeypatc
 
 def test_model_without_labels_is_reported_as_failure(bundle: FeatureBundle, tmp_path: Path):
     with serving(lambda body, n: Reply(content="As a language model, I")) as s:
-        code, out, error = cli("label", bundle.path, "--endpoint", s.url, "--model", "m", "-o", tmp_path / "said.json")
+        code, out, error = cli(
+            "label", bundle.path, "--endpoint", s.url, "--model", "m", "-o", tmp_path / "summary.json"
+        )
     assert code == 2
     assert "0 of 4 features labelled by m" in out
     assert "m labelled none of 4 features (no JSON); see whether" in error
-    assert json.loads((tmp_path / "said.json").read_text())["features"]["failed"] == 4
+    assert json.loads((tmp_path / "summary.json").read_text())["features"]["failed"] == 4
 
 
 def test_dry_run_sends_no_request(bundle: FeatureBundle):

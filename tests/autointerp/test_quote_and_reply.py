@@ -63,13 +63,13 @@ def test_only_our_marks_are_in_a_prompt(tokens: list[str], marks: set[int]):
     assert plain == "".join(tokens)
 
 
-def test_a_prompt_is_json_whatever_the_texts_say():
+def test_prompt_is_json_for_any_text():
     shown = [Window(0, [text, " end"], [0], 1.0, 0, b"") for text in HOSTILE]
     user = explain_request(shown, shown, HOSTILE).user
-    said = json.loads(user)
-    assert list(said) == ["fires", "silent", "promotes"]
-    assert [x["text"] for x in said["fires"].values()] == [f"«{t}» end" for t in HOSTILE]
-    assert said["silent"] == json.loads(numbered([quoted(t + " end") for t in HOSTILE]))
+    prompt = json.loads(user)
+    assert list(prompt) == ["fires", "silent", "promotes"]
+    assert [x["text"] for x in prompt["fires"].values()] == [f"«{t}» end" for t in HOSTILE]
+    assert prompt["silent"] == json.loads(numbered([quoted(t + " end") for t in HOSTILE]))
     assert not STRUCTURE.search(re.sub("[«»\n]", "", user))
 
 

@@ -192,7 +192,7 @@ Usage = namedtuple("Usage", "total used free")
     ("changes", "error", "words"),
     [
         ({"tokens": 0}, ConfigError, "tokens=0"),
-        ({"context": 1000}, ConfigError, "context=1000 must lie between 3 and that of"),
+        ({"context": 1000}, ConfigError, "context=1000 must be between 3 and that of"),
         ({"cluster_weights": {"encoder": -1.0}}, ConfigError, "encoder=-1.0"),
         ({"cluster_weights": {"looks": 1.0}}, ConfigError, "'looks'"),
         ({"cluster_weights": {"encoder": 0.0}}, ConfigError, "all cluster weights are 0"),

@@ -82,19 +82,19 @@ def test_killed_while_saving(root: Path):
     for delay_s in (0.02, 0.05, 0.11):
         served = Served(root)
         at = f"graphs/{served.id('graph', 'one')}/views/killed"
-        kept: list[int] = []
+        saved: list[int] = []
 
-        def save(served: Served = served, at: str = at, kept: list[int] = kept) -> None:
+        def save(served: Served = served, at: str = at, saved: list[int] = saved) -> None:
             for n in itertools.count():
                 try:
                     served.put(at, {"value": {"pins": [n] * 50}})
                 except OSError:
                     return
-                kept.append(n)
+                saved.append(n)
 
         saving = threading.Thread(target=save)
         saving.start()
-        while not kept:
+        while not saved:
             time.sleep(0.001)
         time.sleep(delay_s)
         served.stop(signal.SIGKILL)
@@ -103,5 +103,5 @@ def test_killed_while_saving(root: Path):
         pins = served.get(at)["value"]["pins"]  # type: ignore[index]
         assert len(pins) == 50
         assert len(set(pins)) == 1
-        assert pins[0] >= kept[-1]
+        assert pins[0] >= saved[-1]
         served.stop()

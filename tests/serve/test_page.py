@@ -86,19 +86,19 @@ def test_library_and_growing_curves_of_a_run(visit: Watched, root: Path):
     for name in ("runs/mine", "runs/mine/features", "runs/mine/graphs/one.json"):
         expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
     manifest, log = root / "runs" / "mine" / "run.json", root / "runs" / "mine" / "log.jsonl"
-    kept = manifest.read_text(), log.read_text()
+    saved = manifest.read_text(), log.read_text()
     manifest.write_text(json.dumps({"state": "training", "config": {"l0": 8}, "step": 2}))
     page.get_by_role("link", name="runs/mine", exact=True).click()
     expect(page.get_by_role("status").first).to_contain_text("training")
     expect(page.get_by_text("from 2 to 1.5")).to_be_visible()
-    log.write_text(kept[1] + 'ss": 0.25}\n')
+    log.write_text(saved[1] + 'ss": 0.25}\n')
     expect(page.get_by_text("from 2 to 0.25")).to_be_visible()
     page.get_by_text("Model card").click()
     expect(page.get_by_text("# A card")).to_be_visible()
     page.get_by_text("Settings").click()
     expect(page.get_by_role("row", name="l0 8")).to_be_visible()
-    manifest.write_text(kept[0])
-    log.write_text(kept[1])
+    manifest.write_text(saved[0])
+    log.write_text(saved[1])
 
 
 def test_features_are_sorted_filtered_and_searched(visit: Watched, served: Served, made):
@@ -422,17 +422,17 @@ DROP = """text => {
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "theirs.json: it is not a complete JSON object; download or export it again"),
         ("[]", "theirs.json: it is not a complete JSON object"),
         ('{"nodes": [], "links": []}', "theirs.json is no graph file: metadata: Field required"),
     ],
 )
-def test_file_that_is_not_a_graph_is_refused(browser: Browser, served: Served, text: str, said: str):
+def test_file_that_is_not_a_graph_is_refused(browser: Browser, served: Served, text: str, message: str):
     with profile(browser, served, refusals=1) as visit:
         visit.open().evaluate(DROP, text)
-        expect(visit.page.get_by_text(said)).to_be_visible()
+        expect(visit.page.get_by_text(message)).to_be_visible()
 
 
 def test_dropped_file_is_imported_with_its_circuit(visit: Watched, root: Path, tmp_path: Path):
@@ -459,21 +459,21 @@ def test_exports_contain_the_circuit(visit: Watched, graph: Traced, tmp_path: Pa
     page.get_by_label("Name of the supernode").fill("mine")
     page.get_by_role("button", name="Group", exact=True).click()
     expect(page.get_by_text("saved", exact=True)).to_be_visible()
-    kept = {}
+    saved = {}
     for kind in ("JSON", "SVG", "PNG"):
         with page.expect_download() as download:
             page.get_by_role("button", name=kind, exact=True).click()
-        kept[kind] = tmp_path / download.value.suggested_filename
-        download.value.save_as(kept[kind])
-    file = read_graph_file(kept["JSON"])
+        saved[kind] = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved[kind])
+    file = read_graph_file(saved["JSON"])
     (pinned,) = file.qParams.pinnedIds
     place = re.fullmatch(r"L(\d+)/(\d+) @(\d+)", graph.features[0])
     assert place is not None
     assert pinned == "_".join(place.groups())
     assert file.qParams.supernodes == [["mine", pinned]]
-    assert kept["SVG"].read_text().startswith("<svg")
-    assert kept["PNG"].read_bytes().startswith(b"\x89PNG")
-    assert kept["PNG"].stat().st_size > 10_000
+    assert saved["SVG"].read_text().startswith("<svg")
+    assert saved["PNG"].read_bytes().startswith(b"\x89PNG")
+    assert saved["PNG"].stat().st_size > 10_000
 
 
 def test_two_tabs_do_not_overwrite_each_other(browser: Browser, served: Served, graph: Traced):

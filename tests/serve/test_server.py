@@ -83,7 +83,7 @@ def test_feature_list_search_and_single_feature(client: TestClient, made: Made):
     for path, words in (
         ("features?sort=colour", "cannot be sorted by"),
         ("features?filter=colour:1:2", "cannot be filtered by"),
-        ("features?filter=density:x:", "is not understood"),
+        ("features?filter=density:x:", "is invalid"),
         ("features/9/0", "no layer 9"),
         ("features/0/9999", "no feature L0/9999"),
     ):
@@ -107,8 +107,8 @@ def test_feature_map_as_bytes(client: TestClient, made: Made):
 
 def test_labels_and_pins_are_saved(client: TestClient):
     at = f"/api/bundles/{ids(client)['bundle']}"
-    said = client.put(f"{at}/features/0/4/label", json={"label": "<b>Zebra</b>"}).json()
-    assert said == {"label": "<b>Zebra</b>", "label_from": "person"}
+    answer = client.put(f"{at}/features/0/4/label", json={"label": "<b>Zebra</b>"}).json()
+    assert answer == {"label": "<b>Zebra</b>", "label_from": "person"}
     assert client.put(f"{at}/features/0/4/pin", json={"pinned": True}).status_code == 200
     feature = client.get(f"{at}/features/0/4").json()
     assert (feature["label"], feature["pinned"], feature["labels"][0]["source"]) == ("<b>Zebra</b>", True, "person")
@@ -151,9 +151,9 @@ def test_views_survive_a_server_restart(client: TestClient, root: Path):
     first = client.put(f"{at}/first look", json={"value": value, "over": ""}).json()["revision"]
     with TestClient(create_app([root]), base_url=BASE) as again:
         assert again.get(at).json() == ["first look"]
-        kept = again.get(f"{at}/first look").json()
-        assert kept["revision"] == first
-        assert {k: kept["value"][k] for k in value} == value
+        saved = again.get(f"{at}/first look").json()
+        assert saved["revision"] == first
+        assert {k: saved["value"][k] for k in value} == value
         assert again.get(f"{at}/none").json() == {"value": None, "revision": ""}
         # Another tab must not overwrite changes that it has not loaded.
         second = again.put(f"{at}/first look", json={"value": value | {"pins": [3]}, "over": first}).json()["revision"]
@@ -357,12 +357,12 @@ def test_cancelled_job_stays_cancelled(client: TestClient):
 
 def test_links_in_a_run_are_not_followed(client: TestClient, root: Path):
     card = root / "runs" / "mine" / "clt" / "README.md"
-    kept = card.read_text()
+    saved = card.read_text()
     card.unlink()
     card.symlink_to(root / "secret.txt")
     assert client.get(f"/api/runs/{ids(client)['run']}").json()["card"] is None
     card.unlink()
-    card.write_text(kept)
+    card.write_text(saved)
 
 
 def test_a_damaged_bundle_does_not_hide_a_graph(client: TestClient, root: Path):

@@ -398,7 +398,7 @@ def _check(
             for p in _several(i.positions):
                 if not -n <= p < n + generate:
                     raise ConfigError(
-                        f"position {p} is outside the prompt's {n} tokens; give 0 to {n - 1}, or -1 for the last"
+                        f"position {p} is not among the prompt's {n} tokens; give 0 to {n - 1}, or -1 for the last"
                     )
                 if p % n < host.policy.n_skip and p < n:
                     raise ConfigError(

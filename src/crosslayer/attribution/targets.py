@@ -172,7 +172,7 @@ def _position(local: LocalModel, position: int) -> int:
     n = local.n_positions
     if not -n <= position < n:
         raise ConfigError(
-            f"position {position} is outside the prompt's {n} tokens; give 0 to {n - 1}, or -1 for the last"
+            f"position {position} is not among the prompt's {n} tokens; give 0 to {n - 1}, or -1 for the last"
         )
     return position % n
 

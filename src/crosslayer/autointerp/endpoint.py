@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: send one request, get one answer, whatever the server supports.
+"""Client of an OpenAI-compatible endpoint that adapts to what the server supports.
 
 Temporary failures (broken connections, timeouts, 408, 409, 425, 429, 5xx) are retried after the time that the server
 asks for, or with exponential backoff. Request options that the server refuses (a schema, log-probabilities, a

@@ -396,7 +396,7 @@ _FROM_TEXT = (
 )
 _LOGITS = ("top_id", "top", "bottom_id", "bottom", "logit_mean", "logit_std", "decoder_norm")
 _TOGETHER = ("own_id", "own_count", "other_id", "other_count", "sample_count")
-_ATLAS = ("group", "map")
+_CLUSTERS = ("group", "map")
 
 
 def _stage(folder: Path, names: Sequence[str], make: Callable[[], dict[str, NDArray]]) -> None:
@@ -513,14 +513,14 @@ def _clusters(
     live = density > 0
     upstream = read("upstream_id"), read("upstream")
 
-    def drawn() -> dict[str, NDArray]:
+    def clusters_and_map() -> dict[str, NDArray]:
         graph = neighbour_graph.neighbour_graph(_lists(read), weights, live)
         update(0.2)
         groups_GN = clusters.groups(graph)
         update(0.5)
         return {"group": groups_GN.T, "map": feature_map.layout(graph, groups_GN[0])}
 
-    _stage(folder, _ATLAS, drawn)
+    _stage(folder, _CLUSTERS, clusters_and_map)
     layer_N = np.arange(len(density)) // n_features
     score_N = np.nan_to_num(ruled.auroc)
     groups = []

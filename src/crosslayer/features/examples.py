@@ -40,9 +40,9 @@ class Examples(NamedTuple):
     token_count: NDArray
 
 
-def in_eight_bits(activation: NDArray, highest: NDArray) -> NDArray:
+def in_eight_bits(activation: NDArray, max_activation: NDArray) -> NDArray:
     """Quantise activations to 8 bits: 255ths of the feature's max, rounded up, so that none becomes 0."""
-    return np.clip(np.ceil(activation.astype(np.float64) / highest * 255), 1, 255).astype(np.uint8)
+    return np.clip(np.ceil(activation.astype(np.float64) / max_activation * 255), 1, 255).astype(np.uint8)
 
 
 def examples_of(
@@ -58,15 +58,15 @@ def examples_of(
     begins = np.searchsorted(c.feature, np.arange(n_features + 1))
     rank = np.arange(len(c.feature)) - begins[c.feature]
     top = rank < s.n_top
-    drawn = _lowest_hashes(c, begins, s.n_reservoir)
-    size_F = np.bincount(c.feature[drawn], minlength=n_features)
+    reservoir = _lowest_hashes(c, begins, s.n_reservoir)
+    size_F = np.bincount(c.feature[reservoir], minlength=n_features)
     # Candidates are sorted from high to low value, so bins are counted in reverse.
-    up = size_F[c.feature] - 1 - _running_rank(drawn, begins, c.feature)
-    bin_ = np.where(drawn, up * s.n_quantiles // np.maximum(size_F[c.feature], 1) + 1, 0)
-    sampled = _sampled(c, bin_, drawn & ~top, s)
-    edge_FQ = _edges(c, bin_, drawn, n_features, s)
+    up = size_F[c.feature] - 1 - _running_rank(reservoir, begins, c.feature)
+    bin_ = np.where(reservoir, up * s.n_quantiles // np.maximum(size_F[c.feature], 1) + 1, 0)
+    sampled = _sampled(c, bin_, reservoir & ~top, s)
+    edge_FQ = _edges(c, bin_, reservoir, n_features, s)
     first, last = _runs(c, window_start(c.position, context, s))
-    token, token_count = _frequent(c, drawn, first, last, tokens, context, n_features)
+    token, token_count = _frequent(c, reservoir, first, last, tokens, context, n_features)
 
     bin_[top] = 0
     chosen = (top | sampled).nonzero()[0]
@@ -120,14 +120,14 @@ def _sampled(c: Candidates, bin_: NDArray, eligible: NDArray, s: ScanSettings) -
     return sampled
 
 
-def _edges(c: Candidates, bin_: NDArray, drawn: NDArray, n_features: int, s: ScanSettings) -> NDArray:
+def _edges(c: Candidates, bin_: NDArray, reservoir: NDArray, n_features: int, s: ScanSettings) -> NDArray:
     """Return the min value of each bin and the max of the last; empty bins repeat the edge above them."""
     edge_FQ = np.full((n_features, s.n_quantiles + 1), np.inf, np.float32)
-    at = drawn.nonzero()[0]
+    at = reservoir.nonzero()[0]
     np.minimum.at(edge_FQ, (c.feature[at], bin_[at] - 1), c.value[at])
-    highest = np.zeros(n_features, np.float32)
-    np.maximum.at(highest, c.feature[at], c.value[at])
-    edge_FQ[:, -1] = highest
+    max_F = np.zeros(n_features, np.float32)
+    np.maximum.at(max_F, c.feature[at], c.value[at])
+    edge_FQ[:, -1] = max_F
     return np.minimum.accumulate(edge_FQ[:, ::-1], axis=1)[:, ::-1]
 
 
@@ -151,7 +151,7 @@ def _runs(c: Candidates, start: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _frequent(
-    c: Candidates, drawn: NDArray, first: NDArray, last: NDArray, tokens: NDArray, context: int, n_features: int
+    c: Candidates, reservoir: NDArray, first: NDArray, last: NDArray, tokens: NDArray, context: int, n_features: int
 ) -> tuple[NDArray, NDArray]:
     """Count the most frequent tokens at each place over the sampled candidates; ties are ordered by id."""
     token = np.full((n_features, len(PLACES), N_COUNTED), -1, np.int32)
@@ -159,7 +159,7 @@ def _frequent(
     begins_row = c.position % context == 0
     for place, position in enumerate((c.position, c.position - 1, first, last)):
         # The first token of a row has no token before it.
-        which = drawn & ~begins_row if place == 1 else drawn
+        which = reservoir & ~begins_row if place == 1 else reservoir
         ids = tokens[position[which]].astype(np.int64)
         pairs, counts = np.unique(c.feature[which].astype(np.int64) << 32 | ids, return_counts=True)
         owner, ids = pairs >> 32, pairs & 0xFFFF_FFFF

@@ -45,7 +45,7 @@ def _own(bundle: FeatureBundle) -> str | Path:
         return run
     if bundle.manifest.imported:
         return bundle.manifest.imported
-    raise ConfigError(f"the bundle {bundle.path} is not in a run; give its transcoder with --clt")
+    raise ConfigError(f"the bundle {bundle.path} does not lie in a run; give its transcoder with --clt")
 
 
 def active_features(
