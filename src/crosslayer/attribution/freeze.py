@@ -16,7 +16,7 @@ FREEZES = ("none", "attention", "norms", "both")
 
 @contextmanager
 def frozen(local: LocalModel, what: str) -> Iterator[None]:
-    """Freeze the prompt's attention patterns, norm scales or both in the host's forward passes.
+    """Freeze the prompt's attention patterns, norm scales or both in forward passes inside the block.
 
     The forward passes must run over rows of the prompt's length.
 

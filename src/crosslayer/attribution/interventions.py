@@ -178,7 +178,7 @@ class _Steer:
         return out_BTD
 
     def _react(self, layer: int, x_BTD: Tensor) -> None:
-        """Return the current features of a replaced layer minus those of the prompt."""
+        """Add the writes of a replaced layer's current features, minus those on the prompt."""
         B, T, D = x_BTD.shape
         first = max(self.n_skip - self.offset, 0)
         if first >= T:

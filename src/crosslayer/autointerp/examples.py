@@ -204,7 +204,7 @@ def _own(bundle: FeatureBundle, documents: Documents, feature: int, s: LabelSett
 
 
 def _window(documents: Documents, e: Example, max_activation: float, s: LabelSettings) -> Window:
-    """The text around an example's peak."""
+    """Return the text around an example's peak."""
     peak, stretch = e.position + e.peak, documents.stretch(e.position + e.peak)
     # Inside the example: activations outside are unknown.
     first, last = _around(peak, max(stretch.first, e.position), min(stretch.last, e.position + len(e.tokens)), s)
@@ -215,7 +215,7 @@ def _window(documents: Documents, e: Example, max_activation: float, s: LabelSet
 
 
 def _inactive(own: _Own, documents: Documents, window: Window) -> bool:
-    """Whether a feature is not known to fire in a window.
+    """Return whether a feature is not known to fire in a window.
 
     It must have no example in the row, or an example that shows it inactive in the whole window.
     """

@@ -186,7 +186,7 @@ def _plan(
     rows_at_once: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Write the settings that a resumed build must share with the original."""
+    """Return the settings that a resumed build must share with the original."""
     return {
         "clt": clt_hash(opened.clt),
         "host": host_hash(host),

@@ -35,7 +35,7 @@ def run(request: Request, id: str) -> dict[str, Any]:
 
 
 def _linked(run: Path, path: Path) -> bool:
-    """Whether a file of a run is outside the run, by way of a link."""
+    """Return whether a file of a run is outside the run, through a link."""
     return path.resolve() != run.resolve() / path.relative_to(run)
 
 

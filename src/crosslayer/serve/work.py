@@ -153,7 +153,7 @@ async def job(request: Request, number: int) -> dict[str, Any]:
 
 @router.get("/jobs/{number}/events")
 async def events(request: Request, number: int) -> StreamingResponse:
-    """Server-sent events: every state and stage, the last with the result or the error."""
+    """Stream server-sent events: every state and stage, the last with the result or the error."""
     jobs: Jobs = _jobs(request)
     found = jobs.job(number)
     if jobs.streams >= MOST_STREAMS:
