@@ -133,7 +133,7 @@ def test_target_takes_exactly_one_kind():
         xl.Target(token=3, weight=-1.0)
 
 
-def test_a_transcoder_of_another_host_is_refused(pair: Pair):
+def test_transcoder_of_another_host_is_refused(pair: Pair):
     from crosslayer.clt.config import CLTConfig
     from crosslayer.clt.transcoder import CLT
 

@@ -310,7 +310,7 @@ def test_consecutive_failures_stop_the_run(tmp_path: Path):
             asker.ask(REQUEST, explanation_in)
 
 
-def test_a_budget_is_not_exceeded(tmp_path: Path):
+def test_budget_is_not_exceeded(tmp_path: Path):
     one = 110
     budget = 4 * one + estimated_tokens(REQUEST) + REQUEST.most_tokens
     with serving(first()) as s, Endpoint(s.url, "m", patience=QUICK) as e:

@@ -49,7 +49,7 @@ def test_no_document_explains_and_scores(bundle: FeatureBundle):
         assert min(map(len, split)) > 3
 
 
-def test_the_assertion_catches_an_overlap(bundle: FeatureBundle):
+def test_assertion_catches_an_overlap(bundle: FeatureBundle):
     m = every_material(bundle)[0]
     for broken in (
         m._replace(positives=m.shown[:1]),

@@ -77,7 +77,7 @@ def test_intervals_have_about_their_nominal_coverage():
     assert (hit / 400 > 0.92).all()
 
 
-def test_the_mean_over_features():
+def test_mean_over_features():
     many = [Interval(v, v - 0.01, v + 0.01) for v in (0.5, 0.7, 0.9) * 30]
     x = mean_interval(many)
     assert x.value == pytest.approx(0.7)

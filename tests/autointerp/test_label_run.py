@@ -474,7 +474,7 @@ def test_choice_of_features(bundle: FeatureBundle, tmp_path: Path):
             choose.of_group(bundle, level, number)
 
 
-def test_the_features_of_a_graph_by_influence(bundle: FeatureBundle, tmp_path: Path):
+def test_features_of_a_graph_by_influence(bundle: FeatureBundle, tmp_path: Path):
     node = {"jsNodeId": "", "clerp": "", "ctx_idx": 0}
     nodes = [
         {
@@ -501,7 +501,7 @@ def test_the_features_of_a_graph_by_influence(bundle: FeatureBundle, tmp_path: P
         choose.of_graph(bundle, tmp_path / "h.json")
 
 
-def test_a_sample_is_even_over_layers_and_densities(tmp_path: Path):
+def test_sample_is_even_over_layers_and_densities(tmp_path: Path):
     words = PLAIN[:40]
     bundle = write_bundle(
         tmp_path / "wide", text(60, special={}), [by_words(*words[: 1 + i]) for i in range(40)], rules=[]

@@ -83,7 +83,7 @@ GOOD = '{"label": "a  b\\n c", "explanation": "d\\u202e e\\u0007."}'
 @pytest.mark.parametrize(
     "text", [GOOD, f"```json\n{GOOD}\n```", f"<think>{{x}} hm</think>\n{GOOD}", f"Here {{you}} go: {GOOD} bye"]
 )
-def test_a_label_is_one_line_however_it_comes(text: str):
+def test_label_is_one_line_for_any_reply(text: str):
     assert explanation_in(answer(text)) == Explanation("a b c", "d e .")
 
 

@@ -155,7 +155,7 @@ def test_only_dead_features():
     assert clusters.group_labels(groups_GN[0], [None] * 4, np.zeros(4)) == []
 
 
-def test_a_single_pair():
+def test_single_pair():
     pair = csr_array(np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], np.float32))
     groups_GN = clusters.groups(pair)
     assert groups_GN[-1].tolist() == [0, 0, -1]
@@ -186,7 +186,7 @@ def test_igraph_random_generator_is_restored():
     assert drawn() == free != first
 
 
-def test_the_order_of_features_does_not_matter(graph: csr_array, cluster_N: np.ndarray):
+def test_order_of_features_does_not_matter(graph: csr_array, cluster_N: np.ndarray):
     order = np.random.default_rng(1).permutation(N)
     shuffled = clusters.groups(csr_array(graph[order][:, order]))
     assert any(same_partition(level, cluster_N[order]) for level in shuffled)

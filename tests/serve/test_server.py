@@ -315,7 +315,7 @@ def test_jobs_trace_intervene_and_compute_features(client: TestClient, root: Pat
         assert client.post("/api/jobs/intervene", json={"graph": graph, "changes": [bad]}).status_code == 422
 
 
-def test_a_job_can_be_stopped_and_another_started(client: TestClient):
+def test_job_can_be_stopped_and_another_started(client: TestClient):
     here = ids(client)
     first = client.post("/api/jobs/activations", json={"run": here["run"], "text": "def"}).json()["job"]
     second = client.post("/api/jobs/activations", json={"run": here["run"], "text": "def"}).json()["job"]
@@ -328,7 +328,7 @@ def test_a_job_can_be_stopped_and_another_started(client: TestClient):
 
 
 @pytest.mark.parametrize("name", ["..", ".", "/", "  "])
-def test_a_graph_needs_a_name(client: TestClient, root: Path, name: str):
+def test_graph_needs_a_name(client: TestClient, root: Path, name: str):
     before = sorted(p.name for p in (root / "runs" / "mine").rglob("*"))
     asked = {"run": ids(client)["run"], "prompt": "def", "name": name}
     assert client.post("/api/jobs/trace", json=asked).status_code == 422
@@ -365,7 +365,7 @@ def test_links_in_a_run_are_not_followed(client: TestClient, root: Path):
     card.write_text(saved)
 
 
-def test_a_damaged_bundle_does_not_hide_a_graph(client: TestClient, root: Path):
+def test_damaged_bundle_does_not_hide_a_graph(client: TestClient, root: Path):
     path = root / "runs" / "mine" / "features" / "manifest.json"
     whole = path.read_text()
     path.write_text(whole.replace('"whole":true', '"whole":false').replace('"whole": true', '"whole": false'))

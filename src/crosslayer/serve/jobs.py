@@ -135,9 +135,9 @@ class Jobs:
                     f"the worker ended (exit code {process.returncode}), perhaps out of memory; start the job again",
                 )
                 return
-            said = json.loads(line)
-            if said.pop("job", None) == job.number and job.state not in FINAL:
-                job.emit(**said)
+            event = json.loads(line)
+            if event.pop("job", None) == job.number and job.state not in FINAL:
+                job.emit(**event)
         if job.state == "cancelled":
             await process.wait()  # killed: the next job must not write to it
 
