@@ -1,13 +1,13 @@
-"""How long a prompt takes to trace, and how much memory.
+"""Time and memory of tracing a prompt.
 
     python benchmarks/bench_attribution.py [--reference DIR] [--quick] [--json FILE]
 
-Random Qwen3 hosts and random transcoders of the sizes of PEERS.md, thresholds set so that as many features are active
-as there. Of circuit-tracer 0.4.1's figures on the same kind of machine those are printed beside ours that were measured
-there. `DIR` is what `benchmarks/make_reference.py` writes; without it the full size is left out. Each case runs in a
-process of its own, which opens everything, traces once to warm up where that is quick, and then three times; the median
-is shown. Share of rate: floating point operations of the products that the sweep cannot do without, over what a plain
-square product of the same dtype reaches here.
+Random Qwen3 hosts and random transcoders of the sizes in PEERS.md, with thresholds set for the same number of active
+features. Values measured for circuit-tracer 0.4.1 on the same kind of machine are printed beside ours. `DIR` is written
+by `benchmarks/make_reference.py`; without it the full size is left out. Each case runs in its own process, which opens
+everything, traces once to warm up where that is quick, and then three times; the table shows the median. Share of rate:
+floating point operations of the products that the sweep needs, over the rate of a plain square product of the same
+dtype on this machine.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch import nn
 
 
 class Case(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     size: str
     tokens: int
     active: float
-    """Features a layer and token; 0 leaves thresholds as they are."""
+    """Active features per layer and token; 0 leaves thresholds unchanged."""
     tolerance: float
     max_nodes: int | None
     precision: str
@@ -79,12 +79,12 @@ COST += [Case("reference", 10, active, 0.02, None, "bf16", None, None, 1) for ac
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--reference", type=Path, help="folder that make_reference.py wrote")
+    arguments.add_argument("--reference", type=Path, help="folder written by make_reference.py")
     arguments.add_argument("--quick", action="store_true", help="the small size only")
     arguments.add_argument(
         "--cost", action="store_true", help="cost against length and L0; plot_attribution.py draws it"
     )
-    arguments.add_argument("--only", default="", help="cases whose name holds this")
+    arguments.add_argument("--only", default="", help="only cases whose name contains this")
     arguments.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments.add_argument("--json", type=Path, help="also write the results here")
     arguments.add_argument("--case", type=int, help=argparse.SUPPRESS)
@@ -95,7 +95,7 @@ def main() -> None:
         return
     results = []
     print(
-        f"{'case':<46}{'active':>8}{'rows':>7}{'seconds':>9}{'asked':>7}{'theirs':>8}{'ratio':>8}{'bound':>8}{'GiB':>6}{'rate':>6}"
+        f"{'case':<46}{'active':>8}{'rows':>7}{'seconds':>9}{'target':>7}{'tracer':>8}{'ratio':>8}{'bound':>8}{'GiB':>6}{'rate':>6}"
     )
     for i, case in enumerate(cases):
         if (
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def measure(case: Case, reference: Path | None, device: str) -> dict[str, Any]:
-    """One case in this process."""
+    """Measure one case in this process."""
     import crosslayer as xl
     from crosslayer.clt.open import load_clt
     from crosslayer.host.host import load_host
@@ -182,7 +182,7 @@ def measure(case: Case, reference: Path | None, device: str) -> dict[str, Any]:
 def made(
     layers: int, width: int, features: int, heads: int, value_heads: int, head: int, vocabulary: int
 ) -> tuple[Any, Any]:
-    """A random host and transcoder."""
+    """Make a random host and transcoder."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     from crosslayer.clt.config import CLTConfig
@@ -213,7 +213,7 @@ def made(
 
 
 def calibrate(host: Any, clt: Any, tokens: torch.Tensor, active: float) -> None:
-    """Thresholds at which this many features of each layer fire a token, on average."""
+    """Set thresholds at which this many features per layer fire on each token, on average."""
     x_TLD = host.tap(tokens[None]).x_BTLD[0, host.policy.n_skip :]
     for layer in range(clt.config.n_layers):
         with torch.no_grad():
@@ -223,9 +223,7 @@ def calibrate(host: Any, clt: Any, tokens: torch.Tensor, active: float) -> None:
 
 
 def operations(graph: Any, host: Any) -> float:
-    """Products that no way of making these rows does without: attention's projections and contraction, over causal
-    cones.
-    """
+    """Count the operations of the necessary products: attention's projections and contraction, over causal cones."""
     a, config = graph.arrays, host.model.config
     n_skip, D = host.policy.n_skip, host.d_model
     per_position = 2 * D * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
@@ -233,7 +231,7 @@ def operations(graph: Any, host: Any) -> float:
     below = torch.zeros(graph.n_positions + 1, graph.header.n_layers + 1)
     for layer, position in zip(a.layer_F.tolist(), a.position_F.tolist(), strict=True):
         below[position + 1, layer + 1] += 1
-    sources = below.cumsum(0)  # features of one layer at positions up to one
+    sources = below.cumsum(0)  # features of one layer, cumulative over positions
     slots = torch.arange(graph.header.n_layers + 1)
     for node in a.row_R.tolist():
         feature = node < graph.n_features
@@ -246,7 +244,7 @@ def operations(graph: Any, host: Any) -> float:
 
 
 def square_rate(dtype: torch.dtype, device: str) -> float:
-    """Operations a second of a plain product here and now."""
+    """Measure the operations per second of a plain product on this machine."""
     a = torch.randn(4096, 1024, device=device).to(dtype)
     b = torch.randn(1024, 2048, device=device).to(dtype)
     best = float("inf")

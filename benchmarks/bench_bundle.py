@@ -1,11 +1,11 @@
-"""Feature bundles: size and speed at 573,440 features, and what the pass costs beside host and encoder.
+"""Feature bundles: size and speed at 573,440 features, and the overhead of the pass over host and encoder.
 
     python benchmarks/bench_bundle.py RUN [--reference DIR] [--quick] [--json FILE]
 
-RUN is a run with a feature bundle (make quickstart). A bundle of the reference's size (28 x 20,480) is written by the
-real writer from the features of that bundle, drawn with replacement among those that have all 32 examples, ids of
-neighbours drawn anew; it is then opened in a process of its own. DIR, from make_reference.py, is a host and a
-transcoder of the reference's shape, for the cost of the pass there.
+RUN is a run with a feature bundle (make quickstart). A bundle of the reference's size (28 x 20,480) is written from the
+features of that bundle, sampled with replacement from those with all 32 examples, with new neighbour ids. It is then
+opened in its own process. DIR, from make_reference.py, is a host and a transcoder of the reference's shape, to measure
+the cost of the pass at that size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BARS = {
 
 
 def write_synthetic(real_path: Path, folder: Path, n_layers: int, n_features: int) -> None:
-    """A bundle of any size from a real one's features."""
+    """Write a bundle of any size from a real bundle's features."""
     real, chance = load_features(real_path), np.random.default_rng(0)
     n, settings = (
         n_layers * n_features,
@@ -93,11 +93,11 @@ def _examples(real, folder: Path, drawn: np.ndarray, per_feature: int) -> None:
 
 def _index(real, folder: Path, drawn: np.ndarray, n_features: int, groups: np.ndarray) -> None:
     rows = [real.index.row(f) for f in range(real.n_layers * real.n_features)]
-    figures = [real.index.figures(f) for f in range(real.n_layers * real.n_features)]
+    metrics = [real.index.metrics(f) for f in range(real.n_layers * real.n_features)]
     chance = np.random.default_rng(1)
     columns = {
         name: (
-            np.array([np.nan if x[name] is None else x[name] for x in figures], float)[drawn]
+            np.array([np.nan if x[name] is None else x[name] for x in metrics], float)[drawn]
             * (1 + 1e-3 * chance.random(len(drawn)))
         )
         for name in ("density", "mean", "max", "auroc", "precision", "recall", "norm", "reach")
@@ -121,7 +121,7 @@ def _index(real, folder: Path, drawn: np.ndarray, n_features: int, groups: np.nd
 
 
 def read(path: Path, *, quick: bool) -> dict[str, float]:
-    """What a fresh process measures of a bundle."""
+    """Measure a bundle in a new process."""
     import psutil
 
     began = time.perf_counter()
@@ -184,7 +184,7 @@ def read(path: Path, *, quick: bool) -> dict[str, float]:
 
 
 def pass_cost(host, clt, rows_BT, *, repeats: int) -> dict[str, float]:
-    """Seconds of batches of the pass against those of host and encoder products alone, alternating."""
+    """Compare the seconds of batches of the pass with those of host and encoder products alone, alternating."""
     import torch
 
     from crosslayer.data.stream import harvest
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--keep", type=Path, help="keep the synthetic bundle in this folder, as for bench_page.py")
+    parser.add_argument("--keep", type=Path, help="save the synthetic bundle in this folder, for bench_page.py")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--read", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -249,10 +249,10 @@ def main() -> None:
     results["pass, quickstart"] = _pass(arguments.run, arguments.run / "features", repeats=3 if arguments.quick else 15)
     if arguments.reference:
         results["pass, reference"] = _pass(arguments.reference / "clt", None, repeats=3)
-    for case, figures in results.items():
+    for case, metrics in results.items():
         print(case)
-        for name, value in figures.items():
-            bar = f"   (at most {BARS[name]:g})" if name in BARS else ""
+        for name, value in metrics.items():
+            bar = f"   (max {BARS[name]:g})" if name in BARS else ""
             print(f"    {name:20} {value:12,.3f}{bar}")
     if arguments.json:
         machine = {

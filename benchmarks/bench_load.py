@@ -1,11 +1,11 @@
-"""How long a full-size transcoder takes to open and use, and how much memory.
+"""Time and memory of opening and using a full-size transcoder.
 
     python benchmarks/make_reference.py --out DIR
     python benchmarks/bench_load.py DIR [--quick] [--json FILE]
 
-Each figure is of a process of its own, its start included; first with the files dropped from the page cache (cold),
-then from it. Memory is resident memory, and for everything but `inspect` what comes on top of the host after one
-forward pass.
+Each value is measured in its own process, including its start; first with the files dropped from the page cache (cold),
+then from the page cache (warm). Memory is resident memory. Except for `inspect`, it is counted above that of the host
+after one forward pass.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ print(json.dumps({
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Ask the kernel to forget the files."""
+    """Drop the files from the page cache."""
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -62,7 +62,7 @@ def warm(folder: Path) -> None:
 
 
 def watched(command: list[str]) -> tuple[str, float, float]:
-    """Output, seconds and peak resident GiB of a command."""
+    """Return output, seconds and peak resident GiB of a command."""
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     watcher = psutil.Process(process.pid)
@@ -81,7 +81,7 @@ def watched(command: list[str]) -> tuple[str, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="from the page cache only")
+    parser.add_argument("--quick", action="store_true", help="warm only")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}

@@ -1,9 +1,8 @@
-"""The page at size, in Chromium: a bundle of 573,440 features, a graph of 10,000 nodes and 200,000 edges, graph files
-of others.
+"""The page at full size in Chromium: 573,440 features, 10,000 nodes and 200,000 edges, and published graph files.
 
     python benchmarks/bench_page.py BUNDLE_FOLDER [--graphs FOLDER_OF_JSON] [--json FILE]
 
-BUNDLE_FOLDER is what `bench_bundle.py --keep` wrote. Times are medians, from the request in the browser to the paint.
+BUNDLE_FOLDER is written by `bench_bundle.py --keep`. Times are medians, from the request in the browser to the paint.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ WORDS = ("return", "self", "def", "name", "width", "the", "import", "value", "No
 
 
 def large_graph(folder: Path) -> None:
-    """A graph of which 10,000 nodes and 200,000 edges are left when what leads nowhere has gone; each edge from an
-    earlier node to a later one.
-    """
+    """Make a graph with 10,000 nodes and 200,000 edges after pruning; edges go from earlier to later nodes."""
     rng = np.random.default_rng(0)
     layer = np.sort(rng.integers(0, LAYERS, FEATURES))
     position = rng.integers(1, POSITIONS, FEATURES)
@@ -49,7 +46,7 @@ def large_graph(folder: Path) -> None:
     per_row = np.full(len(rows), EDGES // len(rows))
     per_row[: EDGES - per_row.sum()] += 1
     starts = np.concatenate([[0], np.cumsum(per_row)])
-    # From features of earlier layers, and from tokens.
+    # Edges from features of earlier layers and from tokens.
     below = np.searchsorted(layer, np.concatenate([layer, np.full(8, LAYERS)]))
     tokens = np.arange(first_target - POSITIONS, first_target)
     source = np.concatenate(
@@ -101,7 +98,7 @@ def large_graph(folder: Path) -> None:
 
 
 def shown(page: Page, url: str, selector: str) -> float:
-    """Milliseconds from leaving a blank page to `selector`."""
+    """Measure milliseconds from leaving a blank page to `selector`."""
     page.goto("about:blank")
     began = time.perf_counter()
     page.goto(url)
@@ -165,7 +162,7 @@ def measure(page: Page, base: str, ids: dict[str, str], found: dict[str, Any]) -
 
 
 def hovering(page: Page, seconds: float = 3.0) -> float:
-    """Frames a second while the pointer goes over nodes."""
+    """Measure frames per second while the pointer moves over nodes."""
     page.evaluate("window.frames_seen = 0; (function next() { window.frames_seen++; requestAnimationFrame(next); })()")
     box = page.locator("canvas.over").bounding_box()
     assert box is not None
@@ -178,7 +175,7 @@ def hovering(page: Page, seconds: float = 3.0) -> float:
 
 
 def imports(page: Page, base: str, files: list[Path]) -> dict[str, float]:
-    """Milliseconds from the choice of a file to its graph drawn."""
+    """Measure milliseconds from choosing a file to its drawn graph."""
     times = {}
     for path in files:
         shown(page, f"{base}/#/", ".card.drop")

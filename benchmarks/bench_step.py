@@ -1,9 +1,9 @@
-"""A training step's losses, gradients and their norm, dense against sparse, at several densities.
+"""A training step's losses, gradients and their norm: dense against sparse at several densities.
 
     python benchmarks/bench_step.py [--quick] [--json FILE]
 
-Random activations; the two paths alternate in one run, medians are compared. Entries are what fires and what lies in
-the straight-through window; `SPARSE_BELOW` in `train/objective.py` is read off here.
+Random activations; the two paths alternate in one run, and medians are compared. Entries are active features and those
+in the straight-through window. `SPARSE_BELOW` in `training/objective.py` is chosen from these results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from crosslayer.training.objective import compute
 
 ACTIVATIONS: tuple[str, ...] = ("jumprelu", "batchtopk")
 SHAPES = {"stdlib": (6, 192, 1536, 1024), "peers": (12, 256, 4096, 512)}
-"""layers, width, features a layer, tokens; `peers` is the shape at which other tools were measured."""
+"""layers, width, features per layer, tokens; `peers` is the shape at which other tools were measured."""
 
 
 def measure(shape: str, activation: str, density: float, repeats: int) -> dict[str, float]:
@@ -58,7 +58,7 @@ def measure(shape: str, activation: str, density: float, repeats: int) -> dict[s
                 dead_LF=dead_LF,
                 sparse_L=[sparse] * n_layers,
             )
-            # What a sparse gradient costs, it costs when it is asked for.
+            # A sparse gradient is computed when it is requested.
             gradients.norm(clt)
             entries = float(terms.entries_L.sum()) / (batch * n_layers * n_features)
             seconds[sparse].append(time.perf_counter() - began)

@@ -1,14 +1,14 @@
-"""A whole training step (forward, backward, clip, Adam) against the plain dense one, alternating in one run.
+"""A whole training step (forward, backward, clip, Adam) against a plain dense step, alternating in one run.
 
     python benchmarks/bench_train.py [--quick] [--json FILE]
     python benchmarks/bench_train.py --reference --device cuda --json benchmarks/results/train-h200.json
 
-The first is at the shape at which other tools were measured: 12 layers x 256, 4,096 features a layer, random
-activations, an L0 of 64 in all. The plain step is written here as anyone would write it: dense products, `topk` or
-JumpReLU on matrices, one product a layer for all layers written. Peak memory is that of a process that does nothing
-else. Both multiply in float32 unless the machine has bfloat16 in hardware: then ours finds candidates so
-(`encoder_share` is of the float32 product). The second is the reference's shape, 28 x 20,480 x 1024 in bfloat16, sparse
-alone (the dense one at an L0 of 115 is asked for with --dense).
+The first is at the shape at which other tools were measured: 12 layers x 256, 4,096 features per layer, random
+activations, an L0 of 64 in total. The plain step is a standard implementation: dense products, `topk` or JumpReLU on
+matrices, one product per layer for all layers written. Peak memory is measured in a process that does nothing else.
+Both multiply in float32 unless the machine has bfloat16 in hardware; then ours uses bfloat16 to find candidates
+(`encoder_share` is of the float32 product). The second is at the reference's shape, 28 x 20,480 x 1024 in bfloat16,
+sparse only (--dense measures the dense path at an L0 of 115).
 """
 
 from __future__ import annotations
@@ -41,11 +41,9 @@ PEERS = (12, 256, 4096)
 REFERENCE = (28, 1024, 20_480)
 L0, CLIP = 64, 1.0
 SETTLE = 6
-"""Steps after which JumpReLU's window is as narrow as its cap wants it."""
+"""Steps after which JumpReLU's window is as narrow as its cap requires."""
 FASTEST_PEER = {"jumprelu": 188 / 163, "topk": 188 / 190, "batchtopk": 188 / 190}
-"""Tokens per second of the fastest peer, as a multiple of the plain dense step's, in a table measured on another
-machine.
-"""
+"""Tokens per second of the fastest peer relative to the plain dense step, in a table measured on another machine."""
 
 
 def ours(
@@ -59,8 +57,9 @@ def ours(
     moments: Moments = "fp32",
     fused: bool = False,
 ) -> Callable[[], Any]:
-    """A step of ours, on the same batch each time; sparse or dense by the density of the step before, as in training,
-    unless given.
+    """Make one of our steps, on the same batch each time.
+
+    By default it is sparse or dense by the density of the previous step, as in training.
     """
     n_layers, width, n_features = shape
     config = TrainConfig(
@@ -105,7 +104,7 @@ def ours(
 
 
 class _Plain(torch.nn.Module):
-    """A dense cross-layer transcoder without any thought for speed."""
+    """A dense cross-layer transcoder without optimisations."""
 
     def __init__(self, shape: tuple[int, int, int], activation: str, l0: float) -> None:
         super().__init__()
@@ -142,7 +141,7 @@ class _Plain(torch.nn.Module):
 
 
 def _jump(z: Tensor, theta: Tensor) -> Tensor:
-    """JumpReLU with the rectangle's straight-through gradient, by plain operations."""
+    """Compute JumpReLU with the rectangle's straight-through gradient, with plain operations."""
     fires = (z > theta).float()
     window = ((z - theta).abs() < 0.25).float()
     through = -(theta.detach() / 0.5) * window * theta
@@ -150,7 +149,7 @@ def _jump(z: Tensor, theta: Tensor) -> Tensor:
 
 
 def plain(shape: tuple[int, int, int], activation: str, tokens: int, l0: float) -> Callable[[], Any]:
-    """The plain dense step."""
+    """Make the plain dense step."""
     torch.manual_seed(0)
     model = _Plain(shape, activation, l0)
     x_BLD, y_BLD = torch.randn(2, tokens, *shape[:2])
@@ -166,7 +165,7 @@ def plain(shape: tuple[int, int, int], activation: str, tokens: int, l0: float) 
 
 
 def encoder_s(shape: tuple[int, int, int], tokens: int, device: str, dtype: torch.dtype) -> float:
-    """Seconds of the encoder's products alone."""
+    """Measure the seconds of the encoder's products alone."""
     n_layers, width, n_features = shape
     x_LBD = torch.randn(n_layers, tokens, width, device=device, dtype=dtype)
     W_FD = torch.randn(n_features, width, device=device, dtype=dtype)
@@ -182,7 +181,7 @@ def timed(work: Callable[[], Any], device: str) -> float:
 
 
 def peak_mib(which: str, activation: str, tokens: int) -> float:
-    """Peak memory of a process with two steps, less that of one that has imported the same."""
+    """Measure the peak memory of a process with two steps, minus that of one with the same imports."""
     command = [sys.executable, __file__, "--peak", which, activation, str(tokens)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
@@ -200,13 +199,13 @@ def _peak(which: str, activation: str, tokens: int) -> None:
 
 
 def _highest_kib() -> int:
-    """Highest resident size of this process; `ru_maxrss` would be that of the process that started it."""
+    """Return this process's peak resident size; `ru_maxrss` would be that of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def compare(activation: str, tokens: int, repeats: int) -> dict[str, float]:
-    """Tokens per second of both, alternating."""
+    """Measure tokens per second of both steps, alternating."""
     both = {
         "ours": ours(PEERS, activation, tokens, L0, "cpu", torch.float32),
         "plain": plain(PEERS, activation, tokens, L0),
@@ -217,7 +216,7 @@ def compare(activation: str, tokens: int, repeats: int) -> dict[str, float]:
         both["ours"]()
     for turn in range(repeats + 1):
         for name, step in both.items():
-            # A step of ours is over in a tenth of the time of the other, so that one alone measures noise.
+            # Our step takes a tenth of the time of the other, so a single one would measure noise.
             for _ in range(3 if name == "ours" else 1):
                 began = time.perf_counter()
                 terms = step()
@@ -239,7 +238,7 @@ def compare(activation: str, tokens: int, repeats: int) -> dict[str, float]:
 
 
 def reference(device: str, tokens: int, dense: bool, moments: Moments, fused: bool) -> dict[str, Any]:
-    """Steps at the reference's shape, L0 115 in all and 115 a layer."""
+    """Measure steps at the reference's shape, at an L0 of 115 in total and of 115 per layer."""
     found = {}
     for name, l0 in (("115 in all", 115), ("115 a layer", 115 * REFERENCE[0])):
         step = ours(REFERENCE, "jumprelu", tokens, l0, device, torch.bfloat16, not dense, moments, fused)
@@ -267,7 +266,7 @@ def main() -> None:
     parser.add_argument("--moments", choices=("fp32", "8bit"), default="fp32", help="with --reference")
     parser.add_argument("--fused-update", action="store_true", help="with --reference")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=4096, help="with --reference: tokens a step")
+    parser.add_argument("--tokens", type=int, default=4096, help="with --reference: tokens per step")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:

@@ -1,11 +1,10 @@
-"""A host and a transcoder of the reference's true shapes, randomly initialised: what full-size code is tried on without
-the hub.
+"""Make a randomly initialised host and transcoder of the reference's shapes, to test full size without the hub.
 
     python benchmarks/make_reference.py --out DIR [--layers 28 --features 20480 ...]
 
-Writes `DIR/host` (Qwen3-0.6B's shape) and `DIR/clt` (28 x 20,480 x 1,024, bfloat16, 18 GB), the same from the same
-seed. Thresholds are set on a page of the standard library so that `--l0` features fire a token, summed over layers.
-Written part by part, in under 2 GB of memory; if it is killed, the same command goes on.
+Writes `DIR/host` (Qwen3-0.6B's shape) and `DIR/clt` (28 x 20,480 x 1,024, bfloat16, 18 GB), reproducible by seed.
+Thresholds are set on a page of the standard library so that `--l0` features fire per token, summed over layers. Files
+are written in parts, in less than 2 GB of memory. If it is killed, the same command resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CALIBRATION = (4, 128)
 
 
 def write_host(folder: Path, args: argparse.Namespace) -> None:
-    """A random Qwen3 with a byte-level tokenizer."""
+    """Write a random Qwen3 with a byte-level tokenizer."""
     torch.manual_seed(args.seed)
     config = Qwen3Config(
         vocab_size=args.vocab,
@@ -60,7 +59,7 @@ def write_host(folder: Path, args: argparse.Namespace) -> None:
 
 
 def random_matrix(shape: tuple[int, ...], std: float, seed: int) -> Chunks:
-    """Normal numbers, bfloat16; each part has a seed of its own, so that any can be made again."""
+    """Return chunks of normal numbers in bfloat16; each part has its own seed, so that any part can be made again."""
     rows_at_once = max(1, PART_BYTES // (4 * prod(shape[1:])))
 
     def read() -> Iterator[Tensor]:
@@ -73,7 +72,7 @@ def random_matrix(shape: tuple[int, ...], std: float, seed: int) -> Chunks:
 
 @torch.no_grad()
 def thresholds(host: xl.Host, encoders: list[Chunks], l0: float) -> list[Tensor]:
-    """For each layer the value that its share of `l0` pre-activations a token exceed."""
+    """Compute per layer the threshold that its share of `l0` pre-activations per token exceed."""
     rows, tokens = CALIBRATION
     ids = host.encode(Path(os.__file__).read_text(encoding="utf-8"))[0, 1:]
     tokens_BT = torch.cat([torch.full((rows, 1), host.first_token), ids[: rows * (tokens - 1)].view(rows, -1)], dim=1)
@@ -96,7 +95,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=151_936)
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--l0", type=float, default=115.0, help="features a token, summed over layers")
+    target.add_argument("--l0", type=float, default=115.0, help="active features per token, summed over layers")
     target.add_argument("--l0-per-layer", type=float)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

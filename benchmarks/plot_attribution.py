@@ -1,4 +1,4 @@
-"""Draw what `bench_attribution.py --cost` measured: seconds and memory against the prompt's length and against L0.
+"""Plot the results of `bench_attribution.py --cost`: time and memory against prompt length and L0.
 
 python benchmarks/plot_attribution.py benchmarks/results/attribution-cost-2-cores.json docs/attribution-cost.svg
 """
@@ -25,7 +25,7 @@ def main() -> None:
     by_l0 = [r for r in results if "500 nodes" not in r["case"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     left.loglog([r["tokens"] for r in by_length], [r["seconds"] for r in by_length], "o-")
-    left.set(xlabel="tokens of the prompt", ylabel="seconds", title="500 nodes, L0 of about 110 in all")
+    left.set(xlabel="tokens of the prompt", ylabel="seconds", title="500 nodes, total L0 of about 110")
     l0 = [r["active"] / (r["tokens"] - SKIPPED) for r in by_l0]
     right.loglog(l0, [r["seconds"] for r in by_l0], "o-")
     for x, r in zip(l0, by_l0, strict=True):

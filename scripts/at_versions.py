@@ -32,8 +32,10 @@ def main() -> int:
         override.write_text(f"torch=={args.torch}\n" if args.torch else "")
         resolution = "lowest-direct" if args.end == "lowest" else "highest"
         compiled = subprocess.run(
-            ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", python]
-            + ["--resolution", resolution, "--override", str(override), "pyproject.toml"],
+            [
+                *("uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", python),
+                *("--resolution", resolution, "--override", str(override), "pyproject.toml"),
+            ],
             check=True,
             cwd=ROOT,
             env=_path(),

@@ -1,9 +1,9 @@
-"""CLT against PLT: same host, text, steps, total parameters and L0; several seeds; one table.
+"""Compare CLT and PLT with the same host, text, steps, parameter count and L0 over several seeds, in one table.
 
     python scripts/compare_clt_plt.py --out DIR --seeds 0 1 2
 
-Both follow the `stdlib` recipe. The PLT gets as many features a layer as make its parameters those of the CLT. Runs
-that are there already are read, not trained again.
+Both use the `stdlib` recipe. The PLT has as many features per layer as make its parameter count equal to the CLT's.
+Existing runs are read, not trained again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crosslayer.schemas.run import RunManifest
 
 
 def equal_parameters(clt: xl.CLTConfig) -> int:
-    """Features a layer at which a per-layer transcoder has as many parameters as `clt`."""
+    """Compute the features per layer at which a per-layer transcoder has as many parameters as `clt`."""
     per_feature = (
         replace(clt, cross_layer=False, n_features=2).n_parameters
         - replace(clt, cross_layer=False, n_features=1).n_parameters
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, help="in place of the recipe's")
+    parser.add_argument("--tokens", type=int, help="overrides the recipe's tokens")
     args = parser.parse_args()
     host = xl.load_host("stdlib-qwen3")
     recipe = xl.RECIPES["stdlib"]()
@@ -53,16 +53,16 @@ def main() -> None:
             manifest = RunManifest.model_validate_json((run / "run.json").read_text())
             parameters[kind] = manifest.clt["n_parameters"]
     print(f"{recipe.tokens:,} tokens, seeds {args.seeds}; mean ± standard deviation over seeds\n")
-    print("| | features a layer | parameters | L0 a layer | FVU | loss recovered | KL |")
+    print("| | features per layer | parameters | L0 per layer | FVU | loss recovered | KL |")
     print("|---|---|---|---|---|---|---|")
     for kind, es in found.items():
-        figures = [
+        metrics = [
             [e.l0_per_layer for e in es],
             [e.fvu for e in es],
             [e.replacement.loss_recovered for e in es],
             [e.replacement.kl for e in es],
         ]
-        cells = [f"{mean(v):.4f} ± {stdev(v) if len(v) > 1 else 0:.4f}" for v in figures]
+        cells = [f"{mean(v):.4f} ± {stdev(v) if len(v) > 1 else 0:.4f}" for v in metrics]
         print(f"| {kind} | {kinds[kind].n_features:,} | {parameters[kind]:,} | {' | '.join(cells)} |")
 
 

@@ -1,11 +1,11 @@
-"""Import cycles of the package and of the page's source; exits 1 if there are any.
+"""Find import cycles of the package and of the page's source; exit with 1 if there are any.
 
     python scripts/cycles.py [--only python|typescript] [--root DIR]
 
-Python: cycles among the modules of each folder of `src/crosslayer` (those across folders are import-linter's).
+Python: cycles among the modules of each folder of `src/crosslayer` (import-linter checks those across folders).
 Imports inside functions count, imports under `if TYPE_CHECKING:` do not.
-TypeScript: cycles among `web/src/**/*.ts` by relative imports. Imports of types alone do not count.
-Needs the standard library only, and no Node.
+TypeScript: cycles among `web/src/**/*.ts` by relative imports. Type-only imports do not count.
+Needs only the standard library, and no Node.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMMENT_LINE = re.compile(r"^\s*//.*$", re.MULTILINE)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--only", choices=["python", "typescript"], help="default: both")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="of the repository")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="root of the repository")
     args = parser.parse_args()
     graphs = []
     if args.only != "typescript":
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def cycles(graph: Graph) -> list[tuple[str, ...]]:
-    """For each import that is on a cycle, a shortest cycle through it; each once, beginning with its first name."""
+    """Return a shortest cycle through each import that is on one; each cycle once, starting with its first name."""
     found = set()
     for start in graph:
         for end in graph[start]:
@@ -79,13 +79,13 @@ def _shortest(graph: Graph, start: str, end: str) -> list[str] | None:
 
 
 def python_imports(package: Path) -> list[Graph]:
-    """For each folder of a package, and for the modules beside them, who imports whom within it."""
+    """Map the imports among modules within each folder of a package, and among the modules beside them."""
     modules = {_module(package, path): path for path in sorted(package.rglob("*.py"))}
     folders: dict[str, dict[str, Path]] = {}
     for name, path in modules.items():
         inside = path.relative_to(package).parts
         folders.setdefault(inside[0] if len(inside) > 1 else "", {})[name] = path
-    # A module that imports itself by way of its package's name is no cycle of modules.
+    # A module that imports itself through its package's name is not a cycle.
     return [
         {
             name: {m for m in _imported(name, path, modules) if m in folder and m != name}
@@ -109,13 +109,13 @@ def _imported(name: str, path: Path, modules: Mapping[str, Path]) -> Iterator[st
             above = parts[: len(parts) - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                # A name is a module of the package, or something that the package's own file defines.
+                # A name is a module of the package, or is defined in the package's own file.
                 whole = f"{base}.{alias.name}"
                 yield whole if whole in modules else base
 
 
 def _run(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING:`."""
+    """Yield all nodes except those under `if TYPE_CHECKING:`."""
     yield node
     children: Iterable[ast.AST] = ast.iter_child_nodes(node)
     if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -125,7 +125,7 @@ def _run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def typescript_imports(source: Path) -> Graph:
-    """Who imports whom among the files, by name without suffix."""
+    """Map the imports among the files, by name without suffix."""
     files = {path.relative_to(source).with_suffix("").as_posix(): path for path in sorted(source.rglob("*.ts"))}
     return {name: {_resolved(path, target, source, files) for target in _targets(path)} for name, path in files.items()}
 
@@ -140,7 +140,7 @@ def _targets(path: Path) -> Iterator[str]:
 
 
 def _only_types(clause: str) -> bool:
-    """Whether a clause is `{ type A, type B }`, which the compiler drops."""
+    """Return whether a clause is `{ type A, type B }`, which the compiler drops."""
     names = clause.strip()
     if not (names.startswith("{") and names.endswith("}")):
         return False

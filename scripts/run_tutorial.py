@@ -1,8 +1,8 @@
-"""Run a notebook's code cells one after the other and keep what they print in it.
+"""Run a notebook's code cells in order and save their output in the notebook.
 
     python scripts/run_tutorial.py docs/tutorial.ipynb
 
-Needs no Jupyter. `CROSSLAYER_RUN` names the run to use, `runs/quickstart` unless given.
+Needs no Jupyter. `CROSSLAYER_RUN` names the run to use, by default `runs/quickstart`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def run(notebook: dict[str, Any]) -> dict[str, Any]:
-    """The notebook with the outputs of this run; an error in a cell is raised."""
+    """Return the notebook with new outputs; errors in cells are raised."""
     names: dict[str, Any] = {"__name__": "__main__"}
     number = 0
     for cell in notebook["cells"]:

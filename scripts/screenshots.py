@@ -1,4 +1,4 @@
-"""Pictures of the page for the README, of a finished quickstart.
+"""Take the README's screenshots of the page, from a finished quickstart run.
 
     python scripts/screenshots.py runs/quickstart [--out docs/page] [--dark]
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/page"))
-    parser.add_argument("--dark", action="store_true", help="in dark colours too")
+    parser.add_argument("--dark", action="store_true", help="also take dark-mode screenshots")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def _take(base: str, out: Path, schemes: list[str]) -> None:
                 suffix = "" if scheme == "light" else f"-{scheme}"
                 path = out / f"{name}{suffix}.png"
                 page.screenshot(path=path, full_page=name == "graph")
-                # Flat colours: 255 of them tell no difference, in a third of the bytes.
+                # Flat colours: 255 of them look the same, in a third of the bytes.
                 with Image.open(path) as picture:
                     few = picture.convert("RGB").quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
                 few.save(path, optimize=True)
@@ -84,7 +84,7 @@ def _take(base: str, out: Path, schemes: list[str]) -> None:
 
 
 def _circuit(base: str, graph: str) -> int:
-    """Pin the features of most influence, take the best suggestion that fits, and give the first one's number."""
+    """Pin the most influential features, add the best suggestion that fits, and return the first feature's number."""
     nodes = _ask(f"{base}/api/graphs/{graph}")["nodes"]
     order = sorted(range(len(nodes["id"])), key=lambda i: -nodes["influence"][i])
     features = [nodes["id"][i] for i in order if nodes["kind"][i] == "feature"][:9]

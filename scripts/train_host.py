@@ -1,15 +1,15 @@
-"""Train the host model that ships with the package, from nothing but the standard library's sources.
+"""Train the host model that ships with the package, on the sources of the Python standard library only.
 
-    python scripts/train_host.py --out DIR --minutes 65        # train, or go on where a killed run stopped
+    python scripts/train_host.py --out DIR --minutes 65        # train, or resume a killed run
     python scripts/train_host.py --out DIR --minutes 65 --finish   # write the host folder from the last checkpoint
 
-What it makes is an ordinary Hugging Face folder: a Qwen3-architecture model in bfloat16, a byte-level
-BPE tokenizer of its own with Qwen's splitting rule, and a model card whose figures are measured here.
-Documents are those of `crosslayer.data.sources.stdlib`, split by module path exactly as the transcoders'
-are, so what is held out from a transcoder was held out from its host as well.
+The result is an ordinary Hugging Face folder: a Qwen3-architecture model in bfloat16, its own byte-level BPE tokenizer
+with Qwen's splitting rule, and a model card with metrics measured by this script. Documents are those of
+`crosslayer.data.sources.stdlib`, split by module path exactly as for transcoders, so text held out from a transcoder
+was held out from its host as well.
 
-The budget is wall-clock time: the learning rate is constant, then falls linearly to zero over the last
-`--cooldown` of it. Matrices are trained by Muon, everything else by AdamW.
+The budget is wall-clock time: the learning rate is constant, then falls linearly to zero over the last `--cooldown` of
+it. Matrices are trained with Muon, everything else with AdamW.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ QWEN_SPLIT = (
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE whose only special token stands last, so that it is not id 0."""
+    """Train a byte-level BPE whose only special token comes last, so that it is not id 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -58,7 +58,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 class Tokens(NamedTuple):
-    """The library is what the host is measured on; its tests are more text of the same kind."""
+    """The host is evaluated on the library; the library's tests are additional training text."""
 
     library: np.ndarray
     tests: np.ndarray
@@ -66,7 +66,7 @@ class Tokens(NamedTuple):
 
 
 def load_tokens(out: Path, vocab_size: int) -> tuple[Tokenizer, Tokens]:
-    """The tokenizer, and the text as streams of tokens; the held-out stream is of the library."""
+    """Return the tokenizer, and the text as streams of tokens; the held-out stream is from the library."""
     library = {d.id: d.text for d in stdlib_documents()}
     everything = {d.id: d.text for d in stdlib_documents(tests=True)}
     train = {i: t for i, t in everything.items() if split_of(i) == "train"}
@@ -89,7 +89,7 @@ def load_tokens(out: Path, vocab_size: int) -> tuple[Tokenizer, Tokens]:
 
 
 def held_out_loss(model: Qwen3ForCausalLM, tokens: np.ndarray, eot: int, context: int) -> float:
-    """Nats a token over the whole held-out stream, in rows that begin with `<|endoftext|>`."""
+    """Compute nats per token over the whole held-out stream, in rows that start with `<|endoftext|>`."""
     n_rows = len(tokens) // (context - 1)
     rows = torch.from_numpy(tokens[: n_rows * (context - 1)].reshape(n_rows, context - 1).astype(np.int64))
     rows = F.pad(rows, (1, 0), value=eot)
@@ -106,7 +106,7 @@ def held_out_loss(model: Qwen3ForCausalLM, tokens: np.ndarray, eot: int, context
 
 
 def rate(progress: float, cooldown: float) -> float:
-    """Multiplier of the learning rate: a short warm-up, constant, linear to zero."""
+    """Return the learning rate multiplier: a short warm-up, constant, linear to zero."""
     return min(1.0, progress / 0.01 + 0.02) * min(1.0, (1.0 - progress) / cooldown)
 
 
@@ -117,7 +117,7 @@ def save_atomically(state: object, path: Path) -> None:
 
 
 def model_card(config: Qwen3Config, facts: dict) -> str:
-    """The host's card; every figure is one of `facts`."""
+    """Write the host's model card from `facts`."""
     return f"""---
 library_name: transformers
 license: psf-2.0
@@ -126,17 +126,17 @@ tags: [qwen3, code, tiny]
 
 # stdlib-qwen3
 
-A small language model that ships with crosslayer, so that everything can be tried without network or GPU. Qwen3 \
+A small language model that ships with crosslayer, for use without network or GPU. Qwen3 \
 architecture,
 {config.num_hidden_layers} layers of width {config.hidden_size}, MLPs of {config.intermediate_size}, \
 {config.num_attention_heads} heads
 ({config.num_key_value_heads} for keys and values), context {config.max_position_embeddings}; {facts["parameters"]:,} \
 parameters in bfloat16; a
-byte-level BPE tokenizer of its own with {config.vocab_size:,} tokens, of which `{EOT}`, the last, begins every text.
+byte-level BPE tokenizer of its own with {config.vocab_size:,} tokens; the last, `{EOT}`, starts every text.
 
 | | |
 |---|---|
-| held-out loss | {facts["held_out_nats_per_token"]} nats a token (perplexity {facts["perplexity"]}) over \
+| held-out loss | {facts["held_out_nats_per_token"]} nats per token (perplexity {facts["perplexity"]}) over \
 {facts["held_out_tokens"]:,} tokens |
 | trained on | {facts["training_tokens_seen"]:,} tokens, {facts["training_tokens_distinct"]:,} of them distinct |
 | steps, time | {facts["steps"]:,} steps, {facts["minutes"]} minutes on {facts["machine"]} |
@@ -147,9 +147,9 @@ byte-level BPE tokenizer of its own with {config.vocab_size:,} tokens, of which 
 python scripts/train_host.py --out DIR {facts["command"]}
 ```
 
-It knows Python's surface: it closes brackets, continues indentation, writes `self` where a method's arguments begin, \
-and copies names that
-it has seen. It was trained on code alone and is of no use for anything but experiments.
+It models Python's syntax: it closes brackets, continues indentation, writes `self` as a method's first argument, \
+and copies names from its context.
+It was trained on code only and is meant for experiments.
 """
 
 
@@ -178,9 +178,14 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=8, help="rows of --context tokens a step")
-    parser.add_argument("--library-share", type=float, default=0.65, help="of the rows; the others are of its tests")
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's learning rate; AdamW takes a tenth")
+    parser.add_argument("--rows", type=int, default=8, help="rows of --context tokens per step")
+    parser.add_argument(
+        "--library-share",
+        type=float,
+        default=0.65,
+        help="share of rows from the library; the others are from its tests",
+    )
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of Muon; AdamW uses a tenth")
     parser.add_argument("--cooldown", type=float, default=0.5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--finish", action="store_true", help="only write host/ from the last checkpoint")
@@ -227,7 +232,7 @@ def main() -> None:
             optimiser.load_state_dict(saved)
         step, spent_s = state["step"], state["spent_s"]
         generator.set_state(state["generator"])
-        print(f"goes on at step {step}, {spent_s / 60:.1f} minutes spent", flush=True)
+        print(f"resuming at step {step}, {spent_s / 60:.1f} minutes spent", flush=True)
 
     def save() -> None:
         save_atomically(
@@ -266,7 +271,7 @@ def main() -> None:
             optimiser.zero_grad()
         recent.append(loss.item())
         step += 1
-        # The first step compiles: its time is not training's.
+        # The first step compiles: do not count its time.
         spent_s += time.perf_counter() - began if len(recent) > 1 else 0.0
         if step % 50 == 0:
             record = {

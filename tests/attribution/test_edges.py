@@ -1,4 +1,4 @@
-"""Edges against autograd through the host itself, on every family: the local replacement model is exact."""
+"""Edges match autograd through the host itself, for every family: the local replacement model is exact."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def local_of(pair: Pair) -> tuple[LocalModel, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("family", "hooks", "skip"), CASES)
-def test_the_local_model_gives_the_hosts_logits(family: str, hooks: tuple[str, str], skip: bool):
+def test_local_model_reproduces_the_host_logits(family: str, hooks: tuple[str, str], skip: bool):
     local, made_LTD = local_of(make_pair(family, hooks=hooks, skip=skip))
     own = local.kept.logits_TV
     assert (local.logits(made_LTD) - own).abs().max() <= 1e-5 * own.abs().max()
@@ -52,22 +52,19 @@ def test_incoming_edges_sum_to_the_preactivation(
 
 
 @pytest.mark.parametrize(("family", "hooks", "skip"), CASES)
-def test_edges_are_those_of_autograd_one_target_at_a_time(family: str, hooks: tuple[str, str], skip: bool):
+def test_edges_match_autograd_per_target(family: str, hooks: tuple[str, str], skip: bool):
     pair = make_pair(family, hooks=hooks, skip=skip, dtype=torch.float64)
     graph = xl.attribute(*pair, TOKENS, tolerance=0.0, targets=["#5", "#7@3", "#9-minus-#2", "#11@0"])
     expected = brute_force(pair, graph)
     dense = graph.to_dense()
     scale = np.abs(expected).max(1, keepdims=True)
-    # The norms of some families work in float32 whatever the model's dtype, so that autograd's own path is no more
-    # exact.
+    # The norms of some families always compute in float32, so autograd's own path is not more exact.
     assert (np.abs(dense - expected) <= 1e-5 * scale + 1e-12).all()
     assert (scale[np.sort(graph.arrays.row_R)] > 0).mean() > 0.9
 
 
 def brute_force(pair: Pair, graph: Graph) -> np.ndarray:
-    """All edges, from gradients through the host's own modules with patterns and scales held and MLP outputs as
-    leaves.
-    """
+    """Compute all edges by autograd through the host's modules, with patterns and scales frozen."""
     host, clt = pair
     local, _ = local_of(pair)
     a, n_layers, n_positions = graph.arrays, host.n_layers, len(TOKENS)
@@ -119,7 +116,7 @@ def brute_force(pair: Pair, graph: Graph) -> np.ndarray:
     return dense
 
 
-def test_per_layer_transcoders_and_longer_prompts_too():
+def test_per_layer_transcoders_and_longer_prompts():
     pair = make_pair("qwen3", dtype=torch.float64, cross_layer=False)
     assert xl.attribute(*pair, TOKENS, tolerance=0.0).sum_error() < 1e-9
     long = torch.randint(0, tiny.N_VOCAB, (50,), generator=torch.Generator().manual_seed(0))
@@ -148,7 +145,7 @@ def test_without_skipped_positions_every_position_has_features():
     assert graph.sum_error() < 1e-9
 
 
-def test_a_chunked_sweep_and_several_prompts_give_the_same(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+def test_chunked_sweep_and_several_prompts_give_the_same_graph(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     other = [tiny.N_VOCAB - 1, 40, 41, 5]
     alone = [xl.attribute(*pair, t) for t in (TOKENS, other)]
     together = xl.attribute(*pair, [TOKENS, other])
@@ -159,14 +156,14 @@ def test_a_chunked_sweep_and_several_prompts_give_the_same(pair: Pair, monkeypat
         np.testing.assert_allclose(one.influence_N, two.influence_N, atol=1e-6)
 
 
-def test_bfloat16_products_are_within_a_hundredth_of_a_rows_largest():
+def test_bfloat16_products_are_within_tolerance_of_the_row_max():
     pair = make_pair()
     exact, narrow = (xl.attribute(*pair, TOKENS, tolerance=0.0, precision=p).to_dense() for p in ("fp32", "bf16"))
     assert (np.abs(exact - narrow).max(1) <= 2e-2 * np.abs(exact).max(1) + 1e-9).all()
 
 
 @pytest.mark.gpu
-def test_the_same_on_a_gpu(pair: Pair):
+def test_gpu_matches_cpu(pair: Pair):
     cpu = xl.attribute(*pair, TOKENS, tolerance=0.0)
     pair.host.model.cuda()
     pair.clt.cuda()

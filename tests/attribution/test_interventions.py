@@ -1,4 +1,4 @@
-"""Interventions: measured effects are the edges when everything else is held, and nothing is nothing."""
+"""Interventions: measured effects equal the edges when everything else is held, and no change has no effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL = range(tiny.N_LAYERS)
 
 @pytest.mark.parametrize("family", list(tiny.CONFIGS))
 @pytest.mark.parametrize("skip", [False, True])
-def test_an_edge_is_the_effect_with_everything_else_held(family: str, skip: bool):
+def test_edge_is_the_effect_with_everything_else_held(family: str, skip: bool):
     pair = make_pair(family, skip=skip)
     pair.host.model.config.get_text_config().final_logit_softcapping = None
     graph = xl.attribute(*pair, TOKENS, tolerance=0.0)
@@ -43,26 +43,26 @@ def test_an_edge_is_the_effect_with_everything_else_held(family: str, skip: bool
 
 
 @pytest.mark.parametrize("family", list(tiny.CONFIGS))
-def test_changing_nothing_changes_nothing_bit_for_bit(family: str):
+def test_no_change_is_bitwise_identical(family: str):
     pair = make_pair(family)
     same = Intervention(layer=1, index=3, scale=1.0)
-    silent = Intervention(layer=0, index=0, set=0.0, positions=2)
+    inactive = Intervention(layer=0, index=0, set=0.0, positions=2)
     f = xl.attribute(*pair, TOKENS).arrays
     assert not ((f.layer_F == 0) & (f.index_F == 0) & (f.position_F == 2)).any() or family != "qwen3"
-    sets = [[], [same]] + ([[silent]] if family == "qwen3" else [])
+    sets = [[], [same]] + ([[inactive]] if family == "qwen3" else [])
     for one in sets:
         r = xl.intervene(*pair, TOKENS, one)
         torch.testing.assert_close(r.after_BTV[0], r.before_TV, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_replaced_mlps_with_nothing_changed_are_the_host(skip: bool):
+def test_replaced_mlps_without_changes_reproduce_the_host(skip: bool):
     pair = make_pair(skip=skip)
     r = xl.intervene(*pair, TOKENS, [], mlps="replaced")
     torch.testing.assert_close(r.after_BTV[0], r.before_TV, rtol=1e-4, atol=1e-4)
 
 
-def test_batches_are_what_each_gives_alone(pair: Pair):
+def test_batch_matches_single_interventions(pair: Pair):
     sets = [[Intervention(layer=0, index=i, set=2.0, positions=slice(2, None))] for i in (1, 2, 3)]
     together = xl.intervene(*pair, TOKENS, sets, mlps="replaced")
     for row, one in enumerate(sets):
@@ -71,7 +71,7 @@ def test_batches_are_what_each_gives_alone(pair: Pair):
     assert not torch.allclose(together.after_BTV[0], together.after_BTV[1])
 
 
-def test_positions_touch_only_what_they_say(pair: Pair):
+def test_positions_restrict_the_intervention(pair: Pair):
     r = xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=5, set=3.0, positions=4)])
     torch.testing.assert_close(r.after_BTV[0, :4], r.before_TV[:4])
     assert not torch.allclose(r.after_BTV[0, 4:], r.before_TV[4:])
@@ -85,8 +85,8 @@ def test_positions_touch_only_what_they_say(pair: Pair):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("mlps", ["host", "replaced"])
-def test_generation_with_open_positions_goes_on_over_new_tokens(family: str, mlps: str):
-    """Against generation without a cache, each time from the whole text."""
+def test_open_positions_include_generated_tokens(family: str, mlps: str):
+    """Compare with generation without a cache, from the whole text at every step."""
     pair = make_pair(family)
     forever = [Intervention(layer=0, index=i, set=4.0, positions=slice(3, None)) for i in (1, 2, 5)]
     r = xl.intervene(*pair, TOKENS, forever, generate=5, mlps=mlps)
@@ -107,8 +107,8 @@ def test_generation_with_open_positions_goes_on_over_new_tokens(family: str, mlp
     assert r.generated_before == tokens[len(TOKENS) :]
 
 
-def test_holding_layers_leaves_features_above_untouched_but_directly(pair: Pair):
-    """With all layers held and an edit in the last layer, nothing but the logits can change."""
+def test_held_layers_leave_only_direct_effects(pair: Pair):
+    """With all layers held and an edit in the last layer, only the logits can change."""
     watch = [Watch(layer, 6, i) for layer in ALL for i in range(5)]
     r = xl.intervene(*pair, TOKENS, [Intervention(layer=2, index=3, set=5.0, positions=6)], hold=ALL, watch=watch)
     torch.testing.assert_close(r.watched_BK[0], r.watched_before_K, rtol=1e-5, atol=1e-5)
@@ -120,17 +120,17 @@ def test_holding_layers_leaves_features_above_untouched_but_directly(pair: Pair)
     [
         ([Intervention(layer=5, index=0, scale=0.0)], {}, "there is no feature 0 in layer 5"),
         ([Intervention(layer=0, index=99, scale=0.0)], {}, "there is no feature 99"),
-        ([Intervention(layer=0, index=9, scale=0.0, positions=7)], {}, "position 7 is not among the prompt's 7"),
+        ([Intervention(layer=0, index=9, scale=0.0, positions=7)], {}, "position 7 is not among the prompt's 7 tokens"),
         (
             [Intervention(layer=0, index=9, scale=0.0, positions=0)],
             {},
             "position 0 is among the first 1, which have no features",
         ),
         ([], {"hold": [3]}, "there is no layer 3 to hold"),
-        ([], {"freeze": "heads"}, "freeze='heads' is not known; give one of none, attention"),
+        ([], {"freeze": "heads"}, "freeze='heads' is unknown; give one of none, attention"),
         ([], {"mlps": "mine"}, "give host or replaced"),
         ([], {"generate": 60}, "does not fit the context"),
-        ([], {"watch": [Watch(0, 9, 1)]}, "is not there to be watched"),
+        ([], {"watch": [Watch(0, 9, 1)]}, "does not exist on this prompt and cannot be watched"),
     ],
 )
 def test_bad_interventions(pair: Pair, interventions: list[Intervention], knobs: dict[str, object], words: str):
@@ -149,14 +149,14 @@ def test_bad_interventions(pair: Pair, interventions: list[Intervention], knobs:
         ],
     ],
 )
-def test_two_changes_of_one_feature_at_one_place_are_refused(pair: Pair, two: list[Intervention]):
+def test_two_changes_of_one_feature_at_one_position_are_refused(pair: Pair, two: list[Intervention]):
     with pytest.raises(ConfigError, match="L0/3 is changed twice at position"):
         xl.intervene(*pair, TOKENS, two)
-    # Side by side they are no contradiction.
+    # In separate sets they do not conflict.
     xl.intervene(*pair, TOKENS, [[i] for i in two])
 
 
-def test_positions_that_hold_nothing_are_refused(pair: Pair):
+def test_positions_outside_the_prompt_are_refused(pair: Pair):
     with pytest.raises(ConfigError, match="hold none of the prompt's 7"):
         xl.intervene(*pair, TOKENS, [Intervention(layer=0, index=3, positions=slice(99, None), scale=0)])
 
@@ -175,7 +175,7 @@ def test_one_of_set_and_scale():
         Intervention(layer=0, index=0, set=float("nan"))
 
 
-def test_validation_is_perfect_where_edges_are_exact(pair: Pair):
+def test_validation_is_perfect_with_exact_edges(pair: Pair):
     graph = xl.attribute(*pair, TOKENS, tolerance=0.0)
     v = validate(graph, *pair, n_sources=6, freeze="both")
     assert v.n_sources == 6

@@ -1,4 +1,4 @@
-"""What can be explained: tokens, differences, directions, features, at any position."""
+"""Targets: tokens, differences, directions and features, at any position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows(graph: xl.Graph) -> np.ndarray:
     return graph.to_dense()[graph.first_target :, : graph.first_target]
 
 
-def test_unless_given_the_fewest_tokens_that_reach_95_percent(pair: Pair):
+def test_default_targets_are_the_fewest_tokens_that_reach_95_percent(pair: Pair):
     graph = xl.attribute(*pair, TOKENS)
     logits = pair.host.run(torch.tensor([TOKENS]))
     assert logits is not None
@@ -27,19 +27,19 @@ def test_unless_given_the_fewest_tokens_that_reach_95_percent(pair: Pair):
     assert [t.weight for t in graph.header.targets] == pytest.approx(p[:n].tolist(), rel=1e-5)
 
 
-def test_a_difference_is_the_difference_of_rows(pair: Pair):
+def test_difference_target_is_the_difference_of_rows(pair: Pair):
     one, two, both = rows(xl.attribute(*pair, TOKENS, targets=["#5", "#9", "#5-minus-#9"], tolerance=0.0))
     np.testing.assert_allclose(both, one - two, atol=1e-5)
 
 
-def test_a_vector_target_is_what_an_unembedding_row_would_give(pair: Pair):
+def test_vector_target_matches_an_unembedding_row(pair: Pair):
     U = pair.host.model.get_output_embeddings().weight
     vector = U[5] - U.mean(0)
     one, two = rows(xl.attribute(*pair, TOKENS, targets=[5, xl.Target(vector=vector)], tolerance=0.0))
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 
-def test_a_feature_target_has_the_features_own_row(pair: Pair):
+def test_feature_target_has_the_row_of_the_feature(pair: Pair):
     full = xl.attribute(*pair, TOKENS, tolerance=0.0)
     a = full.arrays
     node = int(np.flatnonzero(a.layer_F == 2)[4])
@@ -50,7 +50,7 @@ def test_a_feature_target_has_the_features_own_row(pair: Pair):
     assert graph.influence_N[: graph.n_features][a.layer_F >= 2].max() == 0
 
 
-def test_an_earlier_position_sees_nothing_of_later_ones(pair: Pair):
+def test_edges_come_from_no_later_position(pair: Pair):
     graph = xl.attribute(*pair, TOKENS, targets=["#5@3"], tolerance=0.0)
     late = graph.arrays.position_F > 3
     assert late.any()
@@ -63,7 +63,7 @@ def test_targets_of_several_positions_and_layers_together(pair: Pair):
     np.testing.assert_allclose(rows(together), np.stack(alone), atol=1e-6)
 
 
-def test_a_token_may_be_named_by_its_text(pair: Pair):
+def test_token_by_its_text(pair: Pair):
     text = pair.host.decode_token(300)
     named = xl.attribute(*pair, TOKENS, targets=text)
     assert named.header.targets[0].token == 300
@@ -81,7 +81,7 @@ def test_a_token_may_be_named_by_its_text(pair: Pair):
         ("yes-minus-no", {"token": "yes", "minus": "no"}),
     ],
 )
-def test_targets_as_typed(text: str, fields: dict[str, object]):
+def test_parse_target(text: str, fields: dict[str, object]):
     target = parse_target(text)
     assert {k: getattr(target, k) for k in fields} == fields
 
@@ -90,8 +90,8 @@ def test_targets_as_typed(text: str, fields: dict[str, object]):
     ("knobs", "words"),
     [
         ({"targets": ["def class return"]}, "is [0-9]+ tokens of qwen3"),
-        ({"targets": [tiny.N_VOCAB]}, "token 320 is not among the 320"),
-        ({"targets": ["#5@7"]}, "position 7 is not among the prompt's 7; give 0 to 6"),
+        ({"targets": [tiny.N_VOCAB]}, "token 320 is outside the vocabulary"),
+        ({"targets": ["#5@7"]}, "position 7 is not among the prompt's 7 tokens; give 0 to 6"),
         ({"targets": ["L9/3"]}, "there is no feature 3 in layer 9; the transcoder has 3 layers of 40"),
         ({"targets": ["L1/400"]}, "there is no feature 400"),
         ({"targets": []}, "no target was given"),
@@ -103,7 +103,7 @@ def test_targets_as_typed(text: str, fields: dict[str, object]):
         ({"precision": "fp8"}, "give fp32 or bf16"),
     ],
 )
-def test_what_cannot_be_explained_says_so(pair: Pair, knobs: dict[str, object], words: str):
+def test_bad_targets_and_settings(pair: Pair, knobs: dict[str, object], words: str):
     with pytest.raises(ConfigError, match=words):
         xl.attribute(*pair, TOKENS, **knobs)
 
@@ -118,22 +118,22 @@ def test_bad_prompts(pair: Pair):
         xl.attribute(*pair, [5, 999])
 
 
-def test_an_inactive_feature_is_not_explained(pair: Pair):
+def test_inactive_feature_target_is_refused(pair: Pair):
     graph = xl.attribute(*pair, TOKENS)
     a = graph.arrays
-    silent = next(i for i in range(40) if not ((a.layer_F == 1) & (a.index_F == i) & (a.position_F == 6)).any())
-    with pytest.raises(ConfigError, match=f"feature {silent} of layer 1 is not active at position 6"):
-        xl.attribute(*pair, TOKENS, targets=[f"L1/{silent}"])
+    inactive = next(i for i in range(40) if not ((a.layer_F == 1) & (a.index_F == i) & (a.position_F == 6)).any())
+    with pytest.raises(ConfigError, match=f"feature {inactive} of layer 1 is not active at position 6"):
+        xl.attribute(*pair, TOKENS, targets=[f"L1/{inactive}"])
 
 
-def test_two_targets_in_one_are_refused():
+def test_target_takes_exactly_one_kind():
     with pytest.raises(ConfigError, match="exactly one"):
         xl.Target(token=3, feature=(1, 2))
     with pytest.raises(ConfigError, match="weight must be positive"):
         xl.Target(token=3, weight=-1.0)
 
 
-def test_a_transcoder_of_another_host_is_refused(pair: Pair):
+def test_transcoder_of_another_host_is_refused(pair: Pair):
     from crosslayer.clt.config import CLTConfig
     from crosslayer.clt.transcoder import CLT
 
@@ -142,7 +142,7 @@ def test_a_transcoder_of_another_host_is_refused(pair: Pair):
             xl.attribute(pair.host, CLT(CLTConfig(n_features=8, **shape)), TOKENS)
 
 
-def test_too_little_memory_is_said_before_starting(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_memory_is_reported_before_starting(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     class Little:
         available = 1 << 20
 
@@ -152,8 +152,8 @@ def test_too_little_memory_is_said_before_starting(pair: Pair, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("targets", [["#5", "#9-minus-#9"], [Target(vector=torch.zeros(tiny.D_MODEL))]])
-def test_a_target_of_zeros_is_refused(pair: Pair, targets: list):
-    with pytest.raises(ConfigError, match="is a direction of zeros"):
+def test_zero_target_is_refused(pair: Pair, targets: list):
+    with pytest.raises(ConfigError, match="is a zero direction"):
         xl.attribute(*pair, TOKENS, targets=targets)
 
 

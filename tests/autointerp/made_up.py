@@ -1,4 +1,4 @@
-"""A bundle written by hand, of features whose truth is known: what each fires on was decided here."""
+"""A handwritten bundle of features with known truth: this file defines what each fires on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COLOURS = [" red", " green", " blue"]
 PLAIN = [f" {a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "klmn"]
 WORDS = [EOT, " zebra", *COLOURS, " whale", *PLAIN]
 Text = list[list[str]]
-"""Documents of words."""
+"""Documents as lists of words."""
 
 
 def text(n_documents: int = 60, length: int = 60, special: Mapping[str, float] | None = None, seed: int = 0) -> Text:
-    """Documents of plain words, with special ones strewn in at given rates, but never at the beginning."""
+    """Make documents of plain words, with special words mixed in at given rates, never at the start."""
     rng = np.random.default_rng(seed)
     usual = {" zebra": 0.02, " red": 0.01, " green": 0.01, " blue": 0.01, " whale": 0.02}
     rates = usual if special is None else special
@@ -40,12 +40,12 @@ def text(n_documents: int = 60, length: int = 60, special: Mapping[str, float] |
 
 
 def by_words(*words: str) -> Callable[[int, str], bool]:
-    """Fires on certain words."""
+    """Fire on certain words."""
     return lambda position, word: word in words
 
 
 def by_chance(rate: float, which: int = 0) -> Callable[[int, str], bool]:
-    """Fires on nothing sensible."""
+    """Fire at random."""
     return lambda position, word: draw("by chance", which, position) % 10_000 < rate * 10_000
 
 
@@ -76,10 +76,10 @@ def write_bundle(
     n_near: int = 4,
     n_top: int = 0,
 ) -> FeatureBundle:
-    """Rows of the documents, and the features' examples: one a row, around a firing, all that there are up to `most`.
+    """Write a bundle with rows of the documents and, per feature, max `most` examples around firings, one per row.
 
-    One layer. The neighbours of a feature are those that follow it, `n_near` of them at most. `n_top` of the examples
-    are top ones, half of them unless given.
+    It has one layer. The neighbours of a feature are the `n_near` features after it. `n_top` of the examples are top
+    activations, by default half.
     """
     words = sorted({*WORDS, *(w for d in documents for w in d)}, key=lambda w: (w != EOT, w))
     ids = {w: i for i, w in enumerate(words)}
@@ -156,12 +156,12 @@ def write_bundle(
 
 
 def write_usual(folder: Path, documents: Text | None = None) -> FeatureBundle:
-    """The features of `FEATURES` with their rules, on documents of `text`."""
+    """Write the features of `FEATURES` with their rules, on documents of `text`."""
     return write_bundle(folder, documents or text(120), tuple(FEATURES.values()), RULES)
 
 
 def _examples(fires: np.ndarray, n_rows: int, most: int, n_top: int) -> dict[str, np.ndarray]:
-    """An example of each row in which a feature fires, half of them top ones, the others of bins 1 and 2 in turn."""
+    """Make one example per row in which a feature fires, half top activations, the others of bins 1 and 2 in turn."""
     columns: dict[str, list[int]] = {k: [] for k in ("start", "length", "peak", "bin", "active")}
     offsets, example, active = list[int](), [0], [0]
     for row_of_feature in fires.reshape(len(fires), n_rows, CONTEXT):
@@ -175,7 +175,7 @@ def _examples(fires: np.ndarray, n_rows: int, most: int, n_top: int) -> dict[str
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
             offsets += at
-        # Top ones come first, then bins from the highest down.
+        # Top activations come first, then bins from the top down.
         order = sorted(
             range(example[-1], len(columns["bin"])), key=lambda i: (columns["bin"][i] > 0, -columns["bin"][i], i)
         )

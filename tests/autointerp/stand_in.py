@@ -1,4 +1,4 @@
-"""A stand-in for a language model's server, on a thread: it answers as it is told to, and remembers every request."""
+"""A stand-in for a language model's server, on a thread: it answers as configured and records every request."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ MARKED = re.compile("«(.*?)»")
 
 
 class Reply(NamedTuple):
-    """What is sent back: a status, the message's content, and what else."""
+    """A response: status, content of the message, and other fields."""
 
     status: int = 200
     content: str = ""
     headers: Mapping[str, str] = MappingProxyType({})
     finish: str = "stop"
     raw: bytes | None = None
-    """In place of all else."""
+    """Replaces everything else."""
     logprobs: Any = None
 
 
 Answering = Callable[[dict[str, Any], int], Reply]
-"""From the request's body, and how many came before it."""
+"""From the body of a request and the number of earlier requests."""
 
 
 class StandIn:
-    """Attributes: bodies and headers of all requests, and how many were answered."""
+    """Attributes: bodies and headers of all requests, and the number of answers."""
 
     def __init__(self, answering: Answering) -> None:
         self.answering = answering
@@ -71,7 +71,7 @@ class StandIn:
             def send(self, reply: Reply) -> None:
                 sent = reply.raw
                 if sent is None:
-                    said: dict[str, Any] = {"error": {"message": reply.content}}
+                    content: dict[str, Any] = {"error": {"message": reply.content}}
                     if reply.status == 200:
                         message = {"role": "assistant", "content": reply.content}
                         choice = {
@@ -80,8 +80,8 @@ class StandIn:
                             "finish_reason": reply.finish,
                             "logprobs": reply.logprobs,
                         }
-                        said = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
-                    sent = json.dumps(said).encode()
+                        content = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+                    sent = json.dumps(content).encode()
                 self.send_response(reply.status)
                 for name, value in ({"Content-Length": str(len(sent))} | dict(reply.headers)).items():
                     self.send_header(name, value)
@@ -100,13 +100,13 @@ class StandIn:
 
     @property
     def users(self) -> list[dict[str, Any]]:
-        """What the user's messages say, read as the JSON that they are."""
+        """Parse the user messages as JSON."""
         return [user_of(b) for b in self.bodies]
 
 
 @contextmanager
 def serving(answering: Answering) -> Iterator[StandIn]:
-    """A stand-in that answers while the block runs."""
+    """Run a stand-in that answers while the block runs."""
     stand_in = StandIn(answering)
     thread = threading.Thread(target=stand_in.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -127,29 +127,27 @@ def user_of(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def well(body: dict[str, Any], n: int = 0) -> Reply:
-    """As a careful person would: names the marked words if they are few, looks for the words named, and guesses where
-    none are.
-    """
+    """Answer like a careful person: name few marked words, find named words, and guess otherwise."""
     user = user_of(body)
     if "fires" in user:
         words = sorted({w for x in user["fires"].values() for m in MARKED.findall(x["text"]) for w in m.split()})
         label = f"the words {', '.join(words)}" if len(words) <= 3 else "nothing that can be named"
-        return said({"label": label, "explanation": f"It fires on {label}."})
+        return json_reply({"label": label, "explanation": f"It fires on {label}."})
     if "members" in user:
-        return said({"label": f"a group of {len(user['members'])}", "explanation": "They have something in common."})
+        return json_reply(
+            {"label": f"a group of {len(user['members'])}", "explanation": "They have something in common."}
+        )
     if "feature" in user:
         return judged(
             {k: fits(user["feature"], v) for k, v in user["texts"].items()}, logprobs=body.get("logprobs", False)
         )
     marks = {k: set(MARKED.findall(v)) for k, v in user["texts"].items()}
     common = lambda k: sum(bool(marks[k] & marks[j]) for j in marks if j != k)  # noqa: E731
-    return said({"intruder": int(min(marks, key=lambda k: (common(k), k)))})
+    return json_reply({"intruder": int(min(marks, key=lambda k: (common(k), k)))})
 
 
 def fits(feature: str, text: str) -> bool:
-    """Whether a word that the label names stands in the text, or between marks if there are any; by chance where it
-    names none.
-    """
+    """Whether the text, or its marked tokens if any, contains a named word; random if the label names none."""
     named = re.search(r"the words ([a-z, ]*)", feature) or re.search("“ ([a-z]+)”", feature)
     if named is None:
         return bool(hashlib.sha256(text.encode()).digest()[0] % 2)
@@ -157,12 +155,12 @@ def fits(feature: str, text: str) -> bool:
     return bool(set(named[1].replace(",", " ").split()) & set(looked_at.split()))
 
 
-def said(value: object) -> Reply:
+def json_reply(value: object) -> Reply:
     return Reply(content=json.dumps(value))
 
 
 def judged(answers: dict[str, bool], *, logprobs: bool) -> Reply:
-    """Judgements, 0.9 sure of each, in tokens of a few characters."""
+    """Return judgements with probability 0.9 each, in tokens of a few characters."""
     content = json.dumps({k: int(v) for k, v in answers.items()})
     if not logprobs:
         return Reply(content=content)

@@ -1,4 +1,4 @@
-"""Whatever a server does: waited for, done without, or one sentence; and the key is nowhere."""
+"""Any server behaviour is retried, worked around or reported in one sentence, and the key never leaks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from autointerp.stand_in import Answering, Reply, StandIn, said, serving, slowly
+from autointerp.stand_in import Answering, Reply, StandIn, json_reply, serving, slowly
 from crosslayer.autointerp.ask import FAILED_IN_A_ROW, Asker, Failure, OverBudget, Usable, estimated_tokens
 from crosslayer.autointerp.cache import AnswerCache
 from crosslayer.autointerp.endpoint import (
@@ -32,12 +32,12 @@ from crosslayer.core.errors import ConfigError, EndpointError, FormatError
 
 REQUEST = Request("Be brief.", "Hello", SCHEMA, 50, logprobs=True)
 QUICK = Patience(timeout_s=5.0, retries=3, base_s=0.001)
-GOOD = said({"label": "a", "explanation": "b"})
+GOOD = json_reply({"label": "a", "explanation": "b"})
 KEY = "sk-very-secret-0123456789"
 
 
 def first(*replies: Reply) -> Answering:
-    """These, then a good answer."""
+    """Give these replies, then a good answer."""
     return lambda body, n: replies[n] if n < len(replies) else GOOD
 
 
@@ -46,7 +46,7 @@ def sent(answering: Answering, patience: Patience = QUICK, **more: str) -> tuple
         return e.send(REQUEST).text, s
 
 
-def test_a_request_is_what_the_api_asks_for():
+def test_request_follows_the_api():
     _, s = sent(first())
     body = s.bodies[0]
     assert body["model"] == "m"
@@ -68,7 +68,7 @@ def test_a_request_is_what_the_api_asks_for():
         Reply(raw=b'{"choices": []}'),
     ],
 )
-def test_what_passes_is_waited_for(reply: Reply):
+def test_temporary_failures_are_retried(reply: Reply):
     text, s = sent(first(reply, reply))
     assert text == GOOD.content
     assert len(s.bodies) == 3
@@ -78,7 +78,7 @@ def test_what_passes_is_waited_for(reply: Reply):
         assert len(s.bodies) == e.n_sent == 4
 
 
-def test_a_server_that_says_when_is_believed():
+def test_retry_after_is_respected():
     began = time.monotonic()
     sent(first(Reply(429, headers={"Retry-After": "0.3"})))
     assert time.monotonic() - began > 0.25
@@ -96,7 +96,7 @@ def test_a_server_that_says_when_is_believed():
     assert time.monotonic() - began < 0.25
 
 
-def test_waits_double_up_to_a_bound_and_differ():
+def test_waits_double_up_to_a_bound_with_jitter():
     patience = Patience(base_s=1.0, most_s=10.0)
     for n, most in ((0, 1), (1, 2), (2, 4), (9, 10)):
         waits = {patience.wait_s(n) for _ in range(20)}
@@ -104,7 +104,7 @@ def test_waits_double_up_to_a_bound_and_differ():
         assert all(most / 2 <= w <= most for w in waits)
 
 
-def test_a_slow_server_times_out_and_is_asked_again():
+def test_slow_server_times_out_and_is_retried():
     with serving(lambda body, n: slowly(first(), 0.4 if n == 0 else 0.0)(body, n)) as s:
         with Endpoint(s.url, "m", patience=Patience(timeout_s=0.1, retries=2, base_s=0.001)) as e:
             assert e.send(REQUEST).text == GOOD.content
@@ -128,7 +128,7 @@ def refusing(*, schema: bool, logprobs: bool, temperature: bool, named: bool) ->
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("which", [(True, False, False), (False, True, False), (True, True, True)])
-def test_what_a_server_refuses_is_left_out_from_then_on(which: tuple[bool, bool, bool], named: bool):
+def test_refused_options_are_left_out_from_then_on(which: tuple[bool, bool, bool], named: bool):
     schema, logprobs, temperature = which
     with serving(refusing(schema=schema, logprobs=logprobs, temperature=temperature, named=named)) as s:
         with Endpoint(s.url, "m", patience=QUICK) as e:
@@ -141,7 +141,7 @@ def test_what_a_server_refuses_is_left_out_from_then_on(which: tuple[bool, bool,
             assert ("response_format" in s.bodies[-1], "temperature" in s.bodies[-1]) == (True, not temperature)
 
 
-def test_a_request_that_is_refused_whatever_is_left_out_fails_alone():
+def test_request_refused_without_options_fails_alone():
     def answering(body: dict, n: int) -> Reply:
         return Reply(400, "the prompt is too long") if body["messages"][1]["content"] == "long" else GOOD
 
@@ -152,7 +152,7 @@ def test_a_request_that_is_refused_whatever_is_left_out_fails_alone():
         assert "response_format" in s.bodies[-1]
 
 
-def test_less_is_asked_for_until_nothing_is_left():
+def test_options_are_dropped_until_none_is_left():
     ask, seen = Ask(), []
     while (less := simpler(ask, "max_tokens is unknown; use max_completion_tokens", logprobs=True)) is not None:
         seen.append(ask := less)
@@ -168,10 +168,10 @@ def test_less_is_asked_for_until_nothing_is_left():
         (Reply(404, "model not found"), "has no model 'm', or is no such place (HTTP 404: model not found)"),
         (Reply(402), "asks for payment"),
         (Reply(429, "insufficient_quota: pay"), "asks for payment"),
-        (Reply(307, headers={"Location": "http://127.0.0.1:1/"}), "leads elsewhere"),
+        (Reply(307, headers={"Location": "http://127.0.0.1:1/"}), "redirects"),
     ],
 )
-def test_what_will_not_pass_is_one_sentence_at_once(reply: Reply, words: str):
+def test_permanent_failures_are_reported_at_once(reply: Reply, words: str):
     with serving(first(*[reply] * 9)) as s, Endpoint(s.url, "m", patience=QUICK) as e:
         with pytest.raises(EndpointError) as caught:
             e.send(REQUEST)
@@ -180,7 +180,7 @@ def test_what_will_not_pass_is_one_sentence_at_once(reply: Reply, words: str):
         assert len(s.bodies) == 1
 
 
-def test_nobody_there_is_said_at_once_and_a_server_that_goes_away_is_waited_for():
+def test_missing_server_is_reported_at_once_and_a_lost_one_is_retried():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -217,7 +217,7 @@ def test_addresses(url: str, words: str):
     assert "key=" not in str(caught.value)
 
 
-def test_addresses_as_people_paste_them():
+def test_pasted_addresses():
     assert (
         base_url(" http://127.0.0.1:8080/v1/ ")
         == base_url("http://127.0.0.1:8080/v1/chat/completions")
@@ -225,7 +225,7 @@ def test_addresses_as_people_paste_them():
     )
 
 
-def test_the_key_is_sent_and_is_nowhere_else(
+def test_key_is_sent_and_appears_nowhere_else(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ):
     monkeypatch.setenv("SOME_KEY", f" {KEY}\n")
@@ -246,16 +246,16 @@ def test_the_key_is_sent_and_is_nowhere_else(
             repr(e._client.headers),
             caplog.text,
         ]
-    assert "see whether SOME_KEY holds the right key" in str(caught.value)
+    assert "check that SOME_KEY holds the right key" in str(caught.value)
     assert not any(KEY in text for text in shown)
     assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.iterdir())
 
 
-def test_keys_that_cannot_be(monkeypatch: pytest.MonkeyPatch):
+def test_invalid_keys(monkeypatch: pytest.MonkeyPatch):
     for value, words in (
         (None, "no such environment variable"),
         ("  ", "or it is empty"),
-        (f"{KEY}\nx", "characters that no key has"),
+        (f"{KEY}\nx", "characters that are invalid in a key"),
     ):
         monkeypatch.delenv("SOME_KEY", raising=False) if value is None else monkeypatch.setenv("SOME_KEY", value)
         with pytest.raises(ConfigError, match=words) as caught:
@@ -266,7 +266,7 @@ def test_keys_that_cannot_be(monkeypatch: pytest.MonkeyPatch):
         Endpoint("http://example.org/v1", "m", "SOME_KEY")
 
 
-def test_an_answer_is_asked_for_once(tmp_path: Path):
+def test_answer_is_requested_once(tmp_path: Path):
     with serving(first()) as s, Endpoint(s.url, "m", patience=QUICK) as e:
         for _ in range(2):
             asker = Asker(e, AnswerCache(tmp_path / "c.sqlite"))
@@ -284,7 +284,7 @@ def test_an_answer_is_asked_for_once(tmp_path: Path):
         AnswerCache(tmp_path / "bad.sqlite")
 
 
-def test_an_unusable_answer_is_asked_for_once_more_otherwise(tmp_path: Path):
+def test_unusable_answer_is_requested_again_at_another_temperature(tmp_path: Path):
     with (
         serving(first(Reply(content='{"label": "a", "expl', finish="length"))) as s,
         Endpoint(s.url, "m", patience=QUICK) as e,
@@ -297,10 +297,10 @@ def test_an_unusable_answer_is_asked_for_once_more_otherwise(tmp_path: Path):
         asker = Asker(e, AnswerCache(tmp_path / "d.sqlite"))
         assert asker.ask(REQUEST, explanation_in) == Failure("no JSON")
         assert asker.ask(REQUEST, explanation_in) == Failure("no JSON")
-        assert len(s.bodies) == 2, "what was paid for in vain was paid for twice"
+        assert len(s.bodies) == 2, "an unusable answer was paid for twice"
 
 
-def test_a_run_of_failures_ends_it(tmp_path: Path):
+def test_consecutive_failures_stop_the_run(tmp_path: Path):
     once = Patience(retries=0)
     with serving(lambda body, n: Reply(500)) as s, Endpoint(s.url, "m", patience=once) as e:
         asker = Asker(e, AnswerCache(tmp_path / "c.sqlite"))
@@ -310,7 +310,7 @@ def test_a_run_of_failures_ends_it(tmp_path: Path):
             asker.ask(REQUEST, explanation_in)
 
 
-def test_a_budget_is_not_exceeded(tmp_path: Path):
+def test_budget_is_not_exceeded(tmp_path: Path):
     one = 110
     budget = 4 * one + estimated_tokens(REQUEST) + REQUEST.most_tokens
     with serving(first()) as s, Endpoint(s.url, "m", patience=QUICK) as e:
@@ -323,7 +323,7 @@ def test_a_budget_is_not_exceeded(tmp_path: Path):
         asker.ask(REQUEST._replace(user="0    "), explanation_in)
 
 
-def test_waiting_ends_when_the_run_does():
+def test_waiting_ends_with_the_run():
     with serving(lambda body, n: Reply(429, headers={"Retry-After": "100"})) as s, Endpoint(s.url, "m") as e:
         raised: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Which texts explain and which score: of documents of their own, positives that are, negatives that are not."""
+"""Explanation and scoring texts are of different documents; positives fire, and negatives do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from autointerp.made_up import CONTEXT, EOT, FEATURES, by_words, text, write_bundle, write_usual
 from crosslayer.autointerp import choose
 from crosslayer.autointerp.documents import Documents, runs
-from crosslayer.autointerp.examples import REPEATED, Material, Sides, assert_disjoint, material, spread
+from crosslayer.autointerp.examples import REPEATED, Material, Split, assert_disjoint, material, spread
 from crosslayer.autointerp.settings import LabelSettings
 from crosslayer.bundles.bundle import FeatureBundle
 from crosslayer.bundles.packed import import_packed, write_packed
@@ -29,7 +29,7 @@ def every_material(bundle: FeatureBundle, settings: LabelSettings = SETTINGS) ->
 
 
 def documents_by_reading(bundle: FeatureBundle) -> dict[int, int]:
-    """The document of each position of text, found by reading on from the first token."""
+    """Find the document of each position of text by a scan from the first token."""
     found, n = {}, -1
     for p, t in enumerate(np.asarray(bundle.tokens).tolist()):
         if p % CONTEXT:
@@ -41,15 +41,15 @@ def documents_by_reading(bundle: FeatureBundle) -> dict[int, int]:
 def test_no_document_explains_and_scores(bundle: FeatureBundle):
     documents_of = documents_by_reading(bundle)
     for m in every_material(bundle):
-        sides = [
+        split = [
             {documents_of[p] for w in some for p in range(w.start, w.start + len(w.tokens))}
             for some in (m.shown + m.contrast, m.positives + m.negatives)
         ]
-        assert not sides[0] & sides[1]
-        assert min(map(len, sides)) > 3
+        assert not split[0] & split[1]
+        assert min(map(len, split)) > 3
 
 
-def test_the_assertion_catches_an_overlap(bundle: FeatureBundle):
+def test_assertion_catches_an_overlap(bundle: FeatureBundle):
     m = every_material(bundle)[0]
     for broken in (
         m._replace(positives=m.shown[:1]),
@@ -60,7 +60,7 @@ def test_the_assertion_catches_an_overlap(bundle: FeatureBundle):
             assert_disjoint(broken)
 
 
-def test_a_window_is_of_one_document_and_one_row(bundle: FeatureBundle):
+def test_window_is_within_one_document_and_one_row(bundle: FeatureBundle):
     documents_of = documents_by_reading(bundle)
     for m in every_material(bundle):
         for w in m.shown + m.contrast + m.positives + m.negatives:
@@ -69,7 +69,7 @@ def test_a_window_is_of_one_document_and_one_row(bundle: FeatureBundle):
             assert w.tokens == [bundle.text(int(bundle.tokens[p])) for p in at]
 
 
-def test_positives_fire_on_their_marks_and_negatives_nowhere(bundle: FeatureBundle):
+def test_positives_fire_on_their_marks_and_negatives_do_not_fire(bundle: FeatureBundle):
     truth = list(FEATURES.values())
     words = [bundle.text(t) for t in np.asarray(bundle.tokens).tolist()]
     for m in every_material(bundle):
@@ -83,7 +83,7 @@ def test_positives_fire_on_their_marks_and_negatives_nowhere(bundle: FeatureBund
         assert len(m.neighbours) == 5
 
 
-def test_copies_of_a_document_are_on_one_side(tmp_path: Path):
+def test_copies_of_a_document_are_in_one_split(tmp_path: Path):
     documents = text(40)
     bundle = write_usual(tmp_path / "twice", documents + documents)
     for m in every_material(bundle):
@@ -94,28 +94,28 @@ def test_copies_of_a_document_are_on_one_side(tmp_path: Path):
             assert not explain & runs(np.asarray(bundle.tokens[w.start : w.start + len(w.tokens)]), REPEATED)
 
 
-def test_passages_that_were_shown_are_not_judged(tmp_path: Path):
-    """A licence at the head of every document, with the feature's word in it."""
+def test_scoring_texts_share_no_passage_with_explanation_texts(tmp_path: Path):
+    """A licence at the head of every document, which contains the feature's word."""
     licence = [" zebra", *text(1, 30, {})[0]]
     bundle = write_bundle(tmp_path / "licence", [licence + d for d in text(40, 70, {})], [by_words(" zebra")])
     m = every_material(bundle)[0]
     assert any(len(w.tokens) > REPEATED + 2 for w in m.shown)
-    # What is left are those that the end of a row cuts short.
+    # The remaining ones are cut short by the end of a row.
     assert all(len(w.tokens) <= REPEATED + 2 for w in m.positives)
 
 
-def test_sides_are_even_and_the_same_each_time():
+def test_split_is_even_and_reproducible():
     documents = [bytes([i]) for i in range(9) for _ in range(i % 3 + 1)]
-    sides = Sides(7, documents, 0)
-    n = sum(sides.explains(d) for d in documents)
+    split = Split(7, documents, 0)
+    n = sum(split.explains(d) for d in documents)
     assert abs(2 * n - len(documents)) <= 3
-    assert [Sides(7, documents[::-1], 0).explains(d) for d in documents] == [sides.explains(d) for d in documents]
-    assert [Sides(8, documents, 0).explains(d) for d in documents] != [sides.explains(d) for d in documents]
+    assert [Split(7, documents[::-1], 0).explains(d) for d in documents] == [split.explains(d) for d in documents]
+    assert [Split(8, documents, 0).explains(d) for d in documents] != [split.explains(d) for d in documents]
     strangers = [i.to_bytes(2, "big") for i in range(500)]
-    assert 200 < sum(sides.explains(d) for d in strangers) < 300
+    assert 200 < sum(split.explains(d) for d in strangers) < 300
 
 
-def test_contamination_bounds_what_is_not_known(tmp_path: Path):
+def test_contamination_bounds_unknown_activations(tmp_path: Path):
     documents = text(120, special={" zebra": 0.05, " whale": 0.01})
     features = [by_words(" zebra"), by_words(" whale")]
     few = write_bundle(tmp_path / "few", documents, features, most=20, n_near=1)
@@ -130,7 +130,7 @@ def test_contamination_bounds_what_is_not_known(tmp_path: Path):
 
 
 def test_all_rows_known_is_no_contamination(tmp_path: Path):
-    """Fewer rows than there are top examples: it fires in no other."""
+    """Fewer rows than top activations: the feature fires in no other row."""
     bundle = write_bundle(
         tmp_path / "rare",
         text(120, special={" zebra": 0.003, " whale": 0.02}),

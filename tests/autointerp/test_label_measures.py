@@ -1,4 +1,4 @@
-"""Figures and their intervals, against numbers computed by hand."""
+"""Accuracy, AUROC and their intervals, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_balanced_accuracy_by_hand():
     assert x.high == pytest.approx(x.value + math.hypot(a.high - a.value, b.high - b.value) / 2)
 
 
-def test_a_failure_counts_as_a_wrong_answer_on_either_side():
+def test_failure_counts_as_a_wrong_answer_for_both_classes():
     whole = [YES(True)] * 4 + [NO(False)] * 4
     assert balanced_accuracy(whole).value == 1.0
     for side in (True, False):
@@ -62,7 +62,7 @@ def test_auroc_is_the_share_of_pairs_in_order(positive: list[float], negative: l
     assert x.high - x.low > 0.1
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_have_about_their_nominal_coverage():
     rng, hit = np.random.default_rng(0), np.zeros(2)
     for _ in range(400):
         p, q = rng.normal(1.0, 1.0, 12), rng.normal(0.0, 1.0, 12)
@@ -77,12 +77,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert (hit / 400 > 0.92).all()
 
 
-def test_the_mean_over_features():
+def test_mean_over_features():
     many = [Interval(v, v - 0.01, v + 0.01) for v in (0.5, 0.7, 0.9) * 30]
     x = mean_interval(many)
     assert x.value == pytest.approx(0.7)
     assert x.high - x.value == pytest.approx(1.96 * 0.1633 / 90**0.5, rel=0.15)
-    # Few features are no surer than each of them is.
+    # With few features the interval is no narrower than that of each.
     one = Interval(1.0, 0.8, 1.0)
     assert mean_interval([one]) == pytest.approx(one)
     assert mean_interval([one, one]) == pytest.approx((1.0, 1 - 0.2 / 2**0.5, 1.0))

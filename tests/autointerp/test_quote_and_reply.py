@@ -1,4 +1,4 @@
-"""Text of others stays data in a prompt, and an answer is what was asked for or none."""
+"""Untrusted text stays data in a prompt, and an answer has the requested form or is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ STRUCTURE = re.compile(r"<[|｜/!_A-Za-z]|[|｜]>|\[/?[A-Z_]{2,}\]|[«»\u202e\u
 
 
 @given(st.text(max_size=60) | st.sampled_from(HOSTILE) | st.lists(st.sampled_from(HOSTILE)).map("".join))
-def test_quoted_text_reads_back_and_holds_no_structure(text: str):
+def test_quoted_text_round_trips_without_structure(text: str):
     written = quoted(text)
     assert json.loads(written) == text
     assert not STRUCTURE.search(written)
@@ -54,7 +54,7 @@ def test_quoted_text_reads_back_and_holds_no_structure(text: str):
 
 
 @given(st.lists(st.text(max_size=6) | st.sampled_from(HOSTILE), min_size=1, max_size=8), st.sets(st.integers(0, 7)))
-def test_marks_come_from_us_alone(tokens: list[str], marks: set[int]):
+def test_only_our_marks_are_in_a_prompt(tokens: list[str], marks: set[int]):
     written = marked(tokens, marks)
     inside = [i in marks for i in range(len(tokens))]
     runs = sum(now and not before for before, now in zip([False, *inside], inside, strict=False))
@@ -63,13 +63,13 @@ def test_marks_come_from_us_alone(tokens: list[str], marks: set[int]):
     assert plain == "".join(tokens)
 
 
-def test_a_prompt_is_json_whatever_the_texts_say():
+def test_prompt_is_json_for_any_text():
     shown = [Window(0, [text, " end"], [0], 1.0, 0, b"") for text in HOSTILE]
     user = explain_request(shown, shown, HOSTILE).user
-    said = json.loads(user)
-    assert list(said) == ["fires", "silent", "promotes"]
-    assert [x["text"] for x in said["fires"].values()] == [f"«{t}» end" for t in HOSTILE]
-    assert said["silent"] == json.loads(numbered([quoted(t + " end") for t in HOSTILE]))
+    prompt = json.loads(user)
+    assert list(prompt) == ["fires", "silent", "promotes"]
+    assert [x["text"] for x in prompt["fires"].values()] == [f"«{t}» end" for t in HOSTILE]
+    assert prompt["silent"] == json.loads(numbered([quoted(t + " end") for t in HOSTILE]))
     assert not STRUCTURE.search(re.sub("[«»\n]", "", user))
 
 
@@ -83,7 +83,7 @@ GOOD = '{"label": "a  b\\n c", "explanation": "d\\u202e e\\u0007."}'
 @pytest.mark.parametrize(
     "text", [GOOD, f"```json\n{GOOD}\n```", f"<think>{{x}} hm</think>\n{GOOD}", f"Here {{you}} go: {GOOD} bye"]
 )
-def test_a_label_is_one_line_however_it_comes(text: str):
+def test_label_is_one_line_for_any_reply(text: str):
     assert explanation_in(answer(text)) == Explanation("a b c", "d e .")
 
 
@@ -103,12 +103,12 @@ def test_a_label_is_one_line_however_it_comes(text: str):
         ('{"a":' * 100_000, "stop", "no JSON"),
     ],
 )
-def test_anything_else_is_no_label(text: str, finish: str, reason: str):
+def test_other_replies_are_not_labels(text: str, finish: str, reason: str):
     with pytest.raises(Unusable, match=reason):
         explanation_in(answer(text, finish))
 
 
-def test_every_text_is_judged_or_none():
+def test_all_texts_are_judged_or_none():
     assert [j.fits for j in judgements_in(answer('{"2": 0, "1": 1}'), 2)] == [True, False]
     assert [j.fits for j in judgements_in(answer('{"1": true, "2": false}'), 2)] == [True, False]
     for text in (
@@ -127,14 +127,14 @@ def test_every_text_is_judged_or_none():
             intruder_in(answer(text), 4)
 
 
-def test_probabilities_are_found_wherever_tokens_are_cut():
+def test_probabilities_are_found_for_any_tokenization():
     reply = judged_reply({"1": True, "2": False}, logprobs=True)
     places = [
         (p["token"], [(o["token"], o["logprob"]) for o in p["top_logprobs"]] or [(p["token"], p["logprob"])])
         for p in reply.logprobs["content"]
     ]
     assert probabilities(answer(reply.content, logprobs=places)) == pytest.approx({1: 0.9, 2: 0.1})
-    # A thought before it with braces of its own, whole answers in one token, nothing to compare with.
+    # A thought with braces before the answer, whole answers in one token, no alternatives.
     first = [("so {", [("so {", -1.0)]), *places]
     assert probabilities(answer(reply.content, logprobs=first)) == pytest.approx({1: 0.9, 2: 0.1})
     assert probabilities(

@@ -1,4 +1,4 @@
-"""What is listed, searched, labelled and exchanged."""
+"""Listing, search, labels and exchange of feature bundles."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_pages_by_every_key(made: Made):
             ]
             ids = [f for page in pages for f in page]
             assert sorted(ids) == list(range(n)), key
-            values = [v for f in ids if (v := {**bundle.index.figures(f), "id": f}[key]) is not None]
+            values = [v for f in ids if (v := {**bundle.index.metrics(f), "id": f}[key]) is not None]
             assert values == sorted(values, reverse=descending), key
     only = bundle.page("density", filters={"layer": (1, 1), "density": (0.01, None)}, limit=1000)
     assert only
@@ -63,7 +63,7 @@ def test_quotes_and_operators_are_taken_literally(made: Made, text: str):
     made.bundle.search(text)
 
 
-def test_a_search_finds_what_brute_force_finds(made: Made):
+def test_search_matches_brute_force(made: Made):
     bundle = made.bundle
     words = {}
     for n in range(bundle.n_layers * bundle.n_features):
@@ -97,12 +97,12 @@ def test_a_search_finds_what_brute_force_finds(made: Made):
         assert {(x.layer, x.index) for x in bundle.search(query, 1000)} == wanted, query
 
 
-def test_a_persons_label_wins_is_found_and_can_be_taken_back(copy: FeatureBundle):
+def test_person_label_takes_precedence_is_searchable_and_can_be_deleted(copy: FeatureBundle):
     by_rule = copy.feature(0, 3).label
     copy.user.set_label(
-        Label(3, "some-model", "what a model says", scores={"detection": 0.9}, provenance={"prompt": 1})
+        Label(3, "some-model", "a label by a model", scores={"detection": 0.9}, provenance={"prompt": 1})
     )
-    assert copy.feature(0, 3)[2:4] == ("what a model says", "some-model")
+    assert copy.feature(0, 3)[2:4] == ("a label by a model", "some-model")
     copy.set_label(0, 3, "Zebra crossings")
     assert copy.feature(0, 3)[2:4] == ("Zebra crossings", PERSON)
     assert [(x.layer, x.index) for x in copy.search("zebra")] == [(0, 3)]
@@ -111,13 +111,13 @@ def test_a_persons_label_wins_is_found_and_can_be_taken_back(copy: FeatureBundle
     assert again.feature(0, 3).label == "Zebra crossings"
     assert again.user.labels([3])[3][1].scores == {"detection": 0.9}
     again.set_label(0, 3, "")
-    assert again.feature(0, 3).label == "what a model says"
+    assert again.feature(0, 3).label == "a label by a model"
     again.user.set_label(Label(3, "some-model", " "))
     assert again.feature(0, 3).label == by_rule
     assert again.search("zebra") == []
 
 
-def test_pins_and_views_are_kept(tmp_path: Path):
+def test_pins_and_views_are_saved(tmp_path: Path):
     store = UserStore(tmp_path / "user.sqlite")
     assert (store.pins(), store.views("graph"), store.view("graph", "x")) == ([], [], (None, ""))
     assert not store.path.exists()
@@ -151,8 +151,8 @@ def test_unknown_features_and_kinds(made: Made):
         made.bundle.search("a", 0)
 
 
-def read_packed_by_the_book(folder: Path) -> dict[tuple[int, int], dict]:
-    """A reader written from FORMATS.md alone."""
+def read_packed_by_specification(folder: Path) -> dict[tuple[int, int], dict]:
+    """Read packed files with code written from FORMATS.md alone."""
     index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))
     records = {}
     for layer, entry in index.items():
@@ -164,9 +164,9 @@ def read_packed_by_the_book(folder: Path) -> dict[tuple[int, int], dict]:
     return records
 
 
-def test_packed_files_read_back_by_the_book(made: Made, tmp_path: Path):
+def test_packed_files_follow_the_format(made: Made, tmp_path: Path):
     bundle = made.bundle
-    records = read_packed_by_the_book(write_packed(bundle, tmp_path))
+    records = read_packed_by_specification(write_packed(bundle, tmp_path))
     assert len(records) == bundle.n_layers * bundle.n_features
     fields = {
         "transcoder_id",
@@ -198,11 +198,11 @@ def test_packed_files_read_back_by_the_book(made: Made, tmp_path: Path):
             assert r["quantile_values"] == sorted(r["quantile_values"])
             assert f.min <= r["quantile_values"][0] <= r["quantile_values"][-1] <= f.max + 1e-5
             assert r["act_min"] <= f.min <= f.max <= r["act_max"]
-    with pytest.raises(RunError, match="is there already"):
+    with pytest.raises(RunError, match="already exists"):
         write_packed(bundle, tmp_path)
 
 
-def test_packed_files_come_back_as_a_bundle(made: Made, tmp_path: Path):
+def test_packed_files_are_imported_as_a_bundle(made: Made, tmp_path: Path):
     folder = write_packed(made.bundle, tmp_path)
     back = import_packed("someone/their-clt", folder.joinpath, tmp_path / "bundle")
     assert back.manifest.imported == "someone/their-clt"
@@ -221,7 +221,7 @@ def test_packed_files_come_back_as_a_bundle(made: Made, tmp_path: Path):
     assert (0, 0) in [(x.layer, x.index) for x in back.search(f"promotes:{word}", 1000)]
     back.set_label(0, 1, "ours")
     assert back.feature(0, 1).label == "ours"
-    with pytest.raises(RunError, match="is there already"):
+    with pytest.raises(RunError, match="already exists"):
         import_packed("x", folder.joinpath, tmp_path / "bundle")
 
 
@@ -236,7 +236,7 @@ def damaged_records(folder: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "how"), damaged_records(Path()))
-def test_damaged_packed_files_are_one_sentence(made: Made, tmp_path: Path, name: str, how: str):
+def test_damaged_packed_files_raise_format_error(made: Made, tmp_path: Path, name: str, how: str):
     folder = write_packed(made.bundle, tmp_path)
     raw = (folder / name).read_bytes()
     if how == "cut":
@@ -253,8 +253,8 @@ def test_damaged_packed_files_are_one_sentence(made: Made, tmp_path: Path, name:
     assert not list(tmp_path.glob(".bundle*"))
 
 
-def test_records_spelled_otherwise_are_read(made: Made, tmp_path: Path):
-    """`train_token_index`, no histogram, floats as strings of tokens that are not text."""
+def test_record_variants_are_read(made: Made, tmp_path: Path):
+    """Read `train_token_index`, a record without histogram, and tokens that are not text."""
     record = {
         "transcoder_id": "0",
         "index": 0,
@@ -286,7 +286,7 @@ def test_records_spelled_otherwise_are_read(made: Made, tmp_path: Path):
     assert (feature.density, feature.at["peak"]) == (0.25, [("b", 1)])
 
 
-def test_parquet_holds_what_the_bundle_says(made: Made, tmp_path: Path):
+def test_parquet_matches_the_bundle(made: Made, tmp_path: Path):
     import pyarrow.parquet as pq
 
     table = pq.read_table(write_parquet(made.bundle, tmp_path / "all.parquet")).to_pylist()
@@ -302,7 +302,7 @@ def test_parquet_holds_what_the_bundle_says(made: Made, tmp_path: Path):
     assert "examples" not in small.column_names
 
 
-def test_damage_of_the_same_size_is_told(made: Made, tmp_path: Path):
+def test_damage_of_the_same_size_is_reported(made: Made, tmp_path: Path):
     copy = Path(shutil.copytree(made.bundle.path, tmp_path / "copy"))
     shutil.copy(copy / "top_id.npy", copy / "top.npy")
     with pytest.raises(FormatError, match=r"top\.npy holds int32 .* expected float32"):
@@ -317,17 +317,17 @@ def test_damage_of_the_same_size_is_told(made: Made, tmp_path: Path):
 
 
 @pytest.mark.parametrize("label", ["   ", "x" * 501, "a\nb", "a\x1b[31mb", "a\u202eb", "\udcff"])
-def test_labels_that_cannot_be_shown_are_refused(made: Made, tmp_path: Path, label: str):
+def test_labels_that_cannot_be_displayed_are_refused(made: Made, tmp_path: Path, label: str):
     copy = load_features(shutil.copytree(made.bundle.path, tmp_path / "copy"))
     with pytest.raises(ConfigError, match="label"):
         copy.set_label(2, 7, label)
     assert not copy.user.path.exists()
 
 
-def test_added_labels_are_searched_as_others_are(made: Made, tmp_path: Path):
+def test_added_labels_are_searched(made: Made, tmp_path: Path):
     copy = load_features(shutil.copytree(made.bundle.path, tmp_path / "copy"))
     copy.set_label(0, 3, "capital city")
     for text in ("capital", '"capital city"', "label:capital", "cap*", "label:cap*"):
         assert [(f.layer, f.index) for f in copy.search(text)][:1] == [(0, 3)], text
-    with pytest.raises(ConfigError, match="600 words; give 64"):
+    with pytest.raises(ConfigError, match="600 words; give max 64"):
         copy.search("a " * 600)

@@ -1,4 +1,4 @@
-"""A bundle of a tiny host, built once."""
+"""A feature bundle of a tiny host, built once."""
 
 from made_bundle import clt_folder, made, texts
 

@@ -1,4 +1,4 @@
-"""A build that was killed, or shared among ranks, makes the same bundle; what cannot be built says so."""
+"""A build that was killed, or shared among ranks, makes the same bundle; invalid input is reported."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", [1, 4, 9, 15])
-def test_stopped_anywhere_in_the_pass_and_gone_on(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
+def test_build_stopped_in_the_pass_resumes(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
     taken, take = [], scan_module.take
 
     def fragile(*args: object) -> None:
@@ -78,7 +78,9 @@ def test_stopped_anywhere_in_the_pass_and_gone_on(made: Made, tmp_path: Path, mo
     assert not building_folder(tmp_path / "cut").exists()
 
 
-def test_stopped_within_a_batch_counts_no_token_twice(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_build_stopped_within_a_batch_counts_no_token_twice(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     added, add = [], LayerSketch.add
 
     def fragile(*args: object) -> None:
@@ -95,7 +97,7 @@ def test_stopped_within_a_batch_counts_no_token_twice(made: Made, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", ["coactivation", "rules", "write_index", "shutil.rmtree"])
-def test_stopped_in_any_later_stage_and_gone_on(
+def test_build_stopped_in_a_later_stage_resumes(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     def killed(*args: object, **kwargs: object) -> None:
@@ -115,7 +117,7 @@ def script(made: Made, out: Path) -> str:
     )
 
 
-def test_killed_by_the_system_and_gone_on_by_two_ranks(made: Made, tmp_path: Path):
+def test_killed_build_resumes_on_two_ranks(made: Made, tmp_path: Path):
     out = tmp_path / "cut"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -153,7 +155,7 @@ def test_killed_by_the_system_and_gone_on_by_two_ranks(made: Made, tmp_path: Pat
     assert contents(out) == contents(made.bundle.path)
 
 
-def test_a_part_that_was_lost_is_seen_again(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lost_part_is_processed_again(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     finish = build_module._finish
     monkeypatch.setattr(build_module, "_finish", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
@@ -164,7 +166,7 @@ def test_a_part_that_was_lost_is_seen_again(made: Made, tmp_path: Path, monkeypa
     assert contents(build(made, tmp_path / "cut")) == contents(made.bundle.path)
 
 
-def test_streams_are_told_apart_and_merged(made: Made, tmp_path: Path):
+def test_streams_are_counted_separately_and_merged(made: Made, tmp_path: Path):
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     files = sorted(made.text.iterdir())
     one.write_text("\n\n".join(p.read_text() for p in files[:60]))
@@ -190,22 +192,20 @@ Usage = namedtuple("Usage", "total used free")
     ("changes", "error", "words"),
     [
         ({"tokens": 0}, ConfigError, "tokens=0"),
-        ({"context": 1000}, ConfigError, "context=1000 must lie between 3 and that of"),
+        ({"context": 1000}, ConfigError, "context=1000 must be between 3 and that of"),
         ({"cluster_weights": {"encoder": -1.0}}, ConfigError, "encoder=-1.0"),
         ({"cluster_weights": {"looks": 1.0}}, ConfigError, "'looks'"),
         ({"cluster_weights": {"encoder": 0.0}}, ConfigError, "all cluster weights are 0"),
         ({"text": []}, SourceError, "no text was given"),
     ],
 )
-def test_settings_that_cannot_be(
-    made: Made, tmp_path: Path, changes: dict[str, object], error: type[Exception], words: str
-):
+def test_invalid_settings(made: Made, tmp_path: Path, changes: dict[str, object], error: type[Exception], words: str):
     with pytest.raises(error, match=words):
         build(made, tmp_path / "none", **changes)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_without_a_held_out_part(made: Made, tmp_path: Path):
+def test_text_without_held_out_documents(made: Made, tmp_path: Path):
     from crosslayer.data.documents import split_of, text_hash
 
     text = next(t for t in (f"def value {i}\n" * 30 for i in range(100)) if split_of(text_hash(t)) == "train")
@@ -214,14 +214,14 @@ def test_text_without_a_held_out_part(made: Made, tmp_path: Path):
         build(made, tmp_path / "none", text=[str(tmp_path / "all.txt")])
 
 
-def test_no_room_on_disk_is_said_before_starting(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_full_disk_is_reported_before_starting(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10, 9, 1))
     with pytest.raises(ResourceError, match=r"GiB of disk but 0\.00 GiB are free; lower --tokens"):
         build(made, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_what_is_there_is_not_written_over(made: Made, tmp_path: Path):
+def test_existing_output_is_not_overwritten(made: Made, tmp_path: Path):
     with pytest.raises(RunError, match="holds a feature bundle already"):
         build(made, made.bundle.path)
     (tmp_path / "full").mkdir()
@@ -233,7 +233,7 @@ def test_what_is_there_is_not_written_over(made: Made, tmp_path: Path):
         build(made, tmp_path / "file")
 
 
-def test_going_on_with_other_settings_is_refused(
+def test_resuming_with_other_settings_is_refused(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host_folder: Path
 ):
     with monkeypatch.context() as patch:
@@ -271,7 +271,7 @@ def test_going_on_with_other_settings_is_refused(
         (lambda p: rewrite(p, n_layers="many"), "n_layers is not as expected"),
     ],
 )
-def test_a_damaged_bundle_is_one_sentence(made: Made, tmp_path: Path, damage, words: str):
+def test_damaged_bundle_raises_an_error(made: Made, tmp_path: Path, damage, words: str):
     import shutil
 
     copy = tmp_path / "copy"

@@ -1,6 +1,4 @@
-"""Clusters on planted clusters: found, nested, kept together on the map, labelled by what sets them apart; lineage by
-its definition.
-"""
+"""Planted clusters are found, nested, kept together on the map and labelled; lineage matches its definition."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ N = N_CLUSTERS * SIZE + DEAD
 
 
 def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lists of 12 neighbours, 10 of them in the same cluster and near, 2 anywhere and far; and the cluster of each, -1
-    for the dead at the end.
+    """Lists of 12 neighbours and each feature's cluster.
+
+    Ten neighbours are near and in the same cluster, two are anywhere and far. Dead features at the end have cluster -1.
     """
     chance = np.random.default_rng(seed)
     cluster_N = np.append(np.repeat(np.arange(N_CLUSTERS), SIZE), np.full(DEAD, -1))
@@ -56,7 +55,7 @@ def same_partition(first: np.ndarray, second: np.ndarray) -> bool:
     return pairs == len(set(first.tolist())) == len(set(second.tolist()))
 
 
-def test_the_graph_is_what_its_definition_says():
+def test_neighbour_graph_matches_its_definition():
     chance = np.random.default_rng(0)
     n, k = 30, 4
     live = chance.random(n) < 0.8
@@ -84,12 +83,12 @@ def test_the_graph_is_what_its_definition_says():
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
-def test_weights_that_are_no_weights_are_refused(weight: float):
+def test_invalid_weights_are_refused(weight: float):
     with pytest.raises(ConfigError, match=rf"encoder={weight} .*; give 0"):
         neighbour_graph.neighbour_graph({}, {"encoder": weight}, np.ones(2, bool))
 
 
-def test_kinds_that_are_not_known_are_refused():
+def test_unknown_kinds_are_refused():
     none = np.full((2, 1), -1, np.int32), np.zeros((2, 1), np.float32)
     with pytest.raises(ConfigError, match=r"'encode'.*give weights to coactivation, encoder, decoder"):
         neighbour_graph.neighbour_graph({}, {"encode": 1.0}, np.ones(2, bool))
@@ -106,7 +105,7 @@ def test_planted_clusters_are_found(groups_GN: np.ndarray, cluster_N: np.ndarray
 def test_levels_follow_clusters_of_clusters():
     n, chance = 4800, np.random.default_rng(0)
     tiers = [np.arange(n) // size for size in (12, 120, 1200)]
-    # Neighbours in the same cluster, and ever fewer and farther ones in the wider ones.
+    # Neighbours in the same cluster, and fewer and weaker ones in the wider clusters.
     ids = np.concatenate(
         [
             chance.integers(size, size=(n, k)) + tier[:, None] * size
@@ -120,12 +119,12 @@ def test_levels_follow_clusters_of_clusters():
     assert [len(set(level.tolist())) for level in groups_GN[:1]] == pytest.approx([400], rel=0.3)
     assert len(set(groups_GN[-1].tolist())) <= 12
     for level in groups_GN:
-        # Nearly all of a group is of one of the four: no level mixes what is farthest apart.
+        # Nearly all of a group is from one of the four: no level mixes the most distant clusters.
         main = [np.bincount(tiers[2][level == g]).max() for g in range(level.max() + 1)]
         assert sum(main) / n > 0.95
 
 
-def test_each_group_lies_in_one_of_the_next_level(groups_GN: np.ndarray):
+def test_groups_are_nested(groups_GN: np.ndarray):
     for fine, coarse in itertools.pairwise(groups_GN):
         assert len(set(zip(fine.tolist(), coarse.tolist(), strict=True))) == len(set(fine.tolist()))
 
@@ -141,14 +140,14 @@ def test_finest_groups_are_not_too_small(groups_GN: np.ndarray):
     assert np.bincount(groups_GN[0][groups_GN[0] >= 0]).min() >= clusters.SMALLEST
 
 
-def test_dead_features_are_nowhere(graph: csr_array, groups_GN: np.ndarray, cluster_N: np.ndarray):
+def test_dead_features_have_no_group_and_no_position(graph: csr_array, groups_GN: np.ndarray, cluster_N: np.ndarray):
     xy = feature_map.layout(graph, groups_GN[0])
     assert ((groups_GN >= 0) == (cluster_N >= 0)).all()
     assert (np.isnan(xy).all(1) == (cluster_N < 0)).all()
     assert np.isfinite(xy[cluster_N >= 0]).all()
 
 
-def test_nobody_alive():
+def test_only_dead_features():
     empty = csr_array((4, 4), dtype=np.float32)
     groups_GN = clusters.groups(empty, n_levels=3)
     assert groups_GN.tolist() == [[-1] * 4] * 3
@@ -156,14 +155,14 @@ def test_nobody_alive():
     assert clusters.group_labels(groups_GN[0], [None] * 4, np.zeros(4)) == []
 
 
-def test_a_single_pair():
+def test_single_pair():
     pair = csr_array(np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], np.float32))
     groups_GN = clusters.groups(pair)
     assert groups_GN[-1].tolist() == [0, 0, -1]
     assert np.isfinite(feature_map.layout(pair, groups_GN[0])[:2]).all()
 
 
-def test_the_same_twice_whatever_the_state_of_chance(graph: csr_array, groups_GN: np.ndarray):
+def test_result_does_not_depend_on_random_state(graph: csr_array, groups_GN: np.ndarray):
     random.seed(5)
     again = clusters.groups(graph)
     np.testing.assert_array_equal(again, groups_GN)
@@ -172,8 +171,8 @@ def test_the_same_twice_whatever_the_state_of_chance(graph: csr_array, groups_GN
     np.testing.assert_array_equal(feature_map.layout(graph, again[0], seed=3), first)
 
 
-def test_igraph_has_its_own_chance_back_afterwards():
-    # Not by way of `groups`: beartype, which checks the package in tests, draws from `random` too.
+def test_igraph_random_generator_is_restored():
+    # Not through `groups`: beartype, which checks the package in tests, also uses `random`.
     drawn = lambda: igraph.Graph.Erdos_Renyi(n=30, p=0.2).get_edgelist()  # noqa: E731
     before = random.getstate()
     with clusters._chance(0):
@@ -187,7 +186,7 @@ def test_igraph_has_its_own_chance_back_afterwards():
     assert drawn() == free != first
 
 
-def test_the_order_of_features_does_not_matter(graph: csr_array, cluster_N: np.ndarray):
+def test_order_of_features_does_not_matter(graph: csr_array, cluster_N: np.ndarray):
     order = np.random.default_rng(1).permutation(N)
     shuffled = clusters.groups(csr_array(graph[order][:, order]))
     assert any(same_partition(level, cluster_N[order]) for level in shuffled)
@@ -200,14 +199,14 @@ def share_in_the_same_cluster(xy: np.ndarray, cluster_N: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_map_keeps_clusters_together(graph: csr_array, groups_GN: np.ndarray, cluster_N: np.ndarray, seed: int):
+def test_feature_map_keeps_clusters_together(graph: csr_array, groups_GN: np.ndarray, cluster_N: np.ndarray, seed: int):
     xy = feature_map.layout(graph, groups_GN[0], seed)
     assert xy.dtype == np.float32
     np.testing.assert_allclose(np.nanmean(xy, 0), 0, atol=1e-3)
     assert share_in_the_same_cluster(xy, cluster_N) > 0.9
 
 
-def test_the_map_keeps_apart_what_has_no_edges_between(cluster_N: np.ndarray):
+def test_feature_map_separates_unconnected_clusters(cluster_N: np.ndarray):
     blocks = csr_array(
         np.where((cluster_N[:, None] == cluster_N) & (cluster_N >= 0), 1.0, 0.0) - np.diag(cluster_N >= 0)
     )
@@ -216,7 +215,7 @@ def test_the_map_keeps_apart_what_has_no_edges_between(cluster_N: np.ndarray):
     assert share_in_the_same_cluster(feature_map.layout(blocks, groups_GN[0]), cluster_N) > 0.9
 
 
-def test_labels_are_what_sets_a_group_apart():
+def test_group_labels_are_distinctive():
     groups_N = np.repeat([0, 1, 2, 3], 5)
     labels = [
         *["“ dog”, “ a”", "“ dog”, “ cat”", "“ dog”, “ the”", "“ cat”, “ a”", None],
@@ -234,18 +233,18 @@ def test_labels_are_what_sets_a_group_apart():
     ] * 4
 
 
-def test_what_all_have_tells_nothing():
+def test_common_phrases_are_not_labels():
     labels = ["alpha common", "alpha mixed common", "beta common", "beta mixed common"]
     assert clusters.group_labels(np.array([0, 0, 1, 1]), labels, np.ones(4)) == ["alpha", "beta"]
 
 
-def test_labels_that_are_believed_count_more():
+def test_confident_labels_count_more():
     labels = ["“a”", "“a”", "“b”", "“b”", "“c”", "“c”"]
     score_N = np.array([0.3, 0.3, 0.9, 0.9, np.nan, 0.5])
     assert clusters.group_labels(np.array([0, 0, 0, 0, 1, 1]), labels, score_N)[0] == "“b” · “a”"
 
 
-def test_lineage_is_what_its_definition_says():
+def test_lineage_matches_its_definition():
     chance = np.random.default_rng(0)
     n, k, n_groups, top = 200, 6, 9, 3
     groups_N = chance.integers(-1, n_groups, n).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Rules find what a feature fires on, and what they report is so."""
+"""Rules find what a feature fires on, and their metrics are correct."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def text(seed: int = 0) -> NDArray:
 
 
 def sampled_of(fires_BTF: NDArray) -> Sampled:
-    """All tokens but the first of each row."""
+    """All tokens except the first of each row."""
     inside = fires_BTF[:, 1:].reshape(-1, fires_BTF.shape[2])
     position = (np.arange(ROWS)[:, None] * CONTEXT + np.arange(1, CONTEXT)).reshape(-1)
     matrix = csr_array(inside)
@@ -44,7 +44,7 @@ def found_for(fires_BTF: NDArray, rows: NDArray, promoted: NDArray | None = None
     return rules(sampled, attributes, rows, promoted, 1, density, lambda ids: str(list(ids)))
 
 
-def test_planted_features_are_found_and_named():
+def test_planted_features_are_found_and_labelled():
     rows = text()
     previous = np.roll(rows, 1, axis=1)
     place = np.broadcast_to(np.arange(CONTEXT), rows.shape)
@@ -76,14 +76,14 @@ def test_planted_features_are_found_and_named():
         if name not in ("dense", "dead", "chance", "promotes"):
             assert found.auroc[n] == pytest.approx(1.0), name
             assert (found.precision[n], found.recall[n]) == (1.0, 1.0), name
-    # Both of the tokens that it promotes are said, and the second does not follow: half of what the rule says is so.
+    # The label names both promoted tokens, and the second does not follow: precision is one half.
     n = list(planted).index("promotes")
     assert found.recall[n] == 1.0
     assert found.precision[n] == pytest.approx(0.5, abs=0.1)
 
 
-def test_what_is_reported_is_so_on_text_that_did_not_choose(made: Made):
-    """Precision, recall and AUROC recomputed token by token from the values that a bundle stores."""
+def test_metrics_are_of_held_out_text(made: Made):
+    """Recompute precision, recall and AUROC token by token from the values that a bundle stores."""
     bundle, rows = made.bundle, made.rows_BT
     f = made.activations() > 0
     strings = bundle.vocabulary
@@ -132,8 +132,8 @@ def test_what_is_reported_is_so_on_text_that_did_not_choose(made: Made):
     assert "token" in checked
 
 
-def test_a_label_is_chosen_without_looking_at_the_half_that_measures():
-    """Where the two halves disagree, the figures say so: what was chosen on one half is worth nothing on the other."""
+def test_label_is_chosen_without_the_held_out_half():
+    """Where the two halves disagree, the metrics show it: a rule chosen on one half is useless on the other."""
     rows = text(1)
     positions = np.arange(rows.size).reshape(rows.shape)
     measures = measuring_half(positions.reshape(-1), CONTEXT).reshape(rows.shape)
@@ -145,7 +145,7 @@ def test_a_label_is_chosen_without_looking_at_the_half_that_measures():
     assert found.label[0] is None
 
 
-def test_lines_and_brackets_are_followed():
+def test_lines_and_brackets_are_tracked():
     rows = np.array([[0, 10, 6, 11, 1, 12, 7, 4, 5, 10, 13]])
     places = places_of(rows, VOCABULARY)
     assert places.in_document[0].tolist() == list(range(11))

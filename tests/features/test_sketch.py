@@ -1,4 +1,4 @@
-"""Sketches and token samples do not depend on how the text was cut, ordered or merged."""
+"""Sketches and token samples do not depend on how the text is cut, ordered or merged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = ScanSettings(n_top=2, n_quantiles=2, per_quantile=1, n_reservoir=3, w
 
 
 def make_active(seed: int, n_rows: int) -> list[Active]:
-    """Activations of widely different size, so that histograms widen."""
+    """Make activations of widely different magnitude, so that histograms widen."""
     g = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(n_rows):
@@ -41,7 +41,7 @@ def sketch_of(rows: list[int], actives: list[Active]) -> LayerSketch:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 14))
-def test_order_cut_and_merging_change_nothing(seed: int, n_rows: int):
+def test_order_cuts_and_merging_do_not_change_the_sketch(seed: int, n_rows: int):
     actives = make_active(seed, n_rows)
     whole = sketch_of(list(range(n_rows)), actives).state()
     rows = list(range(n_rows))
@@ -55,7 +55,7 @@ def test_order_cut_and_merging_change_nothing(seed: int, n_rows: int):
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
 
 
-def test_ranking_often_or_once_keeps_the_same(monkeypatch: pytest.MonkeyPatch):
+def test_result_does_not_depend_on_how_often_candidates_are_ranked(monkeypatch: pytest.MonkeyPatch):
     actives = make_active(3, 60)
     once = sketch_of(list(range(60)), actives).state()
     monkeypatch.setattr(sketch_module, "COMPACT_AT_LEAST", 5)
@@ -74,7 +74,7 @@ def test_memory_is_bounded_by_features_not_by_text(monkeypatch: pytest.MonkeyPat
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(20, 400))
-def test_the_token_sample_is_the_largest_that_fits_in_any_order(seed: int, budget: int):
+def test_token_sample_is_the_largest_that_fits_in_any_order(seed: int, budget: int):
     actives = make_active(seed, 12)
     rows = list(range(12))
     entries = {}

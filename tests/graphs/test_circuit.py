@@ -1,4 +1,4 @@
-"""Suggested supernodes and predicted changes, against their definitions."""
+"""Suggested supernodes and predicted changes match their definitions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_predicted_changes_are_the_linear_propagation(traced: xl.Graph):
     dense, a = traced.to_dense().astype(np.float64), traced.arrays
     factors = {0: 0.0, 3: 2.5, int(traced.n_features // 2): -1.0}
     F = traced.n_features
-    # Activations after the change solve one triangular system: each is its own plus what its inputs' relative changes
-    # bring.
+    # Activations after the change solve a triangular system: each feature's own activation plus the
+    # contributions of its inputs' relative changes.
     share = np.zeros(traced.n_nodes)
     change = np.zeros(traced.n_nodes)
     for n in list(range(F)) + list(range(traced.first_target, traced.n_nodes)):
@@ -35,7 +35,7 @@ def test_predicted_changes_are_the_linear_propagation(traced: xl.Graph):
     assert not predicted_changes(traced, {0: 1.0}).any()
 
 
-def test_suggestions_are_near_alike_and_apart(traced: xl.Graph):
+def test_suggested_supernodes_are_close_similar_and_disjoint(traced: xl.Graph):
     F, a = traced.n_features, traced.arrays
     found = suggested(traced, range(F), likeness=0.3)
     assert found

@@ -1,4 +1,4 @@
-"""Graphs on disk: ours comes back bit-equal or not at all; the viewers' JSON goes in and out unchanged."""
+"""Saved graphs are bitwise identical after loading; the viewers' JSON is read and written unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saved(graph: xl.Graph, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return graph.save(tmp_path_factory.mktemp("graphs") / "one")
 
 
-def test_saved_and_loaded_is_bit_equal(graph: xl.Graph, saved: Path):
+def test_loaded_graph_is_bitwise_identical(graph: xl.Graph, saved: Path):
     assert {p.name for p in saved.parent.iterdir()} >= {"one.json", "one.safetensors"}
     for name in ("one", "one.json", "one.safetensors"):
         again = xl.Graph.load(saved.with_name(name))
@@ -41,8 +41,8 @@ def test_saved_and_loaded_is_bit_equal(graph: xl.Graph, saved: Path):
             np.testing.assert_array_equal(one, two)
 
 
-def test_the_halves_of_two_graphs_are_told_apart(graph: xl.Graph, tmp_path: Path):
-    """A save that was killed between its two files leaves a header of one graph beside the arrays of another."""
+def test_files_of_two_graphs_are_not_mixed(graph: xl.Graph, tmp_path: Path):
+    """A save that was killed between its two files leaves the header of one graph beside the arrays of another."""
     graph.save(tmp_path / "one")
     other = xl.Graph(graph.header, graph.arrays._replace(activation_F=graph.arrays.activation_F * 2))
     other.save(tmp_path / "two")
@@ -51,7 +51,7 @@ def test_the_halves_of_two_graphs_are_told_apart(graph: xl.Graph, tmp_path: Path
         xl.Graph.load(tmp_path / "one")
 
 
-def test_nothing_else_is_written_over(graph: xl.Graph, tmp_path: Path):
+def test_other_files_are_not_overwritten(graph: xl.Graph, tmp_path: Path):
     (tmp_path / "run.json").write_text('{"state": "finished"}')
     with pytest.raises(ConfigError, match="is no saved graph"):
         graph.save(tmp_path / "run")
@@ -68,7 +68,7 @@ def test_nothing_else_is_written_over(graph: xl.Graph, tmp_path: Path):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damage_ends_in_a_sentence_or_in_a_graph(saved: Path, tmp_path: Path, data: st.DataObject):
+def test_damaged_files_raise_format_error_or_load(saved: Path, tmp_path: Path, data: st.DataObject):
     for p in saved.parent.glob("one.*"):
         shutil.copy(p, tmp_path / p.name)
     victim = tmp_path / data.draw(st.sampled_from(["one.json", "one.safetensors"]))
@@ -79,12 +79,12 @@ def test_damage_ends_in_a_sentence_or_in_a_graph(saved: Path, tmp_path: Path, da
         at = data.draw(st.integers(0, min(len(content) - 1, 4000)))
         content[at] = data.draw(st.integers(0, 255))
         victim.write_bytes(content)
-    said = None
+    record = None
     try:
         xl.Graph.load(tmp_path / "one").prune()
     except FormatError as error:
-        said = str(error)
-    assert said is None or ("one" in said and "\n" not in said)
+        record = str(error)
+    assert record is None or ("one" in record and "\n" not in record)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_damage_ends_in_a_sentence_or_in_a_graph(saved: Path, tmp_path: Path, da
         ({"targets": "none"}, "targets"),
     ],
 )
-def test_headers_of_others(saved: Path, tmp_path: Path, change: dict[str, Any], words: str):
+def test_foreign_headers(saved: Path, tmp_path: Path, change: dict[str, Any], words: str):
     for p in saved.parent.glob("one.*"):
         shutil.copy(p, tmp_path / p.name)
     header = json.loads((tmp_path / "one.json").read_text())
@@ -116,18 +116,18 @@ def test_missing_files_and_folders(saved: Path, tmp_path: Path, graph: xl.Graph)
         graph.save(tmp_path / "one.json" / "where")
 
 
-def test_an_export_holds_the_pruned_graph(graph: xl.Graph, tmp_path: Path):
+def test_export_contains_the_pruned_graph(graph: xl.Graph, tmp_path: Path):
     file = to_file(graph, "a-slug", 0.8, 0.95)
     pruned = graph.prune(0.8, 0.95)
     write_graph_file(file, tmp_path / "a.json")
-    said = json.loads((tmp_path / "a.json").read_text())
-    assert len(said["nodes"]) == pruned.node_N.sum()
-    assert len(said["links"]) == len(pruned.weight_E)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert len(record["nodes"]) == pruned.node_N.sum()
+    assert len(record["links"]) == len(pruned.weight_E)
     assert {"slug", "scan", "transcoder_list", "prompt", "prompt_tokens", "node_threshold", "schema_version"} <= set(
-        said["metadata"]
+        record["metadata"]
     )
     kinds: dict[str, dict[str, Any]] = {}
-    for node in said["nodes"]:
+    for node in record["nodes"]:
         kinds.setdefault(node["feature_type"], node)
         assert {
             "node_id",
@@ -164,7 +164,7 @@ def test_cumulative_influence_is_at_most_the_threshold_and_one_node(graph: xl.Gr
     assert not file.raw_influence
 
 
-def test_exported_imported_and_exported_again(graph: xl.Graph, tmp_path: Path):
+def test_export_import_export_round_trip(graph: xl.Graph, tmp_path: Path):
     write_graph_file(to_file(graph, "s"), tmp_path / "a.json")
     write_graph_file(read_graph_file(tmp_path / "a.json"), tmp_path / "b.json")
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
@@ -181,7 +181,7 @@ def test_exported_imported_and_exported_again(graph: xl.Graph, tmp_path: Path):
 
 
 def old_file() -> dict[str, Any]:
-    """As circuit-tracer's older versions write: errors `0_{layer}_{position}`, strings in qParams, raw influence."""
+    """A file of circuit-tracer's older versions: errors `0_{layer}_{position}`, strings in qParams, raw influence."""
 
     def node(id_: str, layer: str, position: int, kind: str, feature: int, influence: float | None) -> dict[str, Any]:
         return {
@@ -239,12 +239,12 @@ def test_old_ids_string_pins_and_raw_influence(tmp_path: Path):
     assert json.loads((tmp_path / "new.json").read_text())["qParams"]["pinnedIds"] == ["0_2_1"]
 
 
-def test_old_ids_without_a_collision_stay(tmp_path: Path):
-    said = old_file()
-    said["nodes"][2]["node_id"] = "0_2_0"
-    said["nodes"][2]["ctx_idx"] = 0
-    said["links"].pop()
-    (tmp_path / "old.json").write_text(json.dumps(said))
+def test_old_ids_without_a_collision_are_unchanged(tmp_path: Path):
+    record = old_file()
+    record["nodes"][2]["node_id"] = "0_2_0"
+    record["nodes"][2]["ctx_idx"] = 0
+    record["links"].pop()
+    (tmp_path / "old.json").write_text(json.dumps(record))
     assert [n.node_id for n in read_graph_file(tmp_path / "old.json").nodes][2] == "0_2_0"
 
 
@@ -258,15 +258,15 @@ def test_old_ids_without_a_collision_stay(tmp_path: Path):
         (lambda d: d["metadata"].pop("slug"), r"metadata\.slug"),
     ],
 )
-def test_files_that_are_no_graphs(tmp_path: Path, change: Any, words: str):
-    said = old_file()
-    change(said)
-    (tmp_path / "bad.json").write_text(json.dumps(said))
+def test_files_that_are_not_graphs(tmp_path: Path, change: Any, words: str):
+    record = old_file()
+    change(record)
+    (tmp_path / "bad.json").write_text(json.dumps(record))
     with pytest.raises(FormatError, match=words):
         read_graph_file(tmp_path / "bad.json")
 
 
-def test_a_graph_file_cut_short(tmp_path: Path):
+def test_truncated_graph_file(tmp_path: Path):
     text = json.dumps(old_file())
     for n in (0, 10, len(text) // 2, len(text) - 1):
         (tmp_path / "cut.json").write_text(text[:n])
@@ -274,7 +274,7 @@ def test_a_graph_file_cut_short(tmp_path: Path):
             read_graph_file(tmp_path / "cut.json")
 
 
-def test_a_folder_of_graphs_lists_them(graph: xl.Graph, tmp_path: Path):
+def test_folder_of_graphs_has_a_list(graph: xl.Graph, tmp_path: Path):
     for slug in ("a", "b", "a"):
         add_to_folder(to_file(graph, slug), tmp_path / "graphs")
     listed = json.loads((tmp_path / "graphs" / "graph-metadata.json").read_text())["graphs"]
@@ -285,8 +285,8 @@ def test_a_folder_of_graphs_lists_them(graph: xl.Graph, tmp_path: Path):
     assert slug_of("x/a b.json") == "a-b"
 
 
-def test_an_imported_file_comes_whole(graph: xl.Graph):
-    """Nodes without edges too, which pruning would drop."""
+def test_imported_file_is_complete(graph: xl.Graph):
+    """Nodes without edges are imported too; pruning would drop them."""
     file = to_file(graph, "one", 0.9, 0.9)
     file.links = file.links[::3]
     again = to_graph(file).prune(1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Influence, pruning and scores by their definitions, on dense matrices; and the bound, for any tolerance."""
+"""Influence, pruning and scores match their definitions on dense matrices; the bound holds for any tolerance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dense_influence(weights: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def dense_prune(graph: Graph, node_threshold: float, edge_threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """circuit-tracer's definition, written again over dense matrices."""
+    """circuit-tracer's definition, reimplemented over dense matrices."""
     A, p = graph.to_dense().astype(np.float64), graph.weight_N
 
     def cut(values: np.ndarray, share: float) -> float:
@@ -59,7 +59,7 @@ def test_influence_is_the_sum_over_all_paths(full: Graph):
 
 
 @pytest.mark.parametrize("thresholds", [(0.8, 0.98), (0.5, 0.9), (0.95, 0.999)])
-def test_pruning_keeps_what_the_definition_keeps(full: Graph, thresholds: tuple[float, float]):
+def test_pruning_matches_the_definition(full: Graph, thresholds: tuple[float, float]):
     nodes, edges = dense_prune(full, *thresholds)
     pruned = full.prune(*thresholds)
     assert (pruned.node_N == nodes).all()
@@ -70,7 +70,7 @@ def test_pruning_keeps_what_the_definition_keeps(full: Graph, thresholds: tuple[
     np.testing.assert_allclose(pruned.weight_E, full.to_dense()[pruned.target_E, pruned.source_E])
 
 
-def test_scores_are_those_of_the_definition(full: Graph):
+def test_scores_match_the_definition(full: Graph):
     A, p = full.to_dense().astype(np.float64), full.weight_N
     W = np.abs(A) / np.maximum(np.abs(A).sum(1, keepdims=True), 1e-300)
     influence = dense_influence(A, p)
@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_definition(full: Graph):
 
 @settings(max_examples=25, deadline=None)
 @given(tolerance=st.floats(0.001, 0.9), limit=st.none() | st.integers(1, 60))
-def test_no_node_is_short_by_more_than_the_bound(full: Graph, pair: Pair, tolerance: float, limit: int | None):
+def test_influence_is_within_the_bound(full: Graph, pair: Pair, tolerance: float, limit: int | None):
     graph = xl.attribute(*pair, TOKENS, tolerance=tolerance, max_nodes=limit)
     total, slack = graph.weight_N.sum(), 1e-5
     if limit is None:
@@ -109,7 +109,7 @@ def test_no_node_is_short_by_more_than_the_bound(full: Graph, pair: Pair, tolera
 
 @settings(max_examples=15, deadline=None)
 @given(tolerance=st.floats(0.01, 0.5))
-def test_rows_keep_their_share_and_sums_stay_exact(pair: Pair, tolerance: float):
+def test_stored_share_of_rows_and_exact_sums(pair: Pair, tolerance: float):
     graph = xl.attribute(*pair, TOKENS, tolerance=tolerance)
     mass_R4 = graph.arrays.mass_R4
     assert (mass_R4[:, 3] <= tolerance / 10 * mass_R4[:, :3].sum(1) + 1e-5).all()
@@ -122,7 +122,7 @@ def test_more_nodes_never_explain_less(pair: Pair):
     assert shares[0] > shares[-1]
 
 
-def test_a_subgraph_of_everything_scores_as_the_whole_and_less_scores_less(full: Graph):
+def test_full_subgraph_scores_as_the_graph_and_smaller_ones_less(full: Graph):
     whole = full.subgraph_scores(range(full.n_features))
     for one, two in zip(whole, full.scores(), strict=True):
         assert one.value == pytest.approx(two.value, rel=1e-5)
@@ -132,8 +132,8 @@ def test_a_subgraph_of_everything_scores_as_the_whole_and_less_scores_less(full:
     assert part.completeness_strict.value < whole.completeness_strict.value
 
 
-def test_leaving_a_feature_out_counts_its_edges_as_errors(full: Graph):
-    """By the definition: its column moves into the errors' and its row goes."""
+def test_removed_feature_counts_as_error(full: Graph):
+    """By definition, the feature's column is added to the errors and its row is removed."""
     left = int(np.argmax(full.influence_N[: full.n_features]))
     A = full.to_dense().astype(np.float64)
     A[:, full.first_error] = np.abs(A[:, full.first_error]) + np.abs(A[:, left])

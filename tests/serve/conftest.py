@@ -1,4 +1,4 @@
-"""Folders to serve, and a browser to look at them with."""
+"""Folders to serve, and a browser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = "def class return value"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, made: Made) -> Path:
-    """A folder with a run that has a bundle and a graph, beside things that are neither."""
+    """A folder with a run that has a bundle and a graph, and with unrelated files."""
     root = tmp_path_factory.mktemp("served")
     run = root / "runs" / "mine"
     (run / "graphs").mkdir(parents=True)
@@ -45,7 +45,7 @@ def chromium() -> str:
     """Debian's Chromium, installed where it is missing."""
     names = ("chromium", "chromium-browser", "google-chrome")
     with (Path(tempfile.gettempdir()) / "crosslayer-chromium.lock").open("w") as lock:
-        # Another process of the same test run may be at it.
+        # Another process of the same test run may be installing it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         return _found_or_installed(names)
 

@@ -1,4 +1,4 @@
-"""`crosslayer serve` in a process of its own."""
+"""`crosslayer serve` in a subprocess."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class Served:
-    """`crosslayer serve` in a process of its own."""
+    """`crosslayer serve` in a subprocess."""
 
     def __init__(self, root: Path) -> None:
         with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""A hundred connections left open, and sockets that say nothing: the server still answers."""
+"""The server still answers with a hundred open connections and idle sockets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_streams_and_sockets_left_open(crowded: Served):
         " AAAAAAAAAAAAAAAAAAAAAA==\r\n"
     )
     left += [ask(crowded, "/api/jobs/1/events", upgrade) for _ in range(100)]
-    # Begun and never ended.
+    # Started and never finished.
     for _ in range(100):
         left.append(socket.create_connection(("127.0.0.1", crowded.port), timeout=20))
         left[-1].sendall(b"GET /api/lib")
@@ -78,23 +78,23 @@ def test_no_path_leads_out(crowded: Served, path: str):
 
 
 def test_killed_while_saving(root: Path):
-    """What the server said it kept is there, whole, whenever it is killed."""
+    """Everything that the server reported as saved is complete on disk, whenever it is killed."""
     for delay_s in (0.02, 0.05, 0.11):
         served = Served(root)
         at = f"graphs/{served.id('graph', 'one')}/views/killed"
-        kept: list[int] = []
+        saved: list[int] = []
 
-        def save(served: Served = served, at: str = at, kept: list[int] = kept) -> None:
+        def save(served: Served = served, at: str = at, saved: list[int] = saved) -> None:
             for n in itertools.count():
                 try:
                     served.put(at, {"value": {"pins": [n] * 50}})
                 except OSError:
                     return
-                kept.append(n)
+                saved.append(n)
 
         saving = threading.Thread(target=save)
         saving.start()
-        while not kept:
+        while not saved:
             time.sleep(0.001)
         time.sleep(delay_s)
         served.stop(signal.SIGKILL)
@@ -103,5 +103,5 @@ def test_killed_while_saving(root: Path):
         pins = served.get(at)["value"]["pins"]  # type: ignore[index]
         assert len(pins) == 50
         assert len(set(pins)) == 1
-        assert pins[0] >= kept[-1]
+        assert pins[0] >= saved[-1]
         served.stop()

@@ -1,4 +1,4 @@
-"""The API against requests made from its own description."""
+"""The API against requests generated from its own OpenAPI description."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_no_request_breaks_the_server(root: Path):
         @given(case=operation.as_strategy())
         @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         def holds(case: schemathesis.Case) -> None:
-            # A made-up id would stop at the door.
+            # A random id would only test the lookup.
             kind = next((k for k in real if case.path.startswith(f"/api/{k}s/")), None)
             if kind is not None:
                 case.path_parameters["id"] = real[kind]

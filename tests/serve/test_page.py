@@ -1,4 +1,4 @@
-"""The page in a real browser: what a person does with it, and that it is saved across a reload and a fresh profile."""
+"""The page in a real browser: user actions, saved across a reload and a new profile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def served(root: Path) -> Iterator[Served]:
 
 
 class Watched:
-    """A page that may not load from elsewhere, complain, or break its policy."""
+    """A page that fails the test if it loads from elsewhere, logs an error, or breaks its content security policy."""
 
     def __init__(self, page: Page, base: str) -> None:
         self.page, self.base, self.complaints = page, base, list[str]()
@@ -56,7 +56,7 @@ class Watched:
 
 @contextmanager
 def profile(browser: Browser, served: Served, *, refusals: int = 0, **options: object) -> Iterator[Watched]:
-    """A fresh browser profile. `refusals`: answers of 4xx that the browser may log."""
+    """A new browser profile. `refusals`: number of 4xx answers that the browser may log."""
     settings = {"accept_downloads": True, "viewport": {"width": 1280, "height": 900}, **options}
     context = browser.new_context(**settings)  # type: ignore[arg-type]
     context.set_default_timeout(15_000)
@@ -74,31 +74,31 @@ def visit(browser: Browser, served: Served) -> Iterator[Watched]:
         yield watched
 
 
-def test_the_built_page_is_of_these_sources():
+def test_built_page_matches_the_sources():
     digest = hashlib.sha256()
     for path in sorted(p.relative_to(WEB).as_posix() for p in WEB.rglob("*") if p.is_file()):
         digest.update(path.encode() + b"\0" + (WEB / path).read_bytes() + b"\0")
     assert (STATIC / "built-from.txt").read_text().strip() == digest.hexdigest(), "run `npm run build` in web/"
 
 
-def test_the_library_and_a_run_whose_curves_grow(visit: Watched, root: Path):
+def test_library_and_growing_curves_of_a_run(visit: Watched, root: Path):
     page = visit.open()
     for name in ("runs/mine", "runs/mine/features", "runs/mine/graphs/one.json"):
         expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
     manifest, log = root / "runs" / "mine" / "run.json", root / "runs" / "mine" / "log.jsonl"
-    kept = manifest.read_text(), log.read_text()
+    saved = manifest.read_text(), log.read_text()
     manifest.write_text(json.dumps({"state": "training", "config": {"l0": 8}, "step": 2}))
     page.get_by_role("link", name="runs/mine", exact=True).click()
     expect(page.get_by_role("status").first).to_contain_text("training")
     expect(page.get_by_text("from 2 to 1.5")).to_be_visible()
-    log.write_text(kept[1] + 'ss": 0.25}\n')
+    log.write_text(saved[1] + 'ss": 0.25}\n')
     expect(page.get_by_text("from 2 to 0.25")).to_be_visible()
     page.get_by_text("Model card").click()
     expect(page.get_by_text("# A card")).to_be_visible()
     page.get_by_text("Settings").click()
     expect(page.get_by_role("row", name="l0 8")).to_be_visible()
-    manifest.write_text(kept[0])
-    log.write_text(kept[1])
+    manifest.write_text(saved[0])
+    log.write_text(saved[1])
 
 
 def test_features_are_sorted_filtered_and_searched(visit: Watched, served: Served, made):
@@ -126,7 +126,7 @@ def test_features_are_sorted_filtered_and_searched(visit: Watched, served: Serve
     expect(page.get_by_role("status").nth(1)).to_be_visible()
 
 
-def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: Watched, served: Served, made):
+def test_feature_is_labelled_pinned_and_tried(browser: Browser, visit: Watched, served: Served, made):
     at = f"bundle/{served.id('bundle')}/2/7"
     page = visit.open(at)
     titles = (
@@ -165,7 +165,7 @@ def test_one_feature_is_labelled_and_pinned_and_tried(browser: Browser, visit: W
         expect(other.locator("#label")).not_to_have_text(HARM)
 
 
-def test_a_models_label_is_shown_with_its_scores_beside_ones_own(visit: Watched, served: Served, root: Path):
+def test_model_label_is_shown_with_scores_beside_the_users_label(visit: Watched, served: Served, root: Path):
     scores = {"detection": {"balanced_accuracy": 0.85, "balanced_accuracy_low": 0.64, "balanced_accuracy_high": 0.95}}
     bundle = load_features(root / "runs" / "mine" / "features")
     bundle.user.set_label(Label(bundle.id(1, 2), "some-model", "says zebra", "Fires on stripes.", scores))
@@ -182,7 +182,7 @@ def test_a_models_label_is_shown_with_its_scores_beside_ones_own(visit: Watched,
     expect(page.get_by_text("says zebra")).to_be_visible()
 
 
-def test_tokens_of_many_blanks_do_not_widen_the_page(visit: Watched, served: Served):
+def test_tokens_of_many_spaces_do_not_widen_the_page(visit: Watched, served: Served):
     def widened(route: Route) -> None:
         answer = route.fetch()
         route.fulfill(
@@ -197,13 +197,13 @@ def test_tokens_of_many_blanks_do_not_widen_the_page(visit: Watched, served: Ser
 
 
 @pytest.mark.parametrize("at", ["nonsense", "run/..%2f..", "run/..", "bundle/%2e%2e/0/1", "graph/..%5c.."])
-def test_an_odd_address_says_that_there_is_no_such_page(visit: Watched, at: str):
+def test_unknown_address_shows_not_found(visit: Watched, at: str):
     page = visit.open(at)
     expect(page.get_by_role("heading", name="This cannot be shown")).to_be_visible()
     expect(page.get_by_text("There is no page #/")).to_be_visible()
 
 
-def test_which_features_fire_on_a_text(visit: Watched, served: Served):
+def test_features_active_on_a_text(visit: Watched, served: Served):
     page = visit.open(f"bundle/{served.id('bundle')}")
     page.get_by_label("Text").fill("def return")
     page.get_by_role("button", name="Which features are active?").click()
@@ -213,7 +213,7 @@ def test_which_features_fire_on_a_text(visit: Watched, served: Served):
     expect(page.get_by_role("heading", name="Examples")).to_be_visible()
 
 
-def test_the_map_is_searched_and_opens_features(visit: Watched, served: Served):
+def test_feature_map_is_searched_and_opens_features(visit: Watched, served: Served):
     page = visit.open(f"bundle/{served.id('bundle')}/map")
     canvas = page.locator("canvas.map[data-points]")
     assert int(canvas.get_attribute("data-points") or 0) > 20
@@ -224,7 +224,7 @@ def test_the_map_is_searched_and_opens_features(visit: Watched, served: Served):
     page.get_by_role("searchbox").fill("")
     box = canvas.bounding_box()
     assert box is not None
-    # From the middle outwards, until the pointer is over a point.
+    # From the centre outwards, until the pointer is over a point.
     for x, y in ((0.5 + dx / 60, 0.5 + dy / 60) for r in range(30) for dx in range(-r, r + 1) for dy in (-r, r)):
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
         if canvas.evaluate("c => c.style.cursor") == "pointer":
@@ -248,11 +248,11 @@ def find(page: Page, text: str) -> None:
 
 
 class Traced(NamedTuple):
-    """A graph of its own for each test, so that what one saves is not another's."""
+    """A graph per test, so that tests do not share saved views."""
 
     id: str
     features: list[str]
-    """Names of features, of the most influence first."""
+    """Names of features, the most influential first."""
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def graph(root: Path, served: Served) -> Iterator[Traced]:
         (folder / f"{name}.{kind}").unlink()
 
 
-def test_a_graph_is_read_with_the_pointer_and_with_keys(visit: Watched, graph: Traced):
+def test_graph_with_pointer_and_keyboard(visit: Watched, graph: Traced):
     page = graph_page(visit, graph)
     find(page, graph.features[0])
     expect(page.locator(".side")).to_contain_text("of influence")
@@ -295,7 +295,7 @@ def test_a_graph_is_read_with_the_pointer_and_with_keys(visit: Watched, graph: T
     expect(page.locator(".box")).to_have_count(1)
 
 
-def test_thresholds_act_at_once(visit: Watched, served: Served, graph: Traced):
+def test_thresholds_apply_immediately(visit: Watched, served: Served, graph: Traced):
     page = graph_page(visit, graph)
     nodes = page.locator(".stage")
     before = int(nodes.get_attribute("data-nodes") or 0)
@@ -312,7 +312,7 @@ def test_thresholds_act_at_once(visit: Watched, served: Served, graph: Traced):
     expect(errors).not_to_be_checked()
 
 
-def test_a_circuit_is_pinned_grouped_named_moved_and_saved(
+def test_circuit_is_pinned_grouped_named_moved_and_saved(
     browser: Browser, visit: Watched, served: Served, graph: Traced
 ):
     page = graph_page(visit, graph)
@@ -373,7 +373,7 @@ def test_suggested_supernodes_are_added(visit: Watched, served: Served, graph: T
     expect(page.locator(".box.super")).to_have_count(1)
 
 
-def test_a_feature_is_labelled_in_the_graph(visit: Watched, graph: Traced):
+def test_feature_is_labelled_in_the_graph(visit: Watched, graph: Traced):
     page = graph_page(visit, graph)
     find(page, graph.features[0])
     page.get_by_label("Your label").fill("hands on")
@@ -383,7 +383,7 @@ def test_a_feature_is_labelled_in_the_graph(visit: Watched, graph: Traced):
     expect(page.locator(".side h2")).to_have_text("hands on")
 
 
-def test_an_intervention_and_what_the_edges_said(visit: Watched, graph: Traced):
+def test_intervention_and_prediction_by_edges(visit: Watched, graph: Traced):
     page = graph_page(visit, graph)
     find(page, graph.features[1])
     page.get_by_role("button", name="Pin to subgraph").click()
@@ -398,7 +398,7 @@ def test_an_intervention_and_what_the_edges_said(visit: Watched, graph: Traced):
     expect(page.get_by_text("type a number first")).to_be_visible()
 
 
-def test_a_new_graph_from_a_prompt_and_two_side_by_side(visit: Watched, served: Served, root: Path):
+def test_new_graph_from_a_prompt_and_comparison_of_two(visit: Watched, served: Served, root: Path):
     page = visit.open()
     page.get_by_label("Prompt").fill("return value def class")
     page.get_by_label("Name", exact=True).fill("another")
@@ -422,20 +422,20 @@ DROP = """text => {
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "theirs.json: it is not a complete JSON object; download or export it again"),
         ("[]", "theirs.json: it is not a complete JSON object"),
         ('{"nodes": [], "links": []}', "theirs.json is no graph file: metadata: Field required"),
     ],
 )
-def test_a_file_that_is_no_graph_is_refused_in_a_sentence(browser: Browser, served: Served, text: str, said: str):
+def test_file_that_is_not_a_graph_is_refused(browser: Browser, served: Served, text: str, message: str):
     with profile(browser, served, refusals=1) as visit:
         visit.open().evaluate(DROP, text)
-        expect(visit.page.get_by_text(said)).to_be_visible()
+        expect(visit.page.get_by_text(message)).to_be_visible()
 
 
-def test_a_file_is_dropped_and_its_circuit_comes_with_it(visit: Watched, root: Path, tmp_path: Path):
+def test_dropped_file_is_imported_with_its_circuit(visit: Watched, root: Path, tmp_path: Path):
     graph = xl.Graph.load(root / "runs" / "mine" / "graphs" / "one")
     top = [int(n) for n in (-graph.influence_N[: graph.n_features]).argsort()[:3]]
     file = to_file(graph, "theirs", 0.9, 0.98, {}, top, [("a pair", top[:2])])
@@ -450,7 +450,7 @@ def test_a_file_is_dropped_and_its_circuit_comes_with_it(visit: Watched, root: P
     (root / "graphs" / "theirs.json").unlink()
 
 
-def test_exports_hold_what_was_made(visit: Watched, graph: Traced, tmp_path: Path):
+def test_exports_contain_the_circuit(visit: Watched, graph: Traced, tmp_path: Path):
     page = graph_page(visit, graph)
     find(page, graph.features[0])
     page.get_by_role("button", name="Pin to subgraph").click()
@@ -459,24 +459,24 @@ def test_exports_hold_what_was_made(visit: Watched, graph: Traced, tmp_path: Pat
     page.get_by_label("Name of the supernode").fill("mine")
     page.get_by_role("button", name="Group", exact=True).click()
     expect(page.get_by_text("saved", exact=True)).to_be_visible()
-    kept = {}
+    saved = {}
     for kind in ("JSON", "SVG", "PNG"):
         with page.expect_download() as download:
             page.get_by_role("button", name=kind, exact=True).click()
-        kept[kind] = tmp_path / download.value.suggested_filename
-        download.value.save_as(kept[kind])
-    file = read_graph_file(kept["JSON"])
+        saved[kind] = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved[kind])
+    file = read_graph_file(saved["JSON"])
     (pinned,) = file.qParams.pinnedIds
     place = re.fullmatch(r"L(\d+)/(\d+) @(\d+)", graph.features[0])
     assert place is not None
     assert pinned == "_".join(place.groups())
     assert file.qParams.supernodes == [["mine", pinned]]
-    assert kept["SVG"].read_text().startswith("<svg")
-    assert kept["PNG"].read_bytes().startswith(b"\x89PNG")
-    assert kept["PNG"].stat().st_size > 10_000
+    assert saved["SVG"].read_text().startswith("<svg")
+    assert saved["PNG"].read_bytes().startswith(b"\x89PNG")
+    assert saved["PNG"].stat().st_size > 10_000
 
 
-def test_two_tabs_lose_nothing_silently(browser: Browser, served: Served, graph: Traced):
+def test_two_tabs_do_not_overwrite_each_other(browser: Browser, served: Served, graph: Traced):
     with profile(browser, served, refusals=1) as watched:
         one = graph_page(watched, graph)
         two = watched.page.context.new_page()
@@ -497,7 +497,7 @@ def test_two_tabs_lose_nothing_silently(browser: Browser, served: Served, graph:
         expect(one.get_by_role("button", name="Unpin from subgraph")).to_be_visible()
 
 
-def test_what_was_saved_outlives_a_killed_server(browser: Browser, root: Path, graph: Traced):
+def test_saved_views_survive_a_killed_server(browser: Browser, root: Path, graph: Traced):
     served = Served(root)
     with profile(browser, served) as watched:
         page = graph_page(watched, graph)
@@ -516,7 +516,7 @@ def test_what_was_saved_outlives_a_killed_server(browser: Browser, root: Path, g
     served.stop()
 
 
-def test_a_job_is_stopped_from_the_page(visit: Watched, served: Served):
+def test_job_is_stopped_from_the_page(visit: Watched, served: Served):
     page = visit.open(f"bundle/{served.id('bundle')}/2/7")
     page.get_by_label("Text").fill("def return")
     page.route("**/events", lambda route: (time.sleep(0.2), route.continue_()))
@@ -544,7 +544,7 @@ def test_every_view_is_accessible(browser: Browser, served: Served, scheme: str)
             assert serious == [], (view, [(v["id"], v["nodes"][0]["html"]) for v in serious])
 
 
-def test_a_phone_reads_without_scrolling_sideways(browser: Browser, served: Served):
+def test_phone_needs_no_horizontal_scrolling(browser: Browser, served: Served):
     bundle = served.id("bundle")
     context = browser.new_context(viewport={"width": 390, "height": 800})
     page = context.new_page()
@@ -555,7 +555,7 @@ def test_a_phone_reads_without_scrolling_sideways(browser: Browser, served: Serv
     context.close()
 
 
-def test_an_address_that_is_nothing(browser: Browser, served: Served):
+def test_address_that_does_not_exist(browser: Browser, served: Served):
     with profile(browser, served, refusals=4) as watched:
         for view in ("nowhere/x", "graph/none", "bundle/none", "run/%3Cb%3E"):
             page = watched.open(view)

@@ -1,4 +1,4 @@
-"""The routes over real folders, and what must not get past the guard."""
+"""The routes on real folders, and requests that the guard must refuse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ids(client: TestClient) -> dict[str, str]:
     return {e["kind"]: e["id"] for e in client.get("/api/library").json()}
 
 
-def test_the_library_finds_what_is_there_and_nothing_else(client: TestClient, root: Path):
+def test_library_lists_exactly_the_runs_bundles_and_graphs(client: TestClient, root: Path):
     found = client.get("/api/library").json()
     assert [(e["kind"], e["name"]) for e in found] == [
         ("bundle", "runs/mine/features"),
@@ -44,7 +44,7 @@ def test_the_library_finds_what_is_there_and_nothing_else(client: TestClient, ro
         create_app([root / "no"])
 
 
-def test_a_run_and_its_log_as_it_grows(client: TestClient, root: Path):
+def test_run_and_its_growing_log(client: TestClient, root: Path):
     run = ids(client)["run"]
     got = client.get(f"/api/runs/{run}").json()
     assert (got["manifest"]["config"], got["evaluation"], got["card"]) == ({"l0": 8}, None, "# A card")
@@ -61,7 +61,7 @@ def test_a_run_and_its_log_as_it_grows(client: TestClient, root: Path):
     path.write_text(whole)
 
 
-def test_features_lists_search_and_one(client: TestClient, made: Made):
+def test_feature_list_search_and_single_feature(client: TestClient, made: Made):
     at = f"/api/bundles/{ids(client)['bundle']}"
     bundle = client.get(at).json()
     assert (bundle["n_layers"], bundle["context"], bundle["levels"]) == (3, CONTEXT, 4)
@@ -83,7 +83,7 @@ def test_features_lists_search_and_one(client: TestClient, made: Made):
     for path, words in (
         ("features?sort=colour", "cannot be sorted by"),
         ("features?filter=colour:1:2", "cannot be filtered by"),
-        ("features?filter=density:x:", "is not understood"),
+        ("features?filter=density:x:", "is invalid"),
         ("features/9/0", "no layer 9"),
         ("features/0/9999", "no feature L0/9999"),
     ):
@@ -92,7 +92,7 @@ def test_features_lists_search_and_one(client: TestClient, made: Made):
         assert words in answer.json()["detail"]
 
 
-def test_the_map_in_bytes(client: TestClient, made: Made):
+def test_feature_map_as_bytes(client: TestClient, made: Made):
     raw = client.get(f"/api/bundles/{ids(client)['bundle']}/map", params={"level": 1}).content
     (n,) = struct.unpack("<I", raw[:4])
     assert len(raw) == 4 + 20 * n
@@ -105,10 +105,10 @@ def test_the_map_in_bytes(client: TestClient, made: Made):
     np.testing.assert_array_equal(np.frombuffer(raw, "<i4", n, 4 + 12 * n), made.bundle.array("group")[feature, 1])
 
 
-def test_labels_and_pins_are_kept(client: TestClient):
+def test_labels_and_pins_are_saved(client: TestClient):
     at = f"/api/bundles/{ids(client)['bundle']}"
-    said = client.put(f"{at}/features/0/4/label", json={"label": "<b>Zebra</b>"}).json()
-    assert said == {"label": "<b>Zebra</b>", "label_from": "person"}
+    answer = client.put(f"{at}/features/0/4/label", json={"label": "<b>Zebra</b>"}).json()
+    assert answer == {"label": "<b>Zebra</b>", "label_from": "person"}
     assert client.put(f"{at}/features/0/4/pin", json={"pinned": True}).status_code == 200
     feature = client.get(f"{at}/features/0/4").json()
     assert (feature["label"], feature["pinned"], feature["labels"][0]["source"]) == ("<b>Zebra</b>", True, "person")
@@ -118,7 +118,7 @@ def test_labels_and_pins_are_kept(client: TestClient):
     assert client.put(f"{at}/features/0/4/label", json={"label": 5}).status_code == 422
 
 
-def test_a_graph_in_columns_with_labels(client: TestClient, root: Path):
+def test_graph_as_columns_with_labels(client: TestClient, root: Path):
     client.put(f"/api/bundles/{ids(client)['bundle']}/features/2/7/label", json={"label": "always"})
     graph = xl.Graph.load(root / "runs" / "mine" / "graphs" / "one")
     at = f"/api/graphs/{ids(client)['graph']}"
@@ -145,17 +145,17 @@ def test_a_graph_in_columns_with_labels(client: TestClient, root: Path):
     assert client.get(f"{at}/suggestions").status_code == 200
 
 
-def test_views_are_kept_across_servers(client: TestClient, root: Path):
+def test_views_survive_a_server_restart(client: TestClient, root: Path):
     at = f"/api/graphs/{ids(client)['graph']}/views"
     value = {"pins": [1, 2], "supernodes": [{"name": "say", "members": [1, 2]}], "places": {"s say": [10.0, 20.5]}}
     first = client.put(f"{at}/first look", json={"value": value, "over": ""}).json()["revision"]
     with TestClient(create_app([root]), base_url=BASE) as again:
         assert again.get(at).json() == ["first look"]
-        kept = again.get(f"{at}/first look").json()
-        assert kept["revision"] == first
-        assert {k: kept["value"][k] for k in value} == value
+        saved = again.get(f"{at}/first look").json()
+        assert saved["revision"] == first
+        assert {k: saved["value"][k] for k in value} == value
         assert again.get(f"{at}/none").json() == {"value": None, "revision": ""}
-        # Another tab: what it does not know of is not written over.
+        # Another tab must not overwrite changes that it has not loaded.
         second = again.put(f"{at}/first look", json={"value": value | {"pins": [3]}, "over": first}).json()["revision"]
     stale = client.put(f"{at}/first look", json={"value": value, "over": first})
     assert stale.status_code == 409
@@ -168,7 +168,7 @@ def test_views_are_kept_across_servers(client: TestClient, root: Path):
     assert client.get(at).json() == []
 
 
-def test_nodes_that_are_wanted_stay(client: TestClient, root: Path):
+def test_wanted_nodes_are_not_pruned(client: TestClient, root: Path):
     graph = xl.Graph.load(root / "runs" / "mine" / "graphs" / "one")
     at = f"/api/graphs/{ids(client)['graph']}"
     least = int(graph.influence_N[: graph.n_features].argmin())
@@ -183,7 +183,7 @@ def test_nodes_that_are_wanted_stay(client: TestClient, root: Path):
     client.delete(f"{at}/views/v")
 
 
-def test_a_label_changed_elsewhere_is_not_written_over(client: TestClient):
+def test_label_changed_elsewhere_is_not_overwritten(client: TestClient):
     at = f"/api/bundles/{ids(client)['bundle']}/features/1/3/label"
     assert client.put(at, json={"label": "one", "over": ""}).status_code == 200
     assert client.put(at, json={"label": "two", "over": ""}).status_code == 409
@@ -191,7 +191,7 @@ def test_a_label_changed_elsewhere_is_not_written_over(client: TestClient):
     client.put(at, json={"label": ""})
 
 
-def test_import_of_a_viewers_file_and_of_nonsense(client: TestClient, root: Path, tmp_path: Path):
+def test_import_of_valid_and_invalid_files(client: TestClient, root: Path, tmp_path: Path):
     graph = xl.Graph.load(root / "runs" / "mine" / "graphs" / "one")
     write_graph_file(to_file(graph, "theirs"), tmp_path / "theirs.json")
     file = json.loads((tmp_path / "theirs.json").read_text())
@@ -241,7 +241,7 @@ def test_other_hosts_origins_and_bodies_are_refused(client: TestClient, root: Pa
         for _ in range(40):
             yield b" " * 65536
 
-    # A gigabyte, and a graph of 10^7 links, are refused by what they say of their size.
+    # A gigabyte, and a graph of 10^7 links, are refused by their declared size.
     for path in (label, "/api/graphs?name=large"):
         claimed = client.request(
             "PUT" if path == label else "POST", path, content=b"{", headers={"content-length": str(10**9)}
@@ -254,7 +254,7 @@ def test_other_hosts_origins_and_bodies_are_refused(client: TestClient, root: Pa
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_token_where_others_can_reach(root: Path):
+def test_token_is_required_on_public_addresses(root: Path):
     with TestClient(create_app([root], token="s3cret"), base_url=BASE) as client:
         assert client.get("/api/library").status_code == 401
         assert client.get("/api/library", params={"token": "wrong"}).status_code == 401
@@ -268,14 +268,14 @@ def test_a_token_where_others_can_reach(root: Path):
 
 
 def finished(client: TestClient, job: int) -> dict:
-    """The last event of a job's stream."""
+    """Return the last event of a job's stream."""
     with client.stream("GET", f"/api/jobs/{job}/events") as stream:
-        told = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
-    assert told[0]["state"] == "waiting"
-    return told[-1]
+        events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+    assert events[0]["state"] == "waiting"
+    return events[-1]
 
 
-def test_jobs_trace_intervene_and_look_at_a_text(client: TestClient, root: Path):
+def test_jobs_trace_intervene_and_compute_features(client: TestClient, root: Path):
     here = ids(client)
     asked = {"run": here["run"], "prompt": "def return list", "name": "two words"}
     made = finished(client, client.post("/api/jobs/trace", json=asked).json()["job"])
@@ -315,7 +315,7 @@ def test_jobs_trace_intervene_and_look_at_a_text(client: TestClient, root: Path)
         assert client.post("/api/jobs/intervene", json={"graph": graph, "changes": [bad]}).status_code == 422
 
 
-def test_a_job_can_be_stopped_and_another_started(client: TestClient):
+def test_job_can_be_stopped_and_another_started(client: TestClient):
     here = ids(client)
     first = client.post("/api/jobs/activations", json={"run": here["run"], "text": "def"}).json()["job"]
     second = client.post("/api/jobs/activations", json={"run": here["run"], "text": "def"}).json()["job"]
@@ -328,14 +328,14 @@ def test_a_job_can_be_stopped_and_another_started(client: TestClient):
 
 
 @pytest.mark.parametrize("name", ["..", ".", "/", "  "])
-def test_a_graph_needs_a_name(client: TestClient, root: Path, name: str):
+def test_graph_needs_a_name(client: TestClient, root: Path, name: str):
     before = sorted(p.name for p in (root / "runs" / "mine").rglob("*"))
     asked = {"run": ids(client)["run"], "prompt": "def", "name": name}
     assert client.post("/api/jobs/trace", json=asked).status_code == 422
     assert sorted(p.name for p in (root / "runs" / "mine").rglob("*")) == before
 
 
-def test_a_name_with_a_dot_and_one_that_is_waiting(client: TestClient, root: Path):
+def test_name_with_a_dot_and_name_of_a_waiting_job(client: TestClient, root: Path):
     asked = {"run": ids(client)["run"], "prompt": "def", "name": "qwen-0.6b"}
     first = client.post("/api/jobs/trace", json=asked).json()
     again = client.post("/api/jobs/trace", json=asked)
@@ -347,7 +347,7 @@ def test_a_name_with_a_dot_and_one_that_is_waiting(client: TestClient, root: Pat
         (root / "runs" / "mine" / "graphs" / f"qwen-0-6b.{kind}").unlink()
 
 
-def test_a_job_that_was_cancelled_stays_so(client: TestClient):
+def test_cancelled_job_stays_cancelled(client: TestClient):
     here = ids(client)
     job = client.post("/api/jobs/activations", json={"run": here["run"], "text": "def"}).json()["job"]
     assert client.delete(f"/api/jobs/{job}").json() == {"state": "cancelled"}
@@ -357,15 +357,15 @@ def test_a_job_that_was_cancelled_stays_so(client: TestClient):
 
 def test_links_in_a_run_are_not_followed(client: TestClient, root: Path):
     card = root / "runs" / "mine" / "clt" / "README.md"
-    kept = card.read_text()
+    saved = card.read_text()
     card.unlink()
     card.symlink_to(root / "secret.txt")
     assert client.get(f"/api/runs/{ids(client)['run']}").json()["card"] is None
     card.unlink()
-    card.write_text(kept)
+    card.write_text(saved)
 
 
-def test_a_damaged_bundle_does_not_hide_a_graph(client: TestClient, root: Path):
+def test_damaged_bundle_does_not_hide_a_graph(client: TestClient, root: Path):
     path = root / "runs" / "mine" / "features" / "manifest.json"
     whole = path.read_text()
     path.write_text(whole.replace('"whole":true', '"whole":false').replace('"whole": true', '"whole": false'))

@@ -1,5 +1,6 @@
-"""Making an attribution graph, and testing it: a prompt's computation as features, errors and tokens, exact in the
-local replacement model.
+"""Make attribution graphs and validate them against the model.
+
+A graph describes a prompt's computation by features, errors and tokens, exactly in the local replacement model.
 
 May import `eval` and below.
 """

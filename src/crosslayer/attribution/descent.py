@@ -1,15 +1,15 @@
-"""The vector-Jacobian product of a local replacement model, written out: no autograd, no replicated batch.
+"""The vector-Jacobian product of a local replacement model, without autograd and without a replicated batch.
 
-Rows are gradients of targets with respect to the stream. They go down layer by layer, and on their way are multiplied
-with what is written there. Attention is four products: with the output projection, with the transposed pattern, a sum
-over the heads that share a value, with the value projection. Scales and gains of norms are folded into these
+Rows are gradients of targets with respect to the residual stream. They descend layer by layer and are multiplied with
+what is written at each layer. Attention takes four products: with the output projection, with the transposed pattern,
+a sum over the heads that share a value, and with the value projection. Norm scales and gains are folded into these
 beforehand.
 
 Only positions up to a target's own take part. Rows are sorted by the position of their target and laid out in blocks of
-neighbouring targets, each block (positions, rows, width), so that every product is over contiguous memory.
+neighbouring targets. Each block has shape (positions, rows, width), so that every product is over contiguous memory.
 
-At the first positions of the policy there are no features, and the stream is a fixed sum of tokens and constants at
-every layer. What arrives there is multiplied with these sums at once, and does not go further down.
+The first positions of the policy have no features. There the residual stream is a fixed sum of tokens and constants at
+every layer. Gradients that reach these positions are multiplied with these sums at once and descend no further.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from crosslayer.attribution.local import LocalModel
 from crosslayer.attribution.writes import Writes
 
 SMALL = 1 << 16
-"""Rows times sources of a position, on average, below which a narrow product costs more to set up than it saves."""
+"""Rows times mean number of sources per position, below which a narrow product costs more to set up than it saves."""
 
 MAX_BLOCKS = 32
-"""Blocks that the positions of targets are cut into; more waste less and cost more calls."""
+"""Number of blocks of target positions. More blocks waste less memory and need more calls."""
 
 
 class Reads(NamedTuple):
-    """Targets of one site: what they read of the stream.
+    """Targets of one site, with their gradients with respect to the residual stream.
 
-    `layer` is that of the MLP whose input they read, or the number of layers for what reads the top of the stream.
+    `layer` is the layer whose MLP input the targets read, or the number of layers for targets after the last layer.
     """
 
     layer: int
@@ -43,9 +43,9 @@ class Reads(NamedTuple):
     read_ND: Float[Tensor, "N D"]
     """Gradients with respect to the stream at the site."""
     constant_N: Float[Tensor, " N"]
-    """What biases of the site itself give the targets."""
+    """Contributions of the site's own biases."""
     value_N: Float[Tensor, " N"]
-    """What incoming edges sum to."""
+    """The sum of all incoming edges."""
 
 
 class Edges(NamedTuple):
@@ -53,7 +53,7 @@ class Edges(NamedTuple):
 
     all_NX: Float[Tensor, "N X"]
     n_columns: int
-    """C"""
+    """The number C of feature columns."""
     n_layers: int
     constant_N: Float[Tensor, " N"]
 
@@ -73,7 +73,7 @@ class Edges(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """One layer's path for gradients; G value heads of width E, each shared by R query heads."""
+    """One layer's path for gradients, with G value heads of width E, each shared by R query heads."""
 
     pattern_GTX: Float[Tensor, "G T X"]
     """Transposed patterns, (source position, R x target position), times both norms' scales."""
@@ -82,20 +82,19 @@ class Folded(NamedTuple):
     skip_DD: Float[Tensor, "D D"] | None
     skip_scale_T: Float[Tensor, " T"] | None
     attention_constant_TD: Float[Tensor, "T D"] | None
-    """What attention writes whatever it reads; None if nothing."""
+    """What attention writes independent of its input; None if nothing."""
     written_T2D: Float[Tensor, "T 2 D"]
     """Error and constant at the MLP's output."""
     early_TXJ: Float[Tensor, "T X J"]
-    """At the first positions of the policy: what the values of attention hold of each of their tokens, and of
-    constants.
+    """At the first positions of the policy: parts of attention's values by token, and the rest from constants.
     """
 
 
 class Descent:
-    """The way down a local model, for groups of targets.
+    """The descent through a local model, for groups of targets.
 
     Args:
-        dtype: of the matrix products; gradients are summed in the local model's own.
+        dtype: dtype of the matrix products; gradients are summed in the dtype of the local model.
     """
 
     def __init__(self, local: LocalModel, writes: Writes, dtype: torch.dtype) -> None:
@@ -107,7 +106,7 @@ class Descent:
         self.early_top_TJD = early[-1]
 
     def columns(self, layer: int) -> tuple[list[int], int]:
-        """Where each position's sources below a layer begin among the columns of `Edges`, and how many there are."""
+        """Return the first column of each position's sources below a layer in `Edges`, and the number of columns."""
         starts, total = [], 0
         for below in self.writes.below:
             starts.append(total)
@@ -115,7 +114,7 @@ class Descent:
         return starts, total
 
     def edges(self, reads: Reads) -> Edges:
-        """All incoming edges of targets of one site; activations of sources not yet multiplied."""
+        """Compute all incoming edges of the targets of one site, before multiplication with source activations."""
         local, n, first = self.local, len(reads.position_N), self.local.n_skip
         starts, total = self.columns(reads.layer)
         zeros = reads.read_ND.new_zeros
@@ -160,7 +159,7 @@ class Descent:
         rows.attention(folded, first, early_NJ, only_own=only_own)
 
     def _contract(self, rows: _Rows, written: int, starts: list[int], feature_NC: Tensor) -> None:
-        """Products with what features write to a layer, position by position, over the rows that reach there."""
+        """Multiply gradients with what features write to a layer, position by position."""
         below, first, at = self.writes.below, self.writes.first_layer(written), 0
         source_XD = self.writes.rows[written]
         small = len(rows.gradient_SD) * len(source_XD) < SMALL * len(rows.counts)
@@ -174,9 +173,7 @@ class Descent:
 
 
 class _Block(NamedTuple):
-    """Rows of neighbouring targets: which, at which offset, over how many positions after the first ones of the
-    policy.
-    """
+    """Rows of neighbouring targets: the rows, their offset, and the number of positions after the first ones."""
 
     rows: slice
     offset: int
@@ -184,7 +181,7 @@ class _Block(NamedTuple):
 
 
 class _Rows:
-    """Gradients of N targets at one place on the way down, flat over (block, position, row)."""
+    """Gradients of N targets at one point of the descent, flat over (block, position, row)."""
 
     def __init__(self, position_N: Tensor, read_ND: Tensor, dtype: torch.dtype) -> None:
         positions = position_N.tolist()
@@ -209,16 +206,16 @@ class _Rows:
         return self.gradient_SD.to(self.dtype)
 
     def by_position(self, *, narrow: bool) -> list[tuple[int, Tensor]]:
-        """For each position, the first row that reaches it and the gradients there of that and all later rows."""
+        """Return, per position, the first row that reaches it and the gradients of this row and all later ones."""
         parts = (self.narrow() if narrow else self.gradient_SD).index_select(0, self.order).split(self.counts)
         return [(self.n - n, part) for n, part in zip(self.counts, parts, strict=True)]
 
     def multiply(self, vectors_TXD: Float[Tensor, "T X D"]) -> list[tuple[_Block, Tensor]]:
-        """Products with vectors of each position, summed in full precision: (X, positions, rows) a block."""
+        """Multiply with vectors of each position, in full precision; one (X, positions, rows) tensor per block."""
         return [(b, (self._view(b) @ vectors_TXD[: b.reach].transpose(1, 2)).permute(2, 0, 1)) for b in self.blocks]
 
     def skip(self, folded: Folded, first: int) -> Tensor:
-        """What the gradients gain through an affine skip."""
+        """Compute the gradients through an affine skip."""
         assert folded.skip_DD is not None
         assert folded.skip_scale_T is not None
         gained_SD = (self.narrow() @ folded.skip_DD).to(self.gradient_SD.dtype)
@@ -227,11 +224,12 @@ class _Rows:
         return gained_SD
 
     def attention(self, folded: Folded, first: int, early_NJ: Tensor, *, only_own: bool = False) -> None:
-        """Add what the gradients gain through attention with its pattern held; what reaches the first positions is
-        added to `early_NJ`.
+        """Add the gradients through attention with frozen patterns.
+
+        Gradients that reach the first positions are added to `early_NJ`.
 
         Args:
-            only_own: gradients are zero but at the targets' own positions.
+            only_own: gradients are nonzero only at the targets' own positions.
         """
         heads, n_positions, wide = folded.pattern_GTX.shape
         share = wide // n_positions
@@ -260,7 +258,7 @@ class _Rows:
 
 
 def _blocks(positions: list[int]) -> list[_Block]:
-    """Neighbouring targets together: each position its own block while there are few, ranges of positions otherwise."""
+    """Group neighbouring targets: one block per position if there are few positions, ranges of positions otherwise."""
     last = positions[-1] + 1
     span = -(-last // MAX_BLOCKS)
     blocks, begin, offset = [], 0, 0
@@ -274,8 +272,9 @@ def _blocks(positions: list[int]) -> list[_Block]:
 
 
 def _early(local: LocalModel, token_TD: Tensor) -> Iterator[Tensor]:
-    """At the first positions, below each layer and at the top: (T, J, D) parts of the stream by token, and the constant
-    rest.
+    """Yield (T, J, D) parts of the stream at the first positions, below each layer and at the top.
+
+    The parts are one per token, and the constant rest.
     """
     part_JTD = torch.diag_embed(token_TD.T).permute(1, 2, 0)
     for layer, stream_TD in enumerate(local.early):
@@ -325,7 +324,7 @@ def _fold(local: LocalModel, layer: int, early_TJD: Tensor, dtype: torch.dtype) 
 
 
 def _attention_bias(local: LocalModel, layer: int) -> Tensor | None:
-    """What attention writes whatever the stream holds: its own biases, and that of the norm before it."""
+    """Compute what attention writes for any input: its own biases and that of the norm before it."""
     block = local.anatomy.blocks[layer]
     a, full = block.attention.to(local.dtype), local.dtype
     value_X = a.value_bias_X
@@ -340,7 +339,7 @@ def _attention_bias(local: LocalModel, layer: int) -> Tensor | None:
 
 
 def _skip(local: LocalModel, layer: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Matrix and scales of the affine skip's gradient, and what the bias of the norm before it gives."""
+    """Return matrix and scales of the affine skip's gradient, and the contribution of the preceding norm's bias."""
     if not local.clt.config.skip:
         return None, None, None
     block, scales, full = local.anatomy.blocks[layer], local.scales[layer], local.dtype

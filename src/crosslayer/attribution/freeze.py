@@ -1,4 +1,4 @@
-"""Hold a host's attention patterns and norm scales at the values of one prompt, by hooks on its own modules."""
+"""Freeze attention patterns and norm scales at the values of one prompt, with hooks on the host's modules."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ FREEZES = ("none", "attention", "norms", "both")
 
 @contextmanager
 def frozen(local: LocalModel, what: str) -> Iterator[None]:
-    """While this lasts, the host's forward passes over rows of the prompt's length use the prompt's patterns, scales,
-    or both.
+    """Freeze the prompt's attention patterns, norm scales or both in forward passes inside the block.
+
+    The forward passes must run over rows of the prompt's length.
 
     Args:
         what: one of `FREEZES`.
@@ -26,20 +27,20 @@ def frozen(local: LocalModel, what: str) -> Iterator[None]:
         for layer, block in enumerate(local.anatomy.blocks):
             scales = local.scales[layer]
             if what in ("attention", "both"):
-                _hold_attention(stack, block.attention, local.kept.patterns[layer])
+                _freeze_attention(stack, block.attention, local.kept.patterns[layer])
             if what in ("norms", "both"):
-                _hold_norm(stack, block.attention_norm, scales.attention_T)
-                _hold_norm(stack, block.mlp_norm, scales.mlp_T)
+                _freeze_norm(stack, block.attention_norm, scales.attention_T)
+                _freeze_norm(stack, block.mlp_norm, scales.mlp_T)
                 if block.after_attention_norm is not None and scales.after_attention_T is not None:
-                    _hold_norm(stack, block.after_attention_norm, scales.after_attention_T)
+                    _freeze_norm(stack, block.after_attention_norm, scales.after_attention_T)
                 if block.after_mlp_norm is not None and scales.after_mlp_T is not None:
-                    _hold_norm(stack, block.after_mlp_norm, scales.after_mlp_T)
+                    _freeze_norm(stack, block.after_mlp_norm, scales.after_mlp_T)
         if what in ("norms", "both"):
-            _hold_norm(stack, local.anatomy.final_norm, local.final_scale_T)
+            _freeze_norm(stack, local.anatomy.final_norm, local.final_scale_T)
         yield
 
 
-def _hold_attention(stack: ExitStack, attention: Attention, pattern_HTT: Tensor) -> None:
+def _freeze_attention(stack: ExitStack, attention: Attention, pattern_HTT: Tensor) -> None:
     def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x_BTD = args[0] if args else kwargs["hidden_states"]
         return (attention.apply(x_BTD, pattern_HTT), *output[1:])
@@ -47,7 +48,7 @@ def _hold_attention(stack: ExitStack, attention: Attention, pattern_HTT: Tensor)
     stack.callback(attention.module.register_forward_hook(replace, with_kwargs=True).remove)
 
 
-def _hold_norm(stack: ExitStack, norm: Norm, scale_T: Tensor) -> None:
+def _freeze_norm(stack: ExitStack, norm: Norm, scale_T: Tensor) -> None:
     def replace(_module: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
         return norm.apply(inputs[0].to(scale_T.dtype), scale_T).to(inputs[0].dtype)
 

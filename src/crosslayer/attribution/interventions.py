@@ -1,16 +1,17 @@
-"""Interventions: change features of a prompt, and see what the model does.
+"""Interventions: change the activations of features on a prompt and measure the effect on the model.
 
-A feature's activation is set, scaled or ablated at some positions; the difference to what it was, times its decoder
-rows, is added to the MLP outputs that it writes to. What happens then is a choice, said plainly:
+An intervention sets, scales or ablates a feature at some positions. The change in activation times the feature's
+decoder rows is added to the MLP outputs that the feature writes to. Three settings choose how the model reacts:
 
-- `mlps="host"`: the host's own MLPs react to the changed stream. `mlps="replaced"`: they react as the transcoder has
-  it: features are computed anew, and the prompt's errors stay. New tokens of a generation have no errors.
-- `hold`: layers whose MLP outputs keep their values, but for what is added (and for affine skips, which are linear):
-  features there pass nothing on. Holding all layers leaves direct effects only, which are a graph's edges.
-- `freeze`: attention patterns, norm scales, both or none keep the prompt's values. New tokens of a generation have none
-  to keep.
+- `mlps="host"`: the host's own MLPs react to the changed residual stream. `mlps="replaced"`: the MLPs are replaced by
+  the transcoder. Features are recomputed and the prompt's errors stay fixed. Generated tokens have no errors.
+- `hold`: layers whose MLP outputs are fixed, except for what the interventions add (and for affine skips, which are
+  linear). Features of these layers pass nothing on. Holding all layers leaves only direct effects, which are the edges
+  of a graph.
+- `freeze`: attention patterns, norm scales, both or neither are frozen at the prompt's values. Generated tokens have no
+  values to freeze.
 
-First positions of the policy have no features, and their MLPs are the host's own throughout.
+The first positions of the policy have no features. Their MLPs are always the host's own.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from crosslayer.eval.replacement_model import Prompt, ReplacementModel, tokens_o
 from crosslayer.host.host import Host
 
 MOST = 1e18
-"""Of what a feature is set to or scaled by: its square still is a float32."""
+"""Maximum value or scale of an intervention. Its square still fits into a float32."""
 Positions = int | slice | Sequence[int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """One feature, at some positions, at another value.
+    """One feature, some positions, and a new value.
 
     Give one of `set` and `scale`; `scale=0` ablates.
 
     Attributes:
         layer, index: the feature.
-        positions: one, several, a slice (open at its end, it goes on over generated tokens), or None for all.
-        set: the value it gets.
-        scale: what its own value at that moment is multiplied by.
+        positions: one position, several, a slice (an open end includes generated tokens), or None for all.
+        set: the new activation.
+        scale: factor on the activation that the feature has at that point.
     """
 
     layer: int
@@ -63,7 +64,7 @@ class Intervention:
     def __post_init__(self) -> None:
         if (self.set is None) == (self.scale is None):
             raise ConfigError(
-                f"feature {self.layer}/{self.index} is to be set or scaled; give exactly one of set and scale"
+                f"feature {self.layer}/{self.index} must be set or scaled; give exactly one of set and scale"
             )
         object.__setattr__(self, "layer", index(self.layer))
         object.__setattr__(self, "index", index(self.index))
@@ -79,14 +80,14 @@ class Intervention:
 
 
 class Intervened(NamedTuple):
-    """What interventions did; B of them side by side.
+    """Result of B sets of interventions, run side by side.
 
     Attributes:
         tokens_T: the prompt.
         before_TV, after_BTV: logits.
         watched_before_K, watched_BK: pre-activations of the watched features.
-        generated_before, generated: tokens that follow without and with each intervention.
-        stream_before_LTD, stream_BLTD: MLP inputs at the transcoder's hook, where they were asked for.
+        generated_before, generated: generated tokens without and with each set of interventions.
+        stream_before_LTD, stream_BLTD: MLP inputs at the transcoder's hook; None unless `keep_stream`.
     """
 
     tokens_T: Int[Tensor, " T"]
@@ -101,7 +102,7 @@ class Intervened(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """A feature at a position whose pre-activation is wanted."""
+    """A feature at a position whose pre-activation is returned."""
 
     layer: int
     position: int
@@ -118,7 +119,7 @@ class _Edit(NamedTuple):
 
 
 class _Steer:
-    """A visitor that carries interventions out, over one prompt and the tokens generated after it."""
+    """A visitor that applies interventions to one prompt and to the tokens generated after it."""
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class _Steer:
         return (base + added.to(base.dtype)) if out_BTD is None or added.any() else out_BTD
 
     def _written(self, layer: int, x_BTD: Tensor, y_BTD: Tensor) -> Tensor | None:
-        """What the layer's MLP writes before anything is added; None for what it wrote itself."""
+        """Return the MLP output before any addition; None for the host's own output."""
         held = layer in self.hold
         if not (held or self.mlps == "replaced") or self.local is None:
             return None
@@ -177,7 +178,7 @@ class _Steer:
         return out_BTD
 
     def _react(self, layer: int, x_BTD: Tensor) -> None:
-        """Features of a replaced layer as they are now, less what they were on the prompt."""
+        """Add the writes of a replaced layer's current features, minus those on the prompt."""
         B, T, D = x_BTD.shape
         first = max(self.n_skip - self.offset, 0)
         if first >= T:
@@ -226,7 +227,7 @@ class _Steer:
         self.pending[layer][row, at] += values
 
     def _look(self, layer: int, x_BTD: Tensor) -> None:
-        """Keep what is wanted of the prompt's pass."""
+        """Record the pre-activations and MLP inputs that were asked for."""
         if self.offset > 0:
             return
         if self.keep_stream:
@@ -255,7 +256,7 @@ def _edit(clt: CLT, row: int, i: Intervention) -> _Edit:
 
 
 def _places(positions: Positions, n_prompt: int, now: range) -> list[int]:
-    """Which of the positions of this pass are meant; numbers from the end count from the prompt's."""
+    """Return which positions of this pass are selected; negative positions count from the end of the prompt."""
     if positions is None:
         return list(now)
     if isinstance(positions, slice):
@@ -287,28 +288,28 @@ def intervene(
     keep_stream: bool = False,
     device: str = "auto",
 ) -> Intervened:
-    """Run a prompt with features changed; see the module for what the knobs mean.
+    """Run a prompt with changed features; the module docstring explains `mlps`, `hold` and `freeze`.
 
     Args:
         model, clt, device: as for `attribute`.
-        interventions: one set of them, or several that are run side by side.
-        generate: tokens to add, the most probable each time.
-        watch: features whose pre-activations are wanted.
-        keep_stream: give the MLP inputs, too.
+        interventions: one set of interventions, or several to run side by side.
+        generate: number of tokens to generate, greedily.
+        watch: features whose pre-activations are returned.
+        keep_stream: also return the MLP inputs.
 
     Raises:
-        ConfigError: for a feature, layer or position that is not there, or a setting that is not known.
+        ConfigError: for a feature, layer or position that does not exist, or an unknown setting.
     """
     host, opened = open_both(model, clt, device)
     clt_ = opened.clt
     if clt_.config.ranks and clt_.config.scope == "all":
         raise ConfigError(
-            f"{clt_.config.activation} over all layers cannot go layer by layer; convert the transcoder to JumpReLU"
+            f"{clt_.config.activation} over all layers cannot run layer by layer; convert the transcoder to JumpReLU"
         )
     if clt_.config.kind.over_batch:
         raise ConfigError(
-            "batchtopk ranks the tokens of a batch together, so that interventions side by side would change one"
-            " another; convert the transcoder to JumpReLU"
+            "batchtopk ranks the tokens of a batch together, so interventions run side by side would affect"
+            " each other; convert the transcoder to JumpReLU"
         )
     tokens_BT = tokens_of(host, prompt).to(host.device)
     batch: list[list[Intervention]] = _as_batch(interventions)
@@ -337,7 +338,7 @@ def intervene(
 def _run(
     host: Host, tokens_BT: Tensor, steer: _Steer, local: LocalModel | None, freeze: str, generate: int
 ) -> tuple[Tensor, list[list[int]]]:
-    """The prompt, and the most probable tokens after it one by one, on a cache of keys and values."""
+    """Run the prompt, then generate greedily with a key-value cache."""
     with ExitStack() as stack:
         if local is not None and freeze != "none":
             stack.enter_context(frozen(local, freeze))
@@ -376,9 +377,9 @@ def _check(
 ) -> None:
     c = clt.config
     if freeze not in FREEZES:
-        raise ConfigError(f"freeze={freeze!r} is not known; give one of {', '.join(FREEZES)}")
+        raise ConfigError(f"freeze={freeze!r} is unknown; give one of {', '.join(FREEZES)}")
     if mlps not in ("host", "replaced"):
-        raise ConfigError(f"mlps={mlps!r} is not known; give host or replaced")
+        raise ConfigError(f"mlps={mlps!r} is unknown; give host or replaced")
     if beyond := [i for i in hold if not 0 <= i < c.n_layers]:
         raise ConfigError(f"there is no layer {beyond[0]} to hold; the transcoder has {c.n_layers}")
     if generate < 0 or n + generate > host.max_positions:
@@ -397,7 +398,7 @@ def _check(
             for p in _several(i.positions):
                 if not -n <= p < n + generate:
                     raise ConfigError(
-                        f"position {p} is not among the prompt's {n}; give 0 to {n - 1}, or -1 for the last"
+                        f"position {p} is not among the prompt's {n} tokens; give 0 to {n - 1}, or -1 for the last"
                     )
                 if p % n < host.policy.n_skip and p < n:
                     raise ConfigError(
@@ -409,12 +410,13 @@ def _check(
     for w in watch:
         if not (0 <= w.layer < c.n_layers and 0 <= w.index < c.n_features and 0 <= w.position < n):
             raise ConfigError(
-                f"feature {w.index} of layer {w.layer} at position {w.position} is not there to be watched"
+                f"feature {w.index} of layer {w.layer} at position {w.position} does not exist on this prompt and"
+                " cannot be watched"
             )
 
 
 def _check_once(interventions: Sequence[Intervention], n: int, generate: int) -> None:
-    """Each intervention changes something, and no feature at one position is changed by two."""
+    """Check that each intervention has a position and that no feature is changed twice at one position."""
     taken: set[tuple[int, int, int]] = set()
     for i in interventions:
         places = _places(i.positions, n, range(n + generate))

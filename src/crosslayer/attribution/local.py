@@ -1,10 +1,9 @@
 """The local replacement model of one prompt: the host as a linear function of features, errors and tokens.
 
-Attention patterns and norm scales are held at their values, and each MLP's output is the sum of what active features
-write, of an error vector, and of a constant (DESIGN section 5; Ameisen et al., "Circuit Tracing", 2025). One forward
-pass of the host gives the patterns, the MLP outputs and which features are active; the stream is then added up again,
-in float32 at least, from these parts alone. So edges sum to pre-activations to rounding, also where the host runs in
-bfloat16.
+Attention patterns and norm scales are frozen. Each MLP output is the sum of the decoder writes of active features, an
+error vector and a constant (DESIGN section 5; Ameisen et al., "Circuit Tracing", 2025). One forward pass of the host
+gives the patterns, the MLP outputs and the active features. The residual stream is then recomputed from these parts
+alone, in float32 or wider. So edges sum to pre-activations up to rounding, even if the host runs in bfloat16.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from crosslayer.host.host import Host
 from crosslayer.schemas.hooks import short_hook
 
 
-class Kept(NamedTuple):
-    """What one forward pass of the host leaves behind, of one row of tokens."""
+class HostPass(NamedTuple):
+    """Values saved from one forward pass of the host over one row of tokens."""
 
     tokens_T: Int[Tensor, " T"]
     logits_TV: Float[Tensor, "T V"]
     token_TD: Float[Tensor, "T D"]
     """Token embeddings as they enter the stream: what the first layer reads, less learned positions."""
     start_TD: Float[Tensor, "T D"]
-    """The stream below the first layer: tokens, and learned positions where there are any."""
+    """The residual stream before the first layer: token embeddings and learned positions, if any."""
     patterns: list[Float[Tensor, "H T T"]]
     x_LTD: Float[Tensor, "L T D"]
     y_LTD: Float[Tensor, "L T D"]
 
 
 @torch.no_grad()
-def keep(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> Kept:
-    """One forward pass at batch 1.
+def run_host(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> HostPass:
+    """Run one forward pass at batch size 1 and save its values.
 
     Raises:
         HostError: for a prompt longer than the host's context.
@@ -59,8 +58,8 @@ def keep(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> Kept:
         stack.enter_context(eager_attention(host))
         hook = lambda handle: stack.callback(handle.remove)  # noqa: E731
         for block in anatomy.blocks:
-            keep_pattern = lambda _m, _i, out: patterns.append(out[1][0])  # noqa: E731
-            hook(block.attention.module.register_forward_hook(keep_pattern))
+            save_pattern = lambda _m, _i, out: patterns.append(out[1][0])  # noqa: E731
+            hook(block.attention.module.register_forward_hook(save_pattern))
         first: Any = anatomy.blocks[0].attention_norm.module
         hook(first.register_forward_pre_hook(lambda _m, inputs: starts.append(inputs[0][0])))
         logits = host.run(tokens_T[None], visit)
@@ -68,12 +67,12 @@ def keep(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> Kept:
     x_LTD, y_LTD = torch.stack(xs), torch.stack(ys)
     positions_TD = anatomy.positions_TD(len(tokens_T))
     token_TD = starts[0] if positions_TD is None else starts[0] - positions_TD
-    return Kept(tokens_T.to(host.device), logits[0], token_TD, starts[0], patterns, x_LTD, y_LTD)
+    return HostPass(tokens_T.to(host.device), logits[0], token_TD, starts[0], patterns, x_LTD, y_LTD)
 
 
 @contextmanager
 def eager_attention(host: Host) -> Iterator[None]:
-    """Let the host's attention give its patterns."""
+    """Switch the host to eager attention, which returns its patterns."""
     model: Any = host.model
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation("eager")
@@ -84,7 +83,7 @@ def eager_attention(host: Host) -> Iterator[None]:
 
 
 class Features(NamedTuple):
-    """Active features of one prompt, by layer, then position, then index."""
+    """Active features of one prompt, sorted by layer, position and index."""
 
     layer_N: Int[Tensor, " N"]
     position_N: Int[Tensor, " N"]
@@ -93,7 +92,7 @@ class Features(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Norm scales of one layer, by position."""
+    """Norm scales of one layer, per position."""
 
     attention_T: Float[Tensor, " T"]
     after_attention_T: Float[Tensor, " T"] | None
@@ -102,21 +101,22 @@ class Scales(NamedTuple):
 
 
 class LocalModel:
-    """A host and a transcoder on one prompt, linear in its features, errors and tokens.
+    """A host and a transcoder on one prompt, linear in features, errors and tokens.
 
     Attributes:
-        kept: patterns and MLP outputs of the host.
-        scales, final_scale_T: of its norms.
-        features: the active features, with activations on this model's own stream.
-        firing: the same by layer, positions counted from 0.
-        error_LTD: MLP outputs less what the transcoder makes of them; zero at the first positions of the policy.
-        constant_LTD: what MLPs write that belongs to no feature: decoder biases; all of it at the first positions.
-        x_LTD: MLP inputs, as the transcoder reads them, on this model's own stream.
-        top_TD: the stream that the final norm reads.
-        early: the stream below each layer, and at the top, at the first positions of the policy.
+        kept: attention patterns and MLP outputs of the host.
+        scales, final_scale_T: norm scales of the layers and of the final norm.
+        features: the active features, with activations on this model's own residual stream.
+        firing: the active features of each layer; positions count from 0.
+        error_LTD: MLP outputs minus the transcoder's reconstruction; zero at the first positions of the policy.
+        constant_LTD: MLP outputs that belong to no feature: decoder biases, and the whole output at the first
+            positions.
+        x_LTD: MLP inputs, as the transcoder reads them, on this model's own residual stream.
+        top_TD: the residual stream that the final norm reads.
+        early: the residual stream before each layer and after the last, at the first positions of the policy.
     """
 
-    def __init__(self, anatomy: Anatomy, clt: CLT, kept: Kept, firing: Sequence[Active]) -> None:
+    def __init__(self, anatomy: Anatomy, clt: CLT, kept: HostPass, firing: Sequence[Active]) -> None:
         host = anatomy.host
         self.anatomy, self.clt, self.kept = anatomy, clt, kept
         self.dtype = torch.promote_types(host.dtype, torch.float32)
@@ -149,7 +149,7 @@ class LocalModel:
         return len(self.kept.tokens_T)
 
     def _up(self, layer: int, stream_TD: Tensor) -> tuple[Scales, Tensor, Tensor]:
-        """Through one layer, its MLP writing what the host's wrote."""
+        """Run one layer with the host's MLP output."""
         block = self._block(layer)
         attention_T = block.attention_norm.scale(stream_TD)
         written_TD = self._attend(layer, block.attention_norm.apply(stream_TD, attention_T))
@@ -175,9 +175,7 @@ class LocalModel:
         return attention.apply(x_TD[None], self.kept.patterns[layer].to(self.dtype))[0]
 
     def carry_early(self, layer: int, h_XTD: Float[Tensor, "X T D"]) -> Float[Tensor, "X T D"]:
-        """Parts of the stream at the first positions of the policy, through one layer; biases and MLPs are another
-        part.
-        """
+        """Carry parts of the residual stream at the first positions through one layer, without biases and MLPs."""
         block, scales, n = self._block(layer), self.scales[layer], self.n_skip
         linear = lambda norm: norm._replace(bias_D=None)  # noqa: E731
         attention = block.attention.to(self.dtype)._replace(value_bias_X=None, output_bias_D=None)
@@ -188,13 +186,13 @@ class LocalModel:
         return h_XTD + written_XTD
 
     def _enter(self, layer: int, y_TD: Tensor, scales: Scales) -> Tensor:
-        """How what is written at the output site enters the stream."""
+        """Map a write at the output site to its addition to the residual stream."""
         if scales.after_mlp_T is None:
             return y_TD
         return self._block(layer).after_mlp_norm.apply(y_TD, scales.after_mlp_T)
 
     def _values(self, layer: int, active: Active) -> Active:
-        """The firing features' activations on this model's stream; positions counted from 0."""
+        """Compute the activations of the active features on this model's stream; positions count from 0."""
         position_K = active.token_K + self.n_skip
         value_K = active.value_K.new_empty(len(position_K), dtype=self.dtype)
         bias_F = self.clt.b_enc[layer]
@@ -205,10 +203,10 @@ class LocalModel:
         return Active(position_K, active.feature_K, value_K, (self.n_positions, active.shape[1]))
 
     def set_writes(self, made_LTD: Float[Tensor, "L T D"]) -> None:
-        """Split MLP outputs into what features make of them, errors and constants.
+        """Split the MLP outputs into feature writes, errors and constants.
 
         Args:
-            made_LTD: what features write, biases and skips left out.
+            made_LTD: what features write, without biases and skips.
         """
         y_LTD = self.kept.y_LTD.to(self.dtype)
         later = slice(self.n_skip, None)
@@ -220,11 +218,11 @@ class LocalModel:
             self.error_LTD[layer, later] = y_LTD[layer, later] - made_LTD[layer, later] - bias_D - skipped_TD
 
     def logits(self, made_LTD: Float[Tensor, "L T D"]) -> Float[Tensor, "T V"]:
-        """Logits with features, errors and constants in place of the MLPs.
+        """Compute logits with features, errors and constants in place of the MLPs.
 
         Args:
-            made_LTD: what features write; other activations than the prompt's own give this model's linear answer to
-                them.
+            made_LTD: what features write. Other activations than the prompt's own give the linear response of this
+                model.
         """
         stream_TD = self.kept.start_TD.to(self.dtype)
         for layer, scales in enumerate(self.scales):
@@ -259,19 +257,19 @@ def _in_order(firing: Sequence[Active]) -> Features:
 
 @torch.no_grad()
 def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anatomy | None = None) -> LocalModel:
-    """The local replacement model of a prompt, features found but their decoders not yet read.
+    """Build the local replacement model of a prompt. Features are found; their decoders are not read yet.
 
     Raises:
-        ConfigError: for a transcoder of some of the host's layers only.
+        ConfigError: for a transcoder that covers only some of the host's layers.
         HostError: for a prompt longer than the host's context.
     """
     anatomy = anatomy or Anatomy(host)
     if host.n_layers != len(anatomy.blocks):
         raise ConfigError(
-            f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need one"
-            " of all layers"
+            f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need a"
+            " transcoder of all layers"
         )
-    kept = keep(host, anatomy, tokens_T)
+    kept = run_host(host, anatomy, tokens_T)
     n_skip = min(host.policy.n_skip, len(tokens_T))
     x_BLD = kept.x_LTD[:, n_skip:].transpose(0, 1)
     firing = clt.encode_sparse(x_BLD)

@@ -1,4 +1,4 @@
-"""A host and a transcoder that belong together, from whatever names them."""
+"""Open a host and a transcoder that belong together, given by name, folder or object."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crosslayer.host.host import Host, choose_device
 
 
 def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
-    """A host and a transcoder from whatever names them."""
+    """Open a host and its transcoder, given by name, folder or object."""
     if isinstance(model, ReplacementModel):
         if clt is not None:
             raise ConfigError("the model holds a transcoder already; leave clt out, or give the host alone")

@@ -1,10 +1,10 @@
-"""One sweep from the top: which nodes get a row, and a proof of what the others could hold.
+"""One sweep from the top: choose which nodes get a row, and bound the influence of the others.
 
-A feature's influence on the targets depends on nodes of later layers only. So when the sweep reaches a layer, the
-influence of its nodes is final: the most influential are expanded (get their row of incoming edges), the rest is left,
-and the sweep goes down. Each expanded row is normalised to one, so the targets' influence ends in tokens, in errors, or
-in features left unexpanded; the last share is the bound: no node's influence, nor the totals of tokens and errors, is
-short by more.
+A feature's influence on the targets depends only on nodes of later layers. So when the sweep reaches a layer, the
+influence of its nodes is final. The most influential nodes are expanded (get their row of incoming edges), and the
+sweep moves down. Each expanded row is normalised to 1, so the targets' influence ends in tokens, in errors, or in
+unexpanded features. The last share is the bound: the influence of any node, and the totals of tokens and errors, are
+underestimated by at most this share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crosslayer.attribution.targets import Resolved, feature_reads, target_reads
 from crosslayer.attribution.writes import Writes
 
 BYTES_AT_ONCE = 1 << 29
-"""Of gradients and what attention makes of them, for the rows that go down together."""
+"""Memory of gradients and attention intermediates for the rows that descend together."""
 
 
 class Swept(NamedTuple):
@@ -33,19 +33,19 @@ class Swept(NamedTuple):
     source_E: Int[np.ndarray, " E"]
     weight_E: Float[np.ndarray, " E"]
     value_R: Float[np.ndarray, " R"]
-    """What incoming edges sum to: pre-activations."""
+    """Pre-activations: the sum of all incoming edges."""
     constant_R: Float[np.ndarray, " R"]
     rest_R: Float[np.ndarray, " R"]
-    """Sum of the edges that were not kept."""
+    """Sum of the edges that are not stored."""
     sums_R4: Float[np.ndarray, "R 4"]
-    """Sums of absolute values of the edges from features, errors and tokens, and of those that were not kept."""
+    """Sums of absolute values of the edges from features, errors and tokens, and of those that are not stored."""
     influence_N: Float[np.ndarray, " N"]
     unexpanded: float
-    """Share of the targets' influence in features that have no row."""
+    """Share of the targets' influence in features without a row."""
 
 
 class _Sweep:
-    """State of one sweep: influence so far, and the rows kept."""
+    """State of one sweep: the influence so far and the stored rows."""
 
     def __init__(self, descent: Descent, writes: Writes, resolved: Sequence[Resolved], delta: float) -> None:
         self.descent, self.local, self.delta = descent, descent.local, delta
@@ -61,7 +61,7 @@ class _Sweep:
         self.rows: list[tuple[np.ndarray, ...]] = []
 
     def add(self, reads: Reads, node_N: Tensor, weight_N: Tensor) -> None:
-        """Rows of these targets, in parts that fit; their weights flow on to their sources."""
+        """Add rows for these targets in chunks that fit memory, and pass their weights on to their sources."""
         tall = self.local.n_positions * (3 * self.local.x_LTD.shape[2] + 2 * self.descent.folded[0].output_DX.shape[1])
         at_once = max(8, BYTES_AT_ONCE // (tall * self.local.x_LTD.element_size()))
         for part in torch.arange(len(node_N), device=node_N.device).split(at_once):
@@ -77,30 +77,30 @@ class _Sweep:
         n, ends = len(column_C), len(column_C) + self.first_token - self.first_error
         mass_N3 = torch.stack([m.sum(1) for m in absolute_NX.tensor_split((n, ends), dim=1)], dim=1)
         whole_N = mass_N3.sum(1).double()
-        # What nothing comes into hands nothing on.
+        # A node without incoming edges passes no influence on.
         flow_N = torch.where(whole_N > 0, weight_N / whole_N.where(whole_N > 0, 1.0), 0.0).to(absolute_NX.dtype)
         gained_X = (flow_N @ absolute_NX).double()
         self.influence_N.index_add_(0, column_C, gained_X[:n])
         self.influence_N[self.first_error : self.first_target] += gained_X[n:]
         others = torch.arange(self.first_error, self.first_target, device=column_C.device)
-        self._keep(reads, node_N, edges, absolute_NX, torch.cat([column_C, others]).int(), mass_N3)
+        self._store(reads, node_N, edges, absolute_NX, torch.cat([column_C, others]).int(), mass_N3)
 
-    def _keep(
+    def _store(
         self, reads: Reads, node_N: Tensor, edges: Edges, absolute_NX: Tensor, source_X: Tensor, mass_N3: Tensor
     ) -> None:
         floor_N = _floor(absolute_NX, mass_N3.sum(1), self.delta)
-        kept_NX = absolute_NX > floor_N[:, None]
-        row, column = kept_NX.nonzero(as_tuple=True)
+        stored_NX = absolute_NX > floor_N[:, None]
+        row, column = stored_NX.nonzero(as_tuple=True)
         rest_N, rest_mass_N = torch.zeros_like(floor_N), torch.zeros_like(floor_N)
         if self.delta > 0:
-            rest_N = edges.all_NX.masked_fill(kept_NX, 0.0).sum(1)
-            rest_mass_N = absolute_NX.masked_fill(kept_NX, 0.0).sum(1)
+            rest_N = edges.all_NX.masked_fill(stored_NX, 0.0).sum(1)
+            rest_mass_N = absolute_NX.masked_fill(stored_NX, 0.0).sum(1)
         sums = torch.cat([mass_N3, rest_mass_N[:, None]], dim=1)
         numpy = lambda t: t.cpu().numpy()  # noqa: E731
         self.rows.append(
             (
                 numpy(node_N),
-                numpy(kept_NX.sum(1)),
+                numpy(stored_NX.sum(1)),
                 numpy(source_X[column]),
                 numpy(edges.all_NX[row, column]),
                 numpy(reads.value_N),
@@ -121,7 +121,7 @@ class _Sweep:
 
 
 def _floor(absolute_NX: Tensor, mass_N: Tensor, delta: float) -> Tensor:
-    """For each row, a value such that edges under it hold at most this share of its mass, near the largest such."""
+    """Return a large cutoff per row such that smaller edges hold at most a share `delta` of the row's mass."""
     floor_N = delta * mass_N / max(absolute_NX.shape[1], 1)
     for _ in range(4 if delta else 0):
         under_N = absolute_NX.where(absolute_NX <= 2 * floor_N[:, None], 0.0).sum(1)
@@ -137,14 +137,15 @@ def sweep(
     tolerance: float,
     max_nodes: int | None,
     dtype: torch.dtype,
-    on_progress: Callable[[float, str], None] = lambda done, figures: None,
+    on_progress: Callable[[float, str], None] = lambda done, metrics: None,
 ) -> Swept:
-    """Expand from the top until what is left unexpanded holds at most `tolerance` of the targets' influence.
+    """Expand nodes from the top until unexpanded nodes hold at most `tolerance` of the targets' influence.
 
     Args:
-        tolerance: share of influence that may be left; 0 expands every active feature.
-        max_nodes: features expanded at most; each layer may use what remains divided by the layers left.
-        dtype: of the matrix products.
+        tolerance: share of influence that may stay unexpanded; 0 expands every active feature.
+        max_nodes: max number of expanded features; each layer may use the remaining number divided by the remaining
+            layers.
+        dtype: dtype of the matrix products.
     """
     local = writes.local
     descent = Descent(local, writes, dtype)
@@ -174,7 +175,7 @@ def sweep(
 
 
 def _choose(influence_N: Tensor, budget: float, allowed: int, *, everything: bool) -> Tensor:
-    """Places, in order, of the fewest most influential whose absence leaves more than the budget."""
+    """Select, in order, the fewest most influential features that keep the unexpanded rest within the budget."""
     if everything or not len(influence_N):
         return torch.arange(len(influence_N), device=influence_N.device)
     sorted_N, order = influence_N.sort(descending=True, stable=True)

@@ -1,7 +1,7 @@
-"""What a graph explains: logits, differences of logits, directions, features.
+"""Targets of a graph: logits, differences of logits, directions and features.
 
-A target reads the stream at one position. Logits are taken as unembedding rows minus the mean row, so that they do not
-depend on what all logits share.
+A target reads the residual stream at one position. A logit's direction is its unembedding row minus the mean row, so
+that it does not depend on an offset common to all logits.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ DESIRED_PROBABILITY = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One row of a graph that it explains.
+    """One target of a graph.
 
     Give one of `token`, `feature` and `vector`.
 
     Attributes:
-        token: id or text of one token; with `minus`, its logit less that of another.
-        feature: (layer, index); explained at its position.
-        vector: direction (D,) that is multiplied with the final norm's output, as an unembedding row is.
-        position: where; negative from the end.
-        weight: share of the influence that it hands on; a token's probability, and 1 for anything else, unless given.
-        name: what it is called in prints and pages.
+        token: id or text of one token; with `minus`, its logit minus that of another token.
+        feature: (layer, index), at `position`.
+        vector: direction (D,) that is multiplied with the final norm's output, like an unembedding row.
+        position: position in the prompt; negative from the end.
+        weight: the target's share of influence; by default the probability of a token, and 1 for other targets.
+        name: name in printed output and on pages.
     """
 
     token: int | str | None = None
@@ -48,19 +48,18 @@ class Target:
         if sum(x is not None for x in (self.token, self.feature, self.vector)) != 1:
             raise ConfigError("a target is a token, a feature or a vector; give exactly one of the three")
         if self.minus is not None and self.token is None:
-            raise ConfigError(f"minus={self.minus!r} needs a token to be taken from; give token too")
+            raise ConfigError(f"minus={self.minus!r} needs a token to subtract from; give token too")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ConfigError(f"a target's weight must be positive, not {self.weight}")
 
 
 def parse_target(text: str) -> Target:
-    """A target as the command line has it: `TOKEN`, `TOKEN-minus-TOKEN`, `L12/345`; each with `@POSITION` if not the
-    last.
+    """Parse a target of the command line: `TOKEN`, `TOKEN-minus-TOKEN` or `L12/345`, each with an optional `@POSITION`.
 
-    A token is its text, or `#ID`.
+    A token is its text, or `#ID`. Without `@POSITION` the target is at the last position.
 
     Raises:
-        ConfigError: for a text that is none of these.
+        ConfigError: for a text of another form.
     """
     body, position = text, -1
     if "@" in text[1:] and re.fullmatch(r"-?[0-9]{1,9}", text.rsplit("@", 1)[1]):
@@ -85,14 +84,14 @@ def _token(text: str) -> int | str:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A target on one prompt."""
+    """A target resolved on one prompt."""
 
     kind: str
     """logit, difference, vector or feature"""
     name: str
     position: int
     layer: int
-    """Of the feature; for what reads the top of the stream the number of layers."""
+    """Layer of the feature; the number of layers for targets after the last layer."""
     token: int | None
     weight: float
     probability: float | None
@@ -102,12 +101,11 @@ class Resolved:
 
 
 def resolve(local: LocalModel, asked: Sequence[Target] | None) -> list[Resolved]:
-    """Targets with their directions: those asked for, or the fewest tokens that reach 95 % of the probability, 10 at
-    most.
+    """Resolve targets to directions; by default the fewest tokens that reach 95 % of the probability, max 10.
 
     Raises:
         ConfigError: for a position outside the prompt, a text that is not one token, or a feature that is not active
-            there.
+            at its position.
     """
     if asked is None:
         probability_V = local.kept.logits_TV[-1].float().softmax(0)
@@ -119,7 +117,7 @@ def resolve(local: LocalModel, asked: Sequence[Target] | None) -> list[Resolved]
     resolved = [_resolve(local, target) for target in asked]
     if not sum(r.weight for r in resolved) > 0:
         raise ConfigError(
-            f"target {resolved[0].name!r} has a probability of 0 here, and so no influence to hand on; give it a weight"
+            f"target {resolved[0].name!r} has a probability of 0 here, so it has no influence; give it a weight"
         )
     for i, r in enumerate(resolved):
         if r.kind != "vector" and any(
@@ -161,7 +159,7 @@ def _resolve(local: LocalModel, target: Target) -> Resolved:
             name = f"{name} - {other_name}"
         name = target.name or name
     if not bool(vector_D.any()):
-        raise ConfigError(f"target {name!r} is a direction of zeros, which nothing leads to; give another")
+        raise ConfigError(f"target {name!r} is a zero direction, which has no edges; give another")
     norm, scale = local.anatomy.final_norm, local.final_scale_T[position]
     constant = shift + (0.0 if norm.bias_D is None else float(norm.bias_D.to(full) @ vector_D))
     read_D = norm.pull(vector_D) * scale
@@ -173,27 +171,31 @@ def _resolve(local: LocalModel, target: Target) -> Resolved:
 def _position(local: LocalModel, position: int) -> int:
     n = local.n_positions
     if not -n <= position < n:
-        raise ConfigError(f"position {position} is not among the prompt's {n}; give 0 to {n - 1}, or -1 for the last")
+        raise ConfigError(
+            f"position {position} is not among the prompt's {n} tokens; give 0 to {n - 1}, or -1 for the last"
+        )
     return position % n
 
 
 def token_of(local: LocalModel, token: int | str | None) -> tuple[int, str]:
-    """Id and text of a token given as either.
+    """Return id and text of a token given as either.
 
     Raises:
-        ConfigError: for an id that is not there or a text that is not one token.
+        ConfigError: for an id that does not exist or a text that is not one token.
     """
     host = local.anatomy.host
     if isinstance(token, int):
         if not 0 <= token < host.n_vocab:
-            raise ConfigError(f"token {token} is not among the {host.n_vocab} of {host.name}; give ids below that")
+            raise ConfigError(
+                f"token {token} is outside the vocabulary of {host.name}; give an id below {host.n_vocab}"
+            )
         return token, host.decode_token(token)
     ids = host.tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1:
         shown = ", ".join(f"#{i} {host.decode_token(i)!r}" for i in ids[:12]) or "none"
         raise ConfigError(
-            f"target {token!r} is {len(ids)} tokens of {host.name} ({shown}); give one of them, by its text or its #ID,"
-            " a leading space counts"
+            f"target {token!r} is {len(ids)} tokens of {host.name} ({shown}); give one of them by its text or #ID;"
+            " leading spaces count"
         )
     return ids[0], host.decode_token(ids[0])
 
@@ -234,7 +236,7 @@ def _feature(local: LocalModel, target: Target, position: int) -> Resolved:
 
 
 def feature_reads(local: LocalModel, layer: int, which_N: Tensor) -> Reads:
-    """What active features of one layer read of the stream.
+    """Build the reads of active features of one layer.
 
     Args:
         which_N: places among `local.features`, in order of position.
@@ -251,7 +253,7 @@ def feature_reads(local: LocalModel, layer: int, which_N: Tensor) -> Reads:
 
 
 def target_reads(resolved: Sequence[Resolved]) -> Reads:
-    """Targets of one site together, in order of position."""
+    """Build the reads of targets of one site, in order of position."""
     read_ND = torch.stack([r.read_D for r in resolved])
     return Reads(
         resolved[0].layer,

@@ -1,4 +1,4 @@
-"""Check a graph against the model: what its edges predict, and what interventions measure."""
+"""Validate a graph against the model: compare the effects its edges predict with effects measured by interventions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Validation(NamedTuple):
     """How well a graph predicts interventions on its own prompt.
 
     Attributes:
-        n_sources: features ablated, the most influential first.
-        n_pairs: pairs of features compared.
+        n_sources: number of ablated features, the most influential first.
+        n_pairs: number of compared pairs of features.
         feature_pearson, feature_spearman: predicted against measured change of pre-activations when a source is ablated
-            and all MLPs are held but for what it writes (constrained patching).
-        kl_spearman: influence of a feature against the Kullback-Leibler divergence of the model's next tokens when it
-            is ablated and everything reacts.
-        cosine_L, error_L: of a perturbation's effect on each layer's MLP input in the replacement model against the
-            host: cosine, and norm of the difference over the norm of the host's effect; means over the sources, below
-            whose layers nothing happens.
+            and all MLPs are held except for what it writes (constrained patching).
+        kl_spearman: a feature's influence against the KL divergence of the next-token distribution when the feature is
+            ablated and everything reacts.
+        cosine_L, error_L: effect of an ablation on each layer's MLP input, replacement model against host. `cosine_L`
+            is the cosine, `error_L` the norm of the difference over the norm of the host's effect. Both are means over
+            the sources of earlier layers.
     """
 
     n_sources: int
@@ -53,13 +53,13 @@ def validate(
     freeze: str = "attention",
     device: str = "auto",
 ) -> Validation:
-    """Ablate a graph's most influential features one by one.
+    """Ablate a graph's most influential features one at a time.
 
     Args:
-        model, clt, device: as for `attribute`; those that the graph was made with.
-        n_sources: features to ablate.
-        freeze: what is held in constrained patching: with `both` edges are exact, with `attention` norms react as they
-            would.
+        model, clt, device: as for `attribute`; use the ones the graph was made with.
+        n_sources: number of features to ablate.
+        freeze: what is frozen in constrained patching. With `both`, edges are exact; with `attention`, norm scales
+            react.
 
     Raises:
         ConfigError: for a graph without expanded features, or of another host.
@@ -68,8 +68,8 @@ def validate(
     a, h = graph.arrays, graph.header
     if h.n_layers != host.n_layers or max(h.tokens) >= host.n_vocab:
         raise ConfigError(
-            f"the graph is of a host with {h.n_layers} layers, {host.name} has {host.n_layers}; give the host it was"
-            " made with"
+            f"the graph is of a host with {h.n_layers} layers, but {host.name} has {host.n_layers}; give the host that"
+            " the graph was made with"
         )
     rows = np.sort(a.row_R[a.row_R < graph.n_features])
     by_influence = np.argsort(-graph.influence_N[: graph.n_features], kind="stable")
@@ -123,7 +123,7 @@ def _ablate(graph: Graph, node: int) -> Intervention:
 
 
 def _reaches(graph: Graph, sources: Sequence[int], rows: Int[np.ndarray, " R"]) -> np.ndarray:
-    """Pairs where the source is of a lower layer and at no later position."""
+    """Return pairs whose source is in a lower layer and not at a later position."""
     a = graph.arrays
     s = np.asarray(sources)[:, None]
     return (a.layer_F[s] < a.layer_F[rows]) & (a.position_F[s] <= a.position_F[rows])

@@ -1,7 +1,8 @@
-"""What the active features of a prompt write: decoder rows, read once, laid out for the sweep.
+"""Decoder rows of a prompt's active features, read once and laid out for the sweep.
 
-The sweep takes layers written from the top and, in each, positions one after the other; so for each layer written the
-rows lie together by position, and there by layer read. Rows carry the scale and gain of a norm that follows the MLP.
+The sweep visits written layers from the top and, in each, one position after another. So the rows of a written layer
+are grouped by position, and within a position by the layer read. Rows include the scale and gain of a norm after the
+MLP.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ class Writes:
     """Decoder rows of one prompt's active features.
 
     Attributes:
-        rows: for each layer written, (n, D): by position, then layer read, then index.
-        below: (T + 1, L + 1) counts: `below[p][l]` features of layers under `l` at position `p`.
-        made_LTD: what all features write together.
+        rows: per written layer, (n, D), sorted by position, layer read and index.
+        below: (T + 1, L + 1) counts: `below[p][l]` is the number of features of layers under `l` at position `p`.
+        made_LTD: the sum of what all features write.
     """
 
     def __init__(self, local: LocalModel, dtype: torch.dtype) -> None:
@@ -39,16 +40,16 @@ class Writes:
 
     @staticmethod
     def n_bytes(local: LocalModel, dtype: torch.dtype) -> int:
-        """What the rows of a prompt take."""
+        """Compute the memory of a prompt's rows."""
         slots = sum(len(a.token_K) * local.clt.config.n_slots(i) for i, a in enumerate(local.firing))
         return slots * local.x_LTD.shape[2] * torch.finfo(dtype).bits // 8
 
     def first_layer(self, written: int) -> int:
-        """The lowest layer whose features write to this one."""
+        """Return the lowest layer whose features write to this one."""
         return next(i for i in range(written + 1) if i + self.n_slots[i] > written)
 
     def count(self, written: int, position: int) -> int:
-        """How many features at a position write to a layer."""
+        """Count the features at a position that write to a layer."""
         return self.below[position][written + 1] - self.below[position][self.first_layer(written)]
 
     def put(self, layer: int, rows_KSD: Float[Tensor, "K S D"], which_N: Tensor) -> None:
@@ -56,7 +57,7 @@ class Writes:
 
         Args:
             rows_KSD: decoder rows of distinct features.
-            which_N: for each active feature of the layer, in order, its row.
+            which_N: the row of each active feature of the layer, in order.
         """
         active = self.local.firing[layer]
         place_N = torch.arange(len(which_N), device=which_N.device)
@@ -77,7 +78,7 @@ class Writes:
                 self.rows[written].index_copy_(0, to_N, scaled_ND.to(self.dtype))
 
     def _offsets(self, written: int, layer: int) -> Tensor:
-        """Where a layer's rows begin, for each position, among those of a layer written."""
+        """Return, per position, where a layer's rows begin among those of a written layer."""
         first, offsets, total = self.first_layer(written), [], 0
         for position, below in enumerate(self.below):
             offsets.append(total + below[layer] - below[first])
@@ -87,7 +88,7 @@ class Writes:
 
 @torch.no_grad()
 def read_writes(clt: CLT, locals_: Sequence[LocalModel], dtype: torch.dtype) -> list[Writes]:
-    """Decoder rows of several prompts, each read once; completes the local models with errors and constants."""
+    """Read the decoder rows of several prompts once each, and set the errors and constants of their local models."""
     all_writes = [Writes(local, dtype) for local in locals_]
     for layer in range(clt.config.n_layers):
         firing: list[Active] = [local.firing[layer] for local in locals_]

@@ -1,5 +1,4 @@
-"""Labels written by a language model behind an OpenAI-compatible HTTP endpoint, and their scores on text that did not
-make them. No torch.
+"""Automated interpretability (autointerp): labels by a language model, and their scores on held-out text.
 
-May import what knows no torch of `features` and `graph`, and `records` and `core`.
+The model is behind an OpenAI-compatible HTTP endpoint. Needs no torch. May import `graphs` and `bundles`, and below.
 """

@@ -1,5 +1,6 @@
-"""Asking until there is a usable answer: the cache first, then the endpoint, within a budget; what fails is counted,
-not raised.
+"""Ask a question until there is a usable answer: from the cache, else from the endpoint, within a budget.
+
+Failed questions are counted, not raised.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from crosslayer.autointerp.reply import Unusable
 from crosslayer.core.errors import EndpointError
 
 ATTEMPTS = 2
-"""Times that a question is asked if the answer cannot be used."""
+"""Max number of attempts at a question if the answer is unusable."""
 FAILED_IN_A_ROW = 20
-"""Requests without any answer after which the run stops rather than fail at all the rest."""
+"""Number of consecutive failed requests after which the run stops."""
 CHARACTERS_A_TOKEN = 3.0
-"""Of prompts, to estimate before anything was asked; code and JSON have fewer than prose."""
+"""Characters per token of prompts, for estimates before the first answer; code and JSON have fewer than prose."""
 
 
 class Usable(NamedTuple):
-    """What was made of an answer."""
+    """A usable answer and its parsed result."""
 
     value: Any
     answer: Answer
@@ -36,24 +37,24 @@ class Failure(NamedTuple):
 
 
 class OverBudget(Exception):
-    """A question that the budget does not reach."""
+    """A question that exceeds the budget."""
 
 
 def estimated_tokens(request: Request) -> int:
-    """Of the prompt, about."""
+    """Estimate the number of tokens of a prompt."""
     return round((len(request.system) + len(request.user)) / CHARACTERS_A_TOKEN) + 10
 
 
 @dataclass
 class Spent:
-    """What was asked in this run, and what it took."""
+    """Requests of this run, and their cost."""
 
     calls: int = 0
     cached: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    """Answers that could not be used and requests without answer, by reason."""
+    """Number of unusable answers and failed requests by reason."""
 
     @property
     def tokens(self) -> int:
@@ -64,7 +65,7 @@ class Asker:
     """Asks a model, from any number of threads.
 
     Attributes:
-        spent: what was asked so far.
+        spent: requests so far, and their cost.
     """
 
     def __init__(self, endpoint: Endpoint, cache: AnswerCache, budget_tokens: int | None = None) -> None:
@@ -75,11 +76,11 @@ class Asker:
         self._lock = threading.Lock()
 
     def ask(self, request: Request, parse: Callable[[Answer], Any]) -> Usable | Failure:
-        """What `parse` makes of the answer; asked again where it raises Unusable.
+        """Return the result of `parse` on the answer; ask again where it raises Unusable.
 
         Raises:
-            OverBudget: where the budget does not reach.
-            EndpointError: where the endpoint answers nothing at all.
+            OverBudget: if the budget is too small.
+            EndpointError: if the endpoint does not answer at all.
         """
         reason = ""
         for attempt in range(ATTEMPTS):
@@ -113,13 +114,13 @@ class Asker:
             self._settle(wanted)
             self._stop_where_all_fail(failed)
             raise
-        # Servers that do not say what was used are taken at the estimate.
+        # For servers that report no usage, use the estimate.
         prompt = answer.prompt_tokens or estimated_tokens(request)
         self._settle(wanted, prompt, answer.completion_tokens or round(len(answer.text) / CHARACTERS_A_TOKEN))
         return answer
 
     def _settle(self, wanted: int, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
-        """What was set aside is spent, or not."""
+        """Replace the reserved budget by the actual cost."""
         with self._lock:
             self._reserved -= wanted
             if prompt_tokens:
@@ -140,6 +141,6 @@ class Asker:
             if self._failed_in_a_row < FAILED_IN_A_ROW:
                 return
         raise EndpointError(
-            f"{FAILED_IN_A_ROW} requests to {self.endpoint.host} in a row had no answer (the last: {failed}); what was"
-            " answered is kept, so run the same command again"
+            f"{FAILED_IN_A_ROW} requests to {self.endpoint.host} in a row had no answer (the last: {failed}); the"
+            " answers are saved, so run the same command again"
         ) from failed

@@ -1,7 +1,7 @@
-"""`label_cache.sqlite`: every answer that was paid for, by the hash of its request, so that none is paid for twice.
+"""`label_cache.sqlite`: every paid answer by the hash of its request, so that no answer is paid for twice.
 
-It holds answers only: no prompts, no keys. Each is on disk before it is used, so a run that is killed loses what was on
-its way and no more.
+It holds answers only: no prompts, no keys. Each answer is on disk before it is used, so a killed run loses only the
+requests in flight.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CREATE TABLE IF NOT EXISTS answers (
 
 
 class Known(NamedTuple):
-    """What a cache holds of a model."""
+    """Cached answers of a model."""
 
     n: int
     wall_s: float | None
-    """Mean of its answers."""
+    """Mean time per answer."""
 
 
 class AnswerCache:
     """Reads and writes the file, from any number of threads.
 
     Raises:
-        FormatError: for a file that is no such cache.
+        FormatError: for a file that is not a label cache.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,12 +51,10 @@ class AnswerCache:
             self._connection.executescript(_SCHEMA)
             self._connection.execute("SELECT key, wall_s FROM answers LIMIT 1").fetchone()
         except sqlite3.DatabaseError as error:
-            raise FormatError(
-                f"{path} cannot be used ({error}); move it away to begin without the answers that it holds"
-            ) from error
+            raise FormatError(f"{path} cannot be used ({error}); move it away to start without its answers") from error
 
     def get(self, key: str) -> Answer | None:
-        """The answer to a request, if there is one."""
+        """Return the answer to a request, if cached."""
         query = (
             "SELECT text, finish, logprobs, prompt_tokens, completion_tokens, wall_s, time FROM answers WHERE key = ?"
         )
@@ -69,7 +67,7 @@ class AnswerCache:
         return Answer(text, finish, places, *rest)
 
     def put(self, key: str, model: str, answer: Answer) -> None:
-        """Keep an answer."""
+        """Save an answer."""
         logprobs = None if answer.logprobs is None else json.dumps(answer.logprobs)
         row = (key, model, answer.text, answer.finish, logprobs, *answer[3:])
         try:
@@ -81,7 +79,7 @@ class AnswerCache:
             ) from error
 
     def known(self, model: str) -> Known:
-        """How many answers of a model there are, and how long they took."""
+        """Return the number of cached answers of a model and their mean time."""
         query = "SELECT COUNT(*), AVG(wall_s) FROM answers WHERE model = ?"
         with self._lock:
             return Known(*self._connection.execute(query, (model,)).fetchone())

@@ -1,5 +1,7 @@
-"""Which features to label, and in which order: by chance, so that a run that ends early has labelled an even sample,
-but a graph's by influence.
+"""Choose the features to label, and their order.
+
+The order is random, so that a run that ends early has labelled a uniform sample; features of a graph are in order of
+influence.
 """
 
 from __future__ import annotations
@@ -16,29 +18,30 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.graphs.interchange import open_graph
 
 NAMELESS = ("dense", "dead")
-"""Rules that say how often a feature fires, not on what."""
+"""Rules that state how often a feature fires, not on what."""
 
 
 def of_all(bundle: FeatureBundle, seed: int = 0) -> list[int]:
-    """All that have examples."""
+    """Return all features with examples."""
     return in_drawn_order((int(f) for f in np.flatnonzero(_has_examples(bundle))), seed)
 
 
 def of_graph(bundle: FeatureBundle, path: Path, node_threshold: float = 0.8) -> list[int]:
-    """Features of a graph as it is shown, pruned, the most influential first.
+    """Return the features of a pruned graph, the most influential first.
 
     Raises:
-        FormatError, ConfigError: for a file that is no graph, and a graph of another transcoder.
+        FormatError, ConfigError: for a file that is not a graph, and a graph of another transcoder.
     """
     graph = open_graph(path)
     a = graph.arrays
     if graph.header.n_layers != bundle.n_layers or (graph.n_features and int(a.index_F.max()) >= bundle.n_features):
         raise ConfigError(
-            f"{path} is of a transcoder of another shape than the bundle {bundle.path}; give the bundle of its own"
+            f"{path} is of a transcoder of another shape than the bundle {bundle.path}; give the"
+            " bundle of the graph's transcoder"
         )
-    kept = np.ones(graph.n_nodes, bool) if graph.imported else graph.prune(node_threshold).node_N
+    remaining = np.ones(graph.n_nodes, bool) if graph.imported else graph.prune(node_threshold).node_N
     total: dict[int, float] = {}
-    for node in np.flatnonzero(kept[: graph.n_features]).tolist():
+    for node in np.flatnonzero(remaining[: graph.n_features]).tolist():
         f = bundle.id(int(a.layer_F[node]), int(a.index_F[node]))
         total[f] = total.get(f, 0.0) + float(a.influence_N[node])
     has = _has_examples(bundle)
@@ -46,15 +49,15 @@ def of_graph(bundle: FeatureBundle, path: Path, node_threshold: float = 0.8) -> 
 
 
 def of_group(bundle: FeatureBundle, level: int, number: int, seed: int = 0) -> list[int]:
-    """Features of a cluster.
+    """Return the features of a cluster.
 
     Raises:
-        ConfigError: for one that is not there.
+        ConfigError: for a cluster that does not exist.
     """
     levels = bundle.array("group").shape[1] if bundle.has("group") else 0
     if not 0 <= level < levels:
-        said = f"levels 0 to {levels - 1}" if levels else "no groups"
-        raise ConfigError(f"there is no group {level}/{number}: the bundle has {said}")
+        available = f"levels 0 to {levels - 1}" if levels else "no groups"
+        raise ConfigError(f"there is no group {level}/{number}: the bundle has {available}")
     members = np.flatnonzero((np.asarray(bundle.array("group")[:, level]) == number) & _has_examples(bundle))
     if not len(members):
         raise ConfigError(
@@ -65,7 +68,7 @@ def of_group(bundle: FeatureBundle, level: int, number: int, seed: int = 0) -> l
 
 
 def sample(bundle: FeatureBundle, features: Sequence[int], n: int, seed: int = 0) -> list[int]:
-    """Some of them, evenly over layers and, in each layer, over densities."""
+    """Sample features evenly over layers and, in each layer, over densities."""
     if len(features) <= n:
         return list(features)
     counts = np.asarray(bundle.array("count")).sum(axis=1)
@@ -75,7 +78,7 @@ def sample(bundle: FeatureBundle, features: Sequence[int], n: int, seed: int = 0
 
 
 def unnamed(bundle: FeatureBundle, features: Sequence[int]) -> list[int]:
-    """Those that no rule says the meaning of, nor a person."""
+    """Return the features without a label by a rule or a person."""
     added = bundle.user.labels(features)
     by_person = {f for f, labels in added.items() if labels[0].source == PERSON}
     rows = {f: bundle.index.row(f) for f in features}

@@ -1,8 +1,8 @@
-"""Where the documents of a bundle's text begin and end, and which is which by a hash of its tokens.
+"""Find the documents of a bundle's text, and identify them by a hash of their tokens.
 
-A row of the token file begins with the policy's special token, and so does each document, wherever in a row; that is
-how they are told apart. Two copies of one text have one hash, so they cannot be on two sides. Text without such tokens
-is cut into blocks of rows; in an imported bundle each example is a document, as more is not known of it.
+Each row of the token file starts with the policy's special token, and so does each document within a row; this marks
+the documents. Copies of one text have the same hash, so they are always in the same split. Text without such tokens is
+cut into blocks of rows. In an imported bundle each example is a document.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from crosslayer.bundles.bundle import FeatureBundle
 
 BLOCK_ROWS = 8
-"""Of text whose documents are not marked: about as long as a document."""
+"""Rows per block of text without document marks: about the length of a document."""
 
 
 class Stretch(NamedTuple):
-    """Positions of one row and one document, from the first up to the last, which is not of it."""
+    """Positions `first` to `last` (exclusive) of one document within one row."""
 
     first: int
     last: int
@@ -31,7 +31,7 @@ class Documents:
     """The documents of a bundle.
 
     Attributes:
-        told: how they were told apart.
+        told: how the documents were identified.
         body: positions of a row that hold text.
     """
 
@@ -55,11 +55,11 @@ class Documents:
             self._begin = np.unique(np.concatenate([streams, begin]).astype(np.int64))
 
     def number(self, position: int) -> int:
-        """The document that holds a position."""
+        """Return the document of a position."""
         return int(np.searchsorted(self._begin, position, side="right")) - 1
 
     def hash(self, position: int) -> bytes:
-        """Of the text of the document that holds a position."""
+        """Hash the text of the document that holds a position."""
         n = self.number(position)
         if n not in self._hashes:
             first = int(self._begin[n])
@@ -71,7 +71,7 @@ class Documents:
         return self._hashes[n]
 
     def stretch(self, position: int) -> Stretch:
-        """The part of the row around a position that is of its document, without what the policy puts in front."""
+        """Return the part of a position's row in its document, without tokens that the policy prepends."""
         row = int(np.searchsorted(self._row, position, side="right")) - 1
         row_end = int(self._row[row + 1]) if row + 1 < len(self._row) else len(self.tokens)
         n = self.number(position)
@@ -79,21 +79,21 @@ class Documents:
         return Stretch(max(int(self._row[row]) + self.prepended, int(self._begin[n])), min(row_end, end))
 
     def row(self, position: int) -> int:
-        """The row that holds a position."""
+        """Return the row of a position."""
         return int(np.searchsorted(self._row, position, side="right")) - 1
 
 
 def runs(tokens: NDArray, n: int) -> set[bytes]:
-    """All runs of `n` tokens in a text."""
+    """Return all runs of `n` tokens in a text."""
     raw, size = tokens.astype("<u4").tobytes(), 4
     return {raw[i * size : (i + n) * size] for i in range(len(tokens) - n + 1)}
 
 
 def draw(*parts: object) -> int:
-    """64 bits that depend on the parts alone: what is drawn by chance is drawn so, the same every time."""
+    """Return 64 pseudo-random bits that depend only on the parts, for reproducible sampling."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
 def in_drawn_order(items: Iterable[int], *parts: object) -> list[int]:
-    """Numbers in an order by chance."""
+    """Shuffle numbers reproducibly."""
     return sorted(items, key=lambda i: draw(*parts, i))

@@ -1,8 +1,9 @@
-"""An OpenAI-compatible endpoint: one request, one answer, whatever the server is like.
+"""Client of an OpenAI-compatible endpoint that adapts to what the server supports.
 
-What may pass is waited for (connections that break, timeouts, 408, 409, 425, 429, 5xx), as long as the server says or
-ever longer. What the server refuses (a schema, log-probabilities, a temperature) is left out, and from then on not
-asked for. The key comes from an environment variable, goes into one header, and is in no error, file or representation.
+Temporary failures (broken connections, timeouts, 408, 409, 425, 429, 5xx) are retried after the time that the server
+asks for, or with exponential backoff. Request options that the server refuses (a schema, log-probabilities, a
+temperature) are left out of this and all later requests. The key comes from an environment variable and is sent in one
+header. It never appears in errors, files or representations.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ import httpx
 from crosslayer.core.errors import ConfigError, EndpointError
 
 PASSING = (408, 409, 425, 429)
-"""Statuses, with all from 500 on, after which the same request may succeed."""
+"""Statuses, besides 500 and above, after which the same request may succeed."""
 REFUSED = (400, 415, 422, 501)
-"""Statuses of a request that the server does not take as it is."""
+"""Statuses of a request that the server does not accept in this form."""
 MOST_BYTES = 1 << 24
-"""Of a response."""
+"""Max size of a response in bytes."""
 MOST_WAIT_S = 300.0
 ALTERNATIVES = 10
-"""Tokens whose log-probabilities are asked for at each place."""
+"""Number of alternative tokens with log-probabilities per position."""
 
 
 class Request(NamedTuple):
-    """What a model is asked."""
+    """A question for a model."""
 
     system: str
     user: str
@@ -44,22 +45,22 @@ class Request(NamedTuple):
     most_tokens: int
     logprobs: bool = False
     attempt: int = 0
-    """How often it was asked before, in vain; a later attempt may be answered otherwise."""
+    """Number of unusable answers so far; a later attempt may get another answer."""
 
     def key(self, base: str, model: str) -> str:
-        """A hash of all that the answer depends on."""
-        said = json.dumps([base, model, *self], sort_keys=True)
-        return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        """Hash everything that the answer depends on."""
+        parts = json.dumps([base, model, *self], sort_keys=True)
+        return hashlib.blake2b(parts.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class Answer(NamedTuple):
-    """What came back."""
+    """An answer of the model."""
 
     text: str
     finish: str
-    """stop, length, or what else the server says."""
+    """stop, length, or another reason given by the server."""
     logprobs: list[tuple[str, list[tuple[str, float]]]] | None
-    """Each token of the answer, and the alternatives to it with their log-probabilities."""
+    """Each token of the answer, with alternatives and their log-probabilities."""
     prompt_tokens: int
     completion_tokens: int
     wall_s: float
@@ -68,7 +69,7 @@ class Answer(NamedTuple):
 
 
 class RequestFailed(Exception):
-    """A request that got no answer; the message is one of a few reasons, to be counted."""
+    """A request without an answer; the message is one of a few reasons, to be counted."""
 
 
 class Interrupted(Exception):
@@ -76,7 +77,7 @@ class Interrupted(Exception):
 
 
 class Ask(NamedTuple):
-    """What is asked for of a server, as far as it is known to take it."""
+    """Options that the server accepts, as far as known."""
 
     format: Literal["json_schema", "json_object", "none"] = "json_schema"
     logprobs: bool = True
@@ -86,13 +87,12 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long is waited.
+    """Timeouts and retries.
 
     Attributes:
-        timeout_s: for an answer.
-        retries: of a request, for what may pass.
-        base_s, most_s: the first wait and the longest, each drawn between half of it and the whole; in between they
-            double.
+        timeout_s: timeout of an answer.
+        retries: max retries of a request after temporary failures.
+        base_s, most_s: first and longest wait. Waits double, and each is drawn between half of its value and the whole.
     """
 
     timeout_s: float = 120.0
@@ -101,7 +101,7 @@ class Patience:
     most_s: float = 60.0
 
     def wait_s(self, n: int) -> float:
-        """Before retry `n`, from 0."""
+        """Return the wait before retry `n`, from 0."""
         return random.uniform(0.5, 1.0) * min(self.most_s, self.base_s * 2**n)
 
 
@@ -110,14 +110,14 @@ class Endpoint:
     """Sends requests to one model, from any number of threads.
 
     Attributes:
-        url: its base, which usually ends in /v1; `/chat/completions` is added.
-        model: the name that it knows the model by.
-        key_env: the environment variable that holds the key; no key is sent unless it is given.
-        patience: how long is waited.
-        n_sent: requests that went out, retries included.
+        url: base URL, which usually ends in /v1; `/chat/completions` is added.
+        model: name of the model at the endpoint.
+        key_env: environment variable with the key; without it, no key is sent.
+        patience: timeouts and retries.
+        n_sent: number of requests sent, including retries.
 
     Raises:
-        ConfigError: for a URL or a key that cannot be used.
+        ConfigError: for an unusable URL or key.
     """
 
     url: str
@@ -139,7 +139,7 @@ class Endpoint:
             )
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         timeout = httpx.Timeout(self.patience.timeout_s, connect=10.0)
-        # The environment's proxies are for other machines. Redirects would take the key along.
+        # Ignore proxies of the environment. Do not follow redirects: they would receive the key.
         self._client = httpx.Client(
             headers=headers,
             timeout=timeout,
@@ -163,15 +163,15 @@ class Endpoint:
         self._client.close()
 
     def end(self) -> None:
-        """Wait for nothing more: requests that would be sent again raise Interrupted."""
+        """Stop waiting: requests that would be retried raise Interrupted."""
         self._ending.set()
 
     def send(self, request: Request) -> Answer:
-        """The answer to a request.
+        """Send a request and return the answer.
 
         Raises:
-            RequestFailed: for a request that was not answered, while others may be.
-            EndpointError: where no other would be answered either.
+            RequestFailed: if this request failed but others may succeed.
+            EndpointError: if no other request would succeed.
             Interrupted: after `end`.
         """
         ask = known = self._ask
@@ -188,7 +188,7 @@ class Endpoint:
         return response.answer()
 
     def _waiting(self, request: Request, ask: Ask) -> _Response:
-        """The response, once there is one that does not pass by waiting."""
+        """Return the response, with retries after temporary failures."""
         why = ""
         for n in range(self.patience.retries + 1):
             self._pause()
@@ -196,19 +196,19 @@ class Endpoint:
             try:
                 response = self._post(self._body(request, ask), began)
             except httpx.HTTPError as error:
-                self._stop_if_nobody_is_there(error)
-                why, told_s = _kind(error), 0.0
+                self._stop_if_unreachable(error)
+                why, given_s = _kind(error), 0.0
             else:
                 self._reached = True
                 if response.whole or not (response.status == 200 or response.passing):
                     return response
-                why, told_s = response.why, response.retry_after_s
+                why, given_s = response.why, response.retry_after_s
             if n < self.patience.retries:
-                self._hold(self.patience.wait_s(n), told_s)
+                self._wait(self.patience.wait_s(n), given_s)
         raise RequestFailed(why)
 
     def _pause(self) -> None:
-        """Wait until the server is ready, as far as it said."""
+        """Wait until the server is ready, for the time that it gave, if any."""
         while (left_s := self._not_before - time.monotonic()) > 0:
             self._ending.wait(left_s)
             if self._ending.is_set():
@@ -216,11 +216,11 @@ class Endpoint:
         if self._ending.is_set():
             raise Interrupted
 
-    def _hold(self, wait_s: float, told_s: float) -> None:
-        """Wait before the next try. What the server told counts for all threads."""
-        if told_s:
+    def _wait(self, wait_s: float, given_s: float) -> None:
+        """Wait before the next attempt. A time given by the server holds for all threads."""
+        if given_s:
             with self._lock:
-                self._not_before = max(self._not_before, time.monotonic() + min(told_s, MOST_WAIT_S))
+                self._not_before = max(self._not_before, time.monotonic() + min(given_s, MOST_WAIT_S))
         self._ending.wait(wait_s)
 
     def _body(self, request: Request, ask: Ask) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class Endpoint:
             "stream": False,
         }
         if ask.temperature:
-            # Asked again at 0 a model would say the same again.
+            # At temperature 0 a model would repeat its answer.
             body["temperature"] = 0.0 if request.attempt == 0 else 0.5
         if ask.format == "json_schema":
             schema = {"name": "answer", "strict": True, "schema": request.schema}
@@ -254,15 +254,17 @@ class Endpoint:
                 raw += part
                 if len(raw) > MOST_BYTES:
                     raise httpx.DecodingError("too long")
-            told = retry_after_s(response.headers.get("Retry-After"))
+            retry_s = retry_after_s(response.headers.get("Retry-After"))
         try:
-            said = json.loads(bytes(raw))
+            content = json.loads(bytes(raw))
         except (ValueError, RecursionError):
-            said = None
-        return _Response(response.status_code, said, told, time.monotonic() - began, _clean(_message(said), self._key))
+            content = None
+        return _Response(
+            response.status_code, content, retry_s, time.monotonic() - began, _clean(_message(content), self._key)
+        )
 
-    def _stop_if_nobody_is_there(self, error: httpx.HTTPError) -> None:
-        """A server that was never there will hardly come; one that was may."""
+    def _stop_if_unreachable(self, error: httpx.HTTPError) -> None:
+        """Raise if the server never answered; keep retrying if it answered before."""
         if (
             isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol)
             and not self._reached
@@ -272,39 +274,39 @@ class Endpoint:
             ) from None
 
     def _stop_at(self, response: _Response) -> None:
-        status, said = response.status, f"HTTP {response.status}{': ' if response.message else ''}{response.message}"
+        status, reply = response.status, f"HTTP {response.status}{': ' if response.message else ''}{response.message}"
         if status in (401, 403):
             remedy = (
-                f"see whether {self.key_env} holds the right key"
+                f"check that {self.key_env} holds the right key"
                 if self.key_env
                 else "name the variable that holds the key with --key-env"
             )
-            raise EndpointError(f"{self.host} refuses access ({said}); {remedy}")
+            raise EndpointError(f"{self.host} refuses access ({reply}); {remedy}")
         if status == 402 or response.no_credit:
             raise EndpointError(
-                f"{self.host} asks for payment ({said}); what was answered is kept, so run the same command again later"
+                f"{self.host} asks for payment ({reply}); the answers are saved, so run the same command again later"
             )
         if 300 <= status < 400:
-            raise EndpointError(f"{self.url} leads elsewhere ({said}); give the endpoint that it leads to")
+            raise EndpointError(f"{self.url} redirects ({reply}); give the target of the redirect")
         if status != 200:
             raise EndpointError(
-                f"{self.url}/chat/completions has no model {self.model!r}, or is no such place ({said}); see"
+                f"{self.url}/chat/completions has no model {self.model!r}, or is no such place ({reply}); see"
                 " --endpoint, which usually ends in /v1, and --model"
             )
 
 
 class _Response(NamedTuple):
-    """What came back, whatever it is."""
+    """An HTTP response of any content."""
 
     status: int
-    said: Any
+    content: Any
     retry_after_s: float
     wall_s: float
     message: str
 
     @property
     def no_credit(self) -> bool:
-        return self.status == 429 and "insufficient_quota" in json.dumps(self.said)
+        return self.status == 429 and "insufficient_quota" in json.dumps(self.content)
 
     @property
     def passing(self) -> bool:
@@ -312,7 +314,7 @@ class _Response(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether it holds an answer."""
+        """Whether the response holds an answer."""
         return self.status == 200 and self._choice() is not None
 
     @property
@@ -320,7 +322,7 @@ class _Response(NamedTuple):
         return "no answer in the response" if self.status == 200 else f"HTTP {self.status}"
 
     def _choice(self) -> dict[str, Any] | None:
-        match self.said:
+        match self.content:
             case {"choices": [{"message": dict()} as choice, *_]}:
                 return choice
         return None
@@ -329,7 +331,7 @@ class _Response(NamedTuple):
         choice = self._choice()
         assert choice is not None
         content = choice["message"].get("content")
-        used = self.said.get("usage")
+        used = self.content.get("usage")
         count = lambda name: n if isinstance(used, dict) and isinstance(n := used.get(name), int) else 0  # noqa: E731
         return Answer(
             _storable(content),
@@ -342,14 +344,39 @@ class _Response(NamedTuple):
         )
 
 
+def base_url(text: str) -> str:
+    """Normalise an endpoint's base URL.
+
+    Raises:
+        ConfigError: for anything but a plain http or https address.
+    """
+    base = text.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    try:
+        parts = urlsplit(base)
+        usable = bool(httpx.URL(base).host) and parts.port != 0
+    except (ValueError, httpx.InvalidURL):
+        usable, parts = False, urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not usable:
+        raise ConfigError(
+            f"the endpoint {_without_secrets(text)!r} is no address; write for example http://HOST:PORT/v1"
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            f"the endpoint at {parts.hostname} has a name, a password or a query in its address, which could be a key;"
+            " name the variable that holds the key with --key-env"
+        )
+    return base
+
+
 def simpler(ask: Ask, message: str, *, logprobs: bool) -> Ask | None:
-    """What to ask for after a refusal: without what the message names, else without the next thing in turn; None where
-    nothing is left.
+    """Return options without those that the server refused; None if nothing is left to leave out.
+
+    Options named in the message are left out, else the next in order.
 
     Args:
-        logprobs: whether log-probabilities were asked for.
+        logprobs: whether log-probabilities were requested.
     """
-    said = message.lower()
+    refusal = message.lower()
     ways: list[tuple[tuple[str, ...], Ask]] = []
     if ask.format != "none":
         less = ask._replace(format="json_object" if ask.format == "json_schema" else "none")
@@ -360,30 +387,8 @@ def simpler(ask: Ask, message: str, *, logprobs: bool) -> Ask | None:
         ways.append((("temperature",), ask._replace(temperature=False)))
     if ask.limit == "max_tokens":
         ways.append((("max_tokens", "max_completion_tokens"), ask._replace(limit="max_completion_tokens")))
-    named = [less for words, less in ways if any(w in said for w in words)]
+    named = [less for words, less in ways if any(w in refusal for w in words)]
     return next(iter([*named, *(less for _, less in ways)]), None)
-
-
-def base_url(text: str) -> str:
-    """An endpoint's base, without what people paste along.
-
-    Raises:
-        ConfigError: for what is no plain http or https address.
-    """
-    said = text.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
-    try:
-        parts = urlsplit(said)
-        usable = bool(httpx.URL(said).host) and parts.port != 0
-    except (ValueError, httpx.InvalidURL):
-        usable, parts = False, urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not usable:
-        raise ConfigError(f"the endpoint {_without_secrets(text)!r} is no address; write http://HOST:PORT/v1, say")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError(
-            f"the endpoint at {parts.hostname} has a name, a password or a query in its address, which could be a key;"
-            " name the variable that holds the key with --key-env"
-        )
-    return said
 
 
 def _without_secrets(text: str) -> str:
@@ -397,7 +402,9 @@ def _key(variable: str) -> str:
             f"--key-env {variable}: there is no such environment variable, or it is empty; set it to the key"
         )
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"--key-env {variable}: its value holds characters that no key has; set it to the key alone")
+        raise ConfigError(
+            f"--key-env {variable}: its value has characters that are invalid in a key; set it to the key alone"
+        )
     return key
 
 
@@ -409,31 +416,31 @@ def _loopback(host: str) -> bool:
 
 
 def _kind(error: httpx.HTTPError) -> str:
-    """An error of the connection in words of ours: those of the library may quote what was sent."""
+    """Describe a connection error without the library's text, which may quote the request."""
     if isinstance(error, httpx.TimeoutException):
         return "timed out"
     return "the connection failed" if isinstance(error, httpx.ConnectError) else "the connection broke"
 
 
-def retry_after_s(told: str | None) -> float:
-    """Seconds, or a date, as RFC 9110 has it; 0 for neither."""
-    if told is None:
+def retry_after_s(header: str | None) -> float:
+    """Parse seconds or a date, as in RFC 9110; 0 for neither."""
+    if header is None:
         return 0.0
     try:
-        return max(0.0, min(float(told), MOST_WAIT_S))
+        return max(0.0, min(float(header), MOST_WAIT_S))
     except ValueError:
         pass
     try:
-        then = parsedate_to_datetime(told)
+        then = parsedate_to_datetime(header)
     except ValueError:
         return 0.0
     then = then if then.tzinfo else then.replace(tzinfo=UTC)
     return max(0.0, min((then - datetime.now(UTC)).total_seconds(), MOST_WAIT_S))
 
 
-def _message(said: Any) -> str:
-    """What a server says of an error, in the places where they say it."""
-    match said:
+def _message(content: Any) -> str:
+    """Extract a server's error message from the usual places."""
+    match content:
         case (
             {"error": {"message": str(message)}}
             | {"error": str(message)}
@@ -445,12 +452,12 @@ def _message(said: Any) -> str:
 
 
 def _storable(text: Any) -> str:
-    """Text as UTF-8 can hold it: JSON can spell halves of surrogate pairs. What is no text is none."""
+    """Make text encodable as UTF-8: JSON can contain lone surrogates. Values other than text become empty."""
     return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else ""
 
 
 def _clean(message: str, key: str) -> str:
-    """One line, not long, without the key."""
+    """Shorten to one line, without the key."""
     plain = message.replace(key, "…") if key else message
     return " ".join("".join(c if c.isprintable() else " " for c in plain).split())[:200]
 

@@ -1,4 +1,4 @@
-"""Asking what a feature means: a few words and one sentence, from texts that it fires on and texts that it does not."""
+"""The question for a feature's label: a few words and one sentence, from texts on which it fires and does not fire."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crosslayer.autointerp.quote import CLOSE, OPEN, marked, numbered, quoted
 from crosslayer.autointerp.reply import MOST_EXPLANATION, MOST_LABEL
 
 PROMPT_VERSION = "1"
-"""Raised with any change to what is asked, here, in `score` and in `groups`; it is kept with every label."""
+"""Increased with any change of a question, here, in `score` and in `groups`; saved with every label."""
 MOST_PROMOTED = 10
 EXPLAIN_TOKENS = 300
 
@@ -46,24 +46,24 @@ SCHEMA: dict[str, Any] = {
 def explain_request(
     shown: Sequence[Window], contrast: Sequence[Window], promoted: Sequence[str], thinking: int = 0
 ) -> Request:
-    """What to ask of a feature.
+    """Build the request to explain a feature.
 
     Args:
-        shown: texts that it fires on.
+        shown: texts on which it fires.
         contrast: texts of its neighbours.
         promoted: tokens, the most promoted first.
-        thinking: tokens more in the answer.
+        thinking: additional tokens of the answer.
     """
     fires = [f'{{"strength": {strength(w)}, "text": {marked(w.tokens, set(w.active))}}}' for w in shown]
-    silent = [quoted("".join(w.tokens)) for w in contrast]
+    inactive = [quoted("".join(w.tokens)) for w in contrast]
     parts = [f'"fires": {numbered(fires)}']
-    if silent:
-        parts.append(f'"silent": {numbered(silent)}')
+    if inactive:
+        parts.append(f'"silent": {numbered(inactive)}')
     if promoted:
         parts.append(f'"promotes": [{", ".join(quoted(t) for t in promoted[:MOST_PROMOTED])}]')
     return Request(SYSTEM, "{" + ",\n".join(parts) + "}", SCHEMA, EXPLAIN_TOKENS + thinking)
 
 
 def strength(window: Window) -> int:
-    """From 1 to 10, of the feature's highest activation."""
+    """Return the activation from 1 to 10, relative to the feature's max."""
     return max(1, min(10, round(10 * window.strength)))

@@ -14,7 +14,7 @@ from crosslayer.autointerp.quote import numbered, quoted
 from crosslayer.bundles.bundle import FeatureBundle
 
 MIN_MEMBERS = 2
-"""Labelled, without which a group is not named."""
+"""Min number of labelled members of a cluster that gets a label."""
 MOST_MEMBERS = 40
 
 SYSTEM = f"""Features of a language model, each a detector that fires on some tokens of a text, were put into a group \
@@ -26,7 +26,7 @@ about.
 
 
 class GroupMembers(NamedTuple):
-    """A group, and what its members are called."""
+    """A cluster and the labels of its members."""
 
     level: int
     number: int
@@ -34,10 +34,9 @@ class GroupMembers(NamedTuple):
 
 
 def groups_of(bundle: FeatureBundle, features: Collection[int], source: str, seed: int = 0) -> list[GroupMembers]:
-    """Groups, of all levels, that hold some of the features, where enough members have a label by a person or by this
-    model.
+    """Return clusters of all levels that hold some of the features and enough labelled members.
 
-    Members that have only a rule's label fill up what is left of `MOST_MEMBERS`.
+    Members labelled by a person or by this model come first; rule labels fill the rest of `MOST_MEMBERS`.
     """
     if not bundle.has("group"):
         return []
@@ -48,15 +47,15 @@ def groups_of(bundle: FeatureBundle, features: Collection[int], source: str, see
             members = in_drawn_order((int(f) for f in np.flatnonzero(group_NX[:, level] == number)), seed)
             added = bundle.user.labels(members)
             own = [next((x.label for x in added.get(f, []) if x.source in ("person", source)), None) for f in members]
-            said = [label for label in own if label]
-            if len(said) < MIN_MEMBERS:
+            labelled = [label for label in own if label]
+            if len(labelled) < MIN_MEMBERS:
                 continue
             by_rule = bundle.index.labels([f for f, label in zip(members, own, strict=True) if not label])
             rest = [label for label in by_rule.values() if label and not label.startswith("dead")]
-            found.append(GroupMembers(level, number, (said + rest)[:MOST_MEMBERS]))
+            found.append(GroupMembers(level, number, (labelled + rest)[:MOST_MEMBERS]))
     return found
 
 
 def group_request(labels: Sequence[str], thinking: int = 0) -> Request:
-    """What to ask of a group."""
+    """Build the request to label a cluster."""
     return Request(SYSTEM, f'{{"members": {numbered([quoted(x) for x in labels])}}}', SCHEMA, EXPLAIN_TOKENS + thinking)

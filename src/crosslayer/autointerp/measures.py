@@ -1,5 +1,6 @@
-"""Balanced accuracy, AUROC and their intervals. A question that failed counts as one answered wrongly: nothing is left
-out. Pure.
+"""Balanced accuracy, AUROC and their intervals: pure functions.
+
+A failed question counts as a wrong answer; nothing is left out.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 Z = 1.959963984540054
-"""Of a 95 % interval."""
+"""Quantile of a 95 % interval."""
 RESAMPLES = 1000
 
 
 class Interval(NamedTuple):
-    """A figure, and the 95 % interval around it."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -24,7 +25,7 @@ class Interval(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A text: what is true of it, and what was answered, None where nothing usable was."""
+    """A text with its true class and the answer, None without a usable one."""
 
     fires: bool
     fits: bool | None
@@ -32,7 +33,7 @@ class Judged(NamedTuple):
 
 
 def wilson(k: int, n: int) -> Interval:
-    """A share k / n with Wilson's score interval."""
+    """Return a share k / n with Wilson's score interval."""
     p, z2 = k / n, Z * Z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -40,9 +41,7 @@ def wilson(k: int, n: int) -> Interval:
 
 
 def balanced_accuracy(judged: Sequence[Judged]) -> Interval:
-    """Mean of the shares of positives and of negatives that were answered rightly; from their Wilson intervals by
-    squares (Newcombe 1998).
-    """
+    """Return the mean accuracy of positives and negatives; its interval combines Wilson intervals (Newcombe 1998)."""
     shares = []
     for side in (True, False):
         some = [j for j in judged if j.fires is side]
@@ -56,11 +55,9 @@ def balanced_accuracy(judged: Sequence[Judged]) -> Interval:
 
 
 def auroc(judged: Sequence[Judged]) -> Interval | None:
-    """Chance that a positive was given a higher probability than a negative, ties by half, with Newcombe's score
-    interval (2006, method 5).
+    """Return the probability that a positive scores higher than a negative, with Newcombe's interval (2006, method 5).
 
-    Failed questions are given the worst place. None where an answer came without probability, or where there was none
-    at all.
+    Ties count half. Failed questions rank worst. None if an answer has no probability, or without any answer.
     """
     if any(j.fits is not None and j.probability is None for j in judged) or all(j.fits is None for j in judged):
         return None
@@ -72,7 +69,7 @@ def auroc(judged: Sequence[Judged]) -> Interval | None:
     value = float(((positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)).mean())
     edges = []
     for edge in (0.0, 1.0):
-        # The value farthest out that what was found is still within Z deviations of.
+        # The extreme value whose Z deviations still include the estimate.
         inside, outside = value, edge
         for _ in range(60):
             middle = (inside + outside) / 2
@@ -83,15 +80,16 @@ def auroc(judged: Sequence[Judged]) -> Interval | None:
 
 
 def _auroc_deviation(value: float, n_positive: int, n_negative: int) -> float:
-    """Standard deviation of an AUROC, after Hanley and McNeil, as Newcombe has it."""
+    """Return the standard deviation of an AUROC after Hanley and McNeil, in Newcombe's version."""
     more = (n_positive + n_negative) / 2 - 1
     spread = 1 + more * ((1 - value) / (2 - value) + value / (1 + value))
     return math.sqrt(value * (1 - value) * spread / (n_positive * n_negative))
 
 
 def mean_interval(found: Sequence[Interval]) -> Interval:
-    """The mean over features: by bootstrap over them, and no narrower than their own intervals allow, which counts
-    where there are few.
+    """Return the mean over features with its interval, by bootstrap over features.
+
+    The interval is no narrower than the features' own intervals allow, which matters for few features.
     """
     values = np.array([x.value for x in found])
     picks = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))

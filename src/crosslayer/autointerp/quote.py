@@ -1,8 +1,8 @@
-"""Text of others inside a prompt: it can be read, and cannot act.
+"""Quote untrusted text in a prompt, so that it can be read but not act as instructions or structure.
 
-Every stretch of text is a JSON string. Characters that a chat template, a tokenizer or our own marks could take for
-structure are written as JSON escapes (`\\u003c`), which say the same to whoever reads JSON: `<` and `[` where they open
-something like `<|im_end|>`, `</s>` or `[INST]`, the marks « and », and all that cannot be seen.
+Every text is a JSON string. Characters that a chat template, a tokenizer or our own marks could take for structure are
+written as JSON escapes (`\\u003c`), which have the same meaning in JSON: `<` and `[` where they start something like
+`<|im_end|>`, `</s>` or `[INST]`, the marks « and », and all invisible characters.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import unicodedata
 from collections.abc import Collection, Sequence
 
 OPEN, CLOSE = "«", "»"
-"""Around tokens on which a feature fires. In a prompt they come from nowhere else."""
+"""Marks around tokens on which a feature fires. Nothing else in a prompt contains them."""
 _STRUCTURE = re.compile(r"<(?=[|｜/!_A-Za-z▁])|(?<=[|｜])>|\[(?=/?[A-Z_]{2,}\])|[«»]")
 _UNSEEN = ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp")
 
 
 def quoted(text: str) -> str:
-    """A JSON string of the text, its quotation marks included."""
+    """Encode a text as a JSON string, including its quotation marks."""
     return f'"{_inside(text)}"'
 
 
@@ -37,7 +37,7 @@ def _code(c: str) -> str:
 
 
 def marked(tokens: Sequence[str], marks: Collection[int]) -> str:
-    """A JSON string of the tokens, those at `marks` between « and », runs of them together."""
+    """Encode tokens as a JSON string, with « and » around the runs of tokens at `marks`."""
     parts, at = list[str](), 0
     while at < len(tokens):
         end = at + 1
@@ -50,5 +50,5 @@ def marked(tokens: Sequence[str], marks: Collection[int]) -> str:
 
 
 def numbered(items: Sequence[str]) -> str:
-    """JSON values as one object, by number from 1, a line each."""
+    """Format JSON values as one object, numbered from 1, one per line."""
     return "{" + ",\n ".join(f'"{n}": {item}' for n, item in enumerate(items, 1)) + "}"

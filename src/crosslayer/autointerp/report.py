@@ -1,4 +1,4 @@
-"""A run in words, for a terminal."""
+"""Print the estimate and the summary of a run."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ _NAMES = {OF_RULED: "label*"}
 def print_estimate(
     console: Console, model: str, host: str, e: Estimate, known: Known, budget: int | None, concurrency: int
 ) -> None:
-    """What a run will take."""
-    how = "measured with this model" if e.measured else "taken, as this model was not asked before"
+    """Print the estimated cost of a run."""
+    how = "measured with this model" if e.measured else "assumed, as there is no answer of this model yet"
     cost = "" if e.cost is None else f", about {e.cost:,.2f} at the prices given"
-    said = [
+    lines = [
         (
-            f"{e.n_features:,} {'feature' if e.n_features == 1 else 'features'}, to be labelled by {model} at {host}:"
-            f" about {e.calls:,} calls, {e.prompt_tokens:,} tokens read and {e.completion_tokens:,} written{cost}"
+            f"{e.n_features:,} {'feature' if e.n_features == 1 else 'features'}, to label with {model} at {host}:"
+            f" about {e.calls:,} calls, {e.prompt_tokens:,} prompt tokens and"
+            f" {e.completion_tokens:,} completion tokens{cost}"
         ),
-        f"about {duration(e.wall_s)}, at {e.seconds_a_call:.1f} s a call ({how}) and {concurrency} at once",
+        f"about {duration(e.wall_s)}, at {e.seconds_a_call:.1f} s per call ({how}) and {concurrency} at once",
     ]
     if known.n:
-        said.append(f"{known.n:,} answers of this model are known here; those that fit are not asked again")
+        lines.append(f"{known.n:,} answers of this model are cached; matching requests are not sent again")
     if budget is not None:
-        said.append(f"no more than {budget:,} tokens are spent")
-    for line in said:
+        lines.append(f"the budget is {budget:,} tokens")
+    for line in lines:
         console.print(Text(line), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """In the unit that reads best."""
+    """Format a duration in a suitable unit."""
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {name}"
@@ -46,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def print_summary(console: Console, s: Mapping[str, Any]) -> None:
-    """What came of it."""
+    """Print the results of a run."""
     f = s["features"]
     parts = [
         f"{f['labelled']:,} of {f['chosen']:,} {'feature' if f['chosen'] == 1 else 'features'} labelled by"
@@ -56,8 +57,8 @@ def print_summary(console: Console, s: Mapping[str, Any]) -> None:
         ("failed", "without a usable answer"),
         ("no_examples", "without examples"),
         ("not_asked", "beyond the budget"),
-        ("too_few_texts", "with too few other texts to be scored"),
-        ("not_reached", "labelled, and not scored within the budget"),
+        ("too_few_texts", "with too few held-out texts for scoring"),
+        ("not_reached", "labelled but not scored within the budget"),
     ):
         if f[key]:
             parts.append(f"{f[key]:,} {words}")
@@ -70,7 +71,7 @@ def print_summary(console: Console, s: Mapping[str, Any]) -> None:
     if s["scores"]:
         console.print(_table(s["scores"]))
         if any(x["of"] == OF_RULED for x in s["scores"]):
-            console.print(Text("* on the features that a rule names, as the line below it"))
+            console.print(Text("* only on features with a rule label, like the line below it"))
     for x in s["scores"]:
         c = x.get("contamination")
         if c and x["of"] == "label" and c["random"] is not None:
@@ -84,18 +85,18 @@ def print_summary(console: Console, s: Mapping[str, Any]) -> None:
     cost = "" if s["cost"] is None else f", {s['cost']:,.2f}"
     console.print(
         Text(
-            f"{s['calls']:,} calls, {s['known']:,} answers known before; {s['prompt_tokens']:,} tokens read,"
-            f" {s['completion_tokens']:,} written{cost}; {duration(s['wall_s'])}"
+            f"{s['calls']:,} calls, {s['known']:,} answers from the cache; {s['prompt_tokens']:,} prompt tokens,"
+            f" {s['completion_tokens']:,} completion tokens{cost}; {duration(s['wall_s'])}"
         ),
         soft_wrap=True,
     )
     if s["reasons"]:
-        said = ", ".join(f"{reason} ({n:,})" for reason, n in s["reasons"].items())
-        console.print(Text(f"asked in vain: {said}"), soft_wrap=True)
+        reasons = ", ".join(f"{reason} ({n:,})" for reason, n in s["reasons"].items())
+        console.print(Text(f"failed after retries: {reasons}"), soft_wrap=True)
 
 
 def _table(lines: list[dict[str, Any]]) -> Table:
-    # Without lines between columns it is narrow enough for a file.
+    # Without lines between columns the table is narrow enough for a file.
     table = Table(box=None, pad_edge=False)
     for name in ("method", "judged", "accuracy", "AUROC", "features", "texts", "failed"):
         table.add_column(name, justify="left" if name in ("method", "judged") else "right", no_wrap=True)

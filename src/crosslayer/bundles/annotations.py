@@ -1,5 +1,6 @@
-"""`user.sqlite`: what people and language models add to a bundle: labels, pins, saved views. The bundle itself is never
-written to.
+"""`user.sqlite`: labels, pins and saved views that people and language models add to a bundle.
+
+The bundle itself is never modified.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ CREATE INDEX IF NOT EXISTS words_of_label ON label_words (feature, source);
 
 
 class Label(NamedTuple):
-    """What somebody says of a feature."""
+    """A label of a feature, by a person or a model."""
 
     feature: int
     source: str
-    """`person`, or a model's name."""
+    """`person`, or the name of a model."""
     label: str
     explanation: str | None = None
     scores: dict[str, Any] | None = None
@@ -55,7 +56,7 @@ class Label(NamedTuple):
 
 
 class GroupLabel(NamedTuple):
-    """What somebody says of a cluster."""
+    """A label of a cluster, by a person or a model."""
 
     level: int
     number: int
@@ -67,7 +68,7 @@ class GroupLabel(NamedTuple):
 
 
 class UserStore:
-    """Reads and writes `user.sqlite`; the file is made at the first writing."""
+    """Read and write `user.sqlite`. The file is created on the first write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,11 +78,11 @@ class UserStore:
 
     def _open(self, *, write: bool) -> sqlite3.Connection | None:
         if self.path.is_dir():
-            raise FormatError(f"{self.path} is a folder, where labels are kept in a file; move it away")
+            raise FormatError(f"{self.path} is a folder, but labels are stored in a file of this name; move it away")
         if self._connection is None and (write or self.path.is_file()):
             try:
                 if not write and not os.access(self.path.parent, os.W_OK):
-                    # On a disk that takes no files there is no journal, and nobody who writes.
+                    # A read-only disk has no journal and no writer.
                     where = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
                     connection = sqlite3.connect(where, uri=True, check_same_thread=False)
                     connection.execute("SELECT 1 FROM labels LIMIT 1")
@@ -91,23 +92,23 @@ class UserStore:
                     connection.executescript(_SCHEMA)
             except sqlite3.DatabaseError as error:
                 raise FormatError(
-                    f"{self.path} cannot be used ({error}); move it away to begin without its labels"
+                    f"{self.path} cannot be used ({error}); move it away to start without its labels"
                 ) from error
             self._connection = connection
         return self._connection
 
     def set_label(self, label: Label) -> None:
-        """Keep a label, in place of the same source's earlier one; an empty text takes it away."""
+        """Save a label in place of an earlier one from the same source; an empty text deletes it."""
         self.set_labels([label])
 
     def set_labels(self, labels: Iterable[Label], *, over: str | None = None) -> None:
-        """Several at once, all or none.
+        """Save several labels in one transaction.
 
         Args:
-            over: the text that each is to replace, empty for none; whatever is there by default.
+            over: the stored text that each label replaces, empty for none; by default any text is replaced.
 
         Raises:
-            ConflictError: if another is there.
+            ConflictError: if the stored text differs from `over`.
         """
         connection = self._open(write=True)
         assert connection is not None
@@ -118,7 +119,7 @@ class UserStore:
                 there = connection.execute("SELECT label FROM labels WHERE feature = ? AND source = ?", key).fetchone()
                 if over is not None and over.strip() != (there[0] if there else ""):
                     raise ConflictError(
-                        f"the label was changed elsewhere to {there[0] if there else ''!r}; look at it, then keep yours"
+                        f"the label was changed elsewhere to {there[0] if there else ''!r}; check it, then save yours"
                         " again"
                     )
                 connection.execute("DELETE FROM label_words WHERE feature = ? AND source = ?", key)
@@ -135,7 +136,7 @@ class UserStore:
                 connection.executemany("INSERT INTO label_words VALUES (?, ?, ?)", [(w, *key) for w in sorted(words)])
 
     def labels(self, features: Iterable[int]) -> dict[int, list[Label]]:
-        """All labels of some features, a person's first, then the newest."""
+        """Return all labels of the given features: a person's first, then from the newest."""
         found: dict[int, list[Label]] = {}
         connection = self._open(write=False)
         wanted = [int(f) for f in features]
@@ -153,7 +154,7 @@ class UserStore:
         return found
 
     def search(self, words: list[str], limit: int) -> list[int]:
-        """Features whose added labels hold all the words; one that ends in `*` matches beginnings."""
+        """Find features whose added labels contain all words; a word that ends in `*` matches prefixes."""
         connection = self._open(write=False)
         if connection is None or not words:
             return []
@@ -169,7 +170,7 @@ class UserStore:
         return [f for (f,) in connection.execute(query, (*values, limit))]
 
     def set_group_label(self, label: GroupLabel) -> None:
-        """Keep a group's label, in place of the same source's earlier one; an empty text takes it away."""
+        """Save a cluster's label in place of an earlier one from the same source; an empty text deletes it."""
         connection = self._open(write=True)
         assert connection is not None
         key = (label.level, label.number, label.source)
@@ -184,19 +185,19 @@ class UserStore:
                 )
 
     def group_labels(self, level: int) -> dict[int, list[GroupLabel]]:
-        """All labels of the groups of a level, a person's first, then the newest."""
+        """Return all labels of the clusters of a level: a person's first, then from the newest."""
         found: dict[int, list[GroupLabel]] = {}
         connection = self._open(write=False)
         if connection is None:
             return found
         query = f"SELECT * FROM group_labels WHERE level = ? ORDER BY source <> '{PERSON}', time DESC"
         for _, number, source, label, explanation, provenance, time in connection.execute(query, (level,)):
-            said = None if provenance is None else json.loads(provenance)
-            found.setdefault(number, []).append(GroupLabel(level, number, source, label, explanation, said, time))
+            stored = None if provenance is None else json.loads(provenance)
+            found.setdefault(number, []).append(GroupLabel(level, number, source, label, explanation, stored, time))
         return found
 
     def pin(self, feature: int, *, pinned: bool = True) -> None:
-        """Pin a feature, or take its pin away."""
+        """Pin or unpin a feature."""
         connection = self._open(write=True)
         assert connection is not None
         with self._writing, connection:
@@ -207,7 +208,7 @@ class UserStore:
                 )
 
     def pins(self) -> list[int]:
-        """Pinned features, in the order of their pinning."""
+        """Return pinned features in the order in which they were pinned."""
         connection = self._open(write=False)
         return (
             []
@@ -216,36 +217,36 @@ class UserStore:
         )
 
     def save_view(self, kind: str, name: str, value: object, *, over: str | None = None) -> str:
-        """Keep any JSON value under a name; gives its revision.
+        """Save a JSON value under a name and return its revision.
 
         Args:
-            over: the revision that it is to replace, empty for none at all; whatever is there by default.
+            over: the stored revision that it replaces, empty for none; by default any revision is replaced.
 
         Raises:
-            ConflictError: if another one is there.
+            ConflictError: if the stored revision differs from `over`.
         """
         connection = self._open(write=True)
         assert connection is not None
         now, text = datetime.now(UTC).isoformat(timespec="seconds"), json.dumps(value)
         with self._writing, connection:
-            # A lock on the file, for other processes, from before the reading on.
+            # Lock the file before reading, so that no other process writes in between.
             connection.execute("BEGIN IMMEDIATE")
             row = connection.execute("SELECT value FROM views WHERE kind = ? AND name = ?", (kind, name)).fetchone()
             if over is not None and over != (there := _revision(row[0]) if row else ""):
-                what = "was changed elsewhere, as in another tab" if there else "is not there any more"
-                raise ConflictError(f"the view {name!r} {what}; load it again, or keep yours under another name")
+                what = "was changed elsewhere, as in another tab" if there else "no longer exists"
+                raise ConflictError(f"the view {name!r} {what}; load it again, or save yours under another name")
             connection.execute("INSERT OR REPLACE INTO views VALUES (?, ?, ?, ?)", (kind, name, text, now))
         return _revision(text)
 
     def drop_view(self, kind: str, name: str) -> None:
-        """Take a view away."""
+        """Delete a view."""
         connection = self._open(write=True)
         assert connection is not None
         with self._writing, connection:
             connection.execute("DELETE FROM views WHERE kind = ? AND name = ?", (kind, name))
 
     def view(self, kind: str, name: str) -> tuple[Any, str]:
-        """The value kept under a name, or None; and its revision, empty for none."""
+        """Return the value saved under a name and its revision; None and an empty revision if there is none."""
         connection = self._open(write=False)
         row = (
             None
@@ -255,7 +256,7 @@ class UserStore:
         return (None, "") if row is None else (json.loads(row[0]), _revision(row[0]))
 
     def views(self, kind: str) -> list[str]:
-        """Names of what was kept of a kind."""
+        """Return the names of saved views of a kind."""
         connection = self._open(write=False)
         return (
             []

@@ -1,4 +1,4 @@
-"""A feature bundle that is open for reading. NumPy and SQLite only."""
+"""Read feature bundles, with NumPy and SQLite only."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ from crosslayer.schemas.bundle import (
 MOST_LABEL = 500
 MOST_WORDS = 64
 JOINERS = "\u200c\u200d"
-"""Marks of scripts and emoji that are part of what is seen."""
+"""Zero-width joiners of scripts and emoji, which are visible by their effect."""
 
 
 def load_features(path: str | Path) -> FeatureBundle:
     """Open a feature bundle.
 
     Args:
-        path: its folder, or a run's.
+        path: folder of the bundle or of a run.
 
     Raises:
-        FormatError: for a folder that is no bundle, one that is not whole, and files that are cut short.
+        FormatError: for a folder that is not a bundle, an incomplete bundle, and truncated files.
     """
     return FeatureBundle(bundle_folder(path))
 
 
 class FeatureBundle:
-    """A bundle that is open for reading. Nothing is read before it is asked for.
+    """A feature bundle opened for reading. Files are read on first use.
 
     Attributes:
-        path, manifest: the folder, and what it says of itself.
+        path, manifest: the folder and its manifest.
         n_layers, n_features: features are (layer, index), or flat ids layer * n_features + index.
-        user: labels, pins and views that were added.
+        user: labels, pins and views added by users.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,7 +82,7 @@ class FeatureBundle:
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """Texts of tokens."""
+        """Token strings."""
         return read_json(
             self.path / VOCABULARY, missing=f"{self.path / VOCABULARY} is missing; {REBUILD}", remedy=REBUILD
         )
@@ -93,30 +93,29 @@ class FeatureBundle:
         return mapped_array(self.path / TOKENS)
 
     def has(self, name: str) -> bool:
-        """Whether the bundle has an array; imported ones lack some."""
+        """Return whether the bundle has an array; imported bundles lack some."""
         return f"{name}.npy" in self.manifest.files
 
     def array(self, name: str) -> NDArray:
-        """An array of `ARRAYS`, mapped to memory."""
+        """Return an array of `ARRAYS`, memory-mapped."""
         if name not in self._arrays:
             self._arrays[name] = mapped_array(self.path / f"{name}.npy")
         return self._arrays[name]
 
     def at(self, name: str, first: int, last: int | None = None) -> Any:
-        """Row `first` of an array, or rows up to `last`, read from the file.
+        """Read row `first` of an array, or rows `first` to `last`, from the file.
 
-        A mapped page is read with its neighbours, which for single features would take far more memory than they are
-        worth.
+        Memory mapping would also load the neighbouring pages, which takes too much memory for single features.
         """
         if name not in self._files:
             self._files[name] = RowFile(self.path / (TOKENS if name == "tokens" else f"{name}.npy"))
         return self._files[name].rows(first, last)
 
     def id(self, layer: int, index: int) -> int:
-        """The flat id of a feature.
+        """Return the flat id of a feature.
 
         Raises:
-            ConfigError: for one that is not there.
+            ConfigError: for a feature that does not exist.
         """
         if not 0 <= layer < self.n_layers:
             raise ConfigError(f"there is no layer {layer}; this bundle has layers 0 to {self.n_layers - 1}")
@@ -125,17 +124,17 @@ class FeatureBundle:
         return layer * self.n_features + index
 
     def place(self, feature: int) -> tuple[int, int]:
-        """Layer and index of a flat id."""
+        """Return layer and index of a flat id."""
         return divmod(int(feature), self.n_features)
 
     def feature(self, layer: int, index: int, *, examples: int | None = None) -> Feature:
-        """All that is known of a feature.
+        """Return all data of a feature.
 
         Args:
-            examples: how many to give at most, the top ones first; all unless given.
+            examples: max number of examples, top activations first; all by default.
 
         Raises:
-            ConfigError: for a feature that is not there.
+            ConfigError: for a feature that does not exist.
         """
         n = self.id(layer, index)
         row = self.index.row(n)
@@ -152,7 +151,7 @@ class FeatureBundle:
             rule=self._rule(n, row.rule, row.rule_values),
             n_tokens=self.manifest.n_tokens,
             count=int(counts.sum()),
-            density=self.index.figures(n)["density"],
+            density=self.index.metrics(n)["density"],
             density_by_source=self._by_source(counts),
             mean=float(self.at("mean", n)) if self.has("mean") else float("nan"),
             min=float(self.at("min", n)),
@@ -185,17 +184,17 @@ class FeatureBundle:
     def _rule(self, n: int, kind: str | None, values: str | None) -> Rule | None:
         if kind is None:
             return None
-        figures = self.index.figures(n)
+        metrics = self.index.metrics(n)
         return Rule(
-            kind, json.loads(values) if values else [], *(figures[name] for name in ("precision", "recall", "auroc"))
+            kind, json.loads(values) if values else [], *(metrics[name] for name in ("precision", "recall", "auroc"))
         )
 
     def text(self, token: int) -> str:
-        """The text of a token."""
+        """Return the string of a token."""
         return self.vocabulary[token] if 0 <= token < len(self.vocabulary) else f"#{token}"
 
     def examples(self, feature: int, most: int | None = None) -> list[Example]:
-        """Examples of a feature by flat id, the top ones first, then from the highest quantile bin down."""
+        """Return examples of a feature by flat id: top activations first, then from the top quantile bin down."""
         first, last = (int(x) for x in self.at("example", feature, feature + 2))
         last = last if most is None else min(last, first + most)
         start, length, peak, value, bin_, n_active = (
@@ -223,7 +222,7 @@ class FeatureBundle:
         return np.cumsum([s.n_rows * self.manifest.context for s in self.manifest.text]).tolist()
 
     def source_of(self, position: int) -> str:
-        """The name of the text that a position of the token file is from."""
+        """Return the name of the text source at a position of the token file."""
         for stream, end in zip(self.manifest.text, self._stream_ends, strict=True):
             if position < end:
                 return stream.name
@@ -249,14 +248,14 @@ class FeatureBundle:
         return [Logit(self.text(t), v, (v - mean) / std if std else 0.0) for t, v in zip(ids, values, strict=True)]
 
     def neighbours(self, layer: int, index: int, by: str = "encoder") -> list[Neighbour]:
-        """Features near to one, or connected to it, the nearest or strongest first.
+        """Return the nearest or most strongly connected features, in descending order.
 
         Args:
             by: `encoder` or `decoder` (cosine), `coactivation` (cosine of firing on the same tokens), `upstream` or
                 `downstream` (virtual weight).
 
         Raises:
-            ConfigError: for a feature or a kind that is not there.
+            ConfigError: for a feature or a kind that does not exist.
         """
         n = self.id(layer, index)
         if by not in NEIGHBOURS:
@@ -284,7 +283,7 @@ class FeatureBundle:
         return sorted(((i, float(v)) for i, v in pairs), key=lambda p: (-p[1], p[0]))
 
     def labels(self, features: Iterable[int]) -> dict[int, tuple[str | None, str | None]]:
-        """The label that counts of each feature, and whose it is: a person's, else a model's, else the rule's."""
+        """Return the label shown for each feature and its source: a person's, else a model's, else the rule's."""
         wanted = [int(f) for f in features]
         by_rule, added = self.index.labels(wanted), self.user.labels(wanted)
         found = {}
@@ -297,37 +296,36 @@ class FeatureBundle:
         return found
 
     def set_label(self, layer: int, index: int, label: str, *, over: str | None = None) -> None:
-        """Keep a person's label of a feature, one line of at most 500 characters; an empty one takes it away.
+        """Save a person's label of a feature, one line of max 500 characters; an empty label deletes it.
 
         Raises:
-            ConfigError: for a feature that is not there, and a label that cannot be shown.
-            ConflictError: if `over` is given and another label is there.
+            ConfigError: for a feature that does not exist, and a label that cannot be displayed.
+            ConflictError: if `over` is given and the stored label differs.
         """
         if label and not label.strip():
-            raise ConfigError("the label is blank; write something, or give an empty one to take yours away")
+            raise ConfigError("the label is blank; write some text, or give an empty label to delete yours")
         if len(label) > MOST_LABEL:
-            raise ConfigError(f"the label has {len(label):,} characters; write {MOST_LABEL} at most")
+            raise ConfigError(f"the label has {len(label):,} characters; the maximum is {MOST_LABEL}")
         hidden = next(
             (c for c in label if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in JOINERS), None
         )
         if hidden is not None:
-            raise ConfigError(
-                f"the label holds U+{ord(hidden):04X}, which cannot be seen; write one line of plain text"
-            )
+            raise ConfigError(f"the label holds U+{ord(hidden):04X}, which is invisible; write one line of plain text")
         self.user.set_labels([Label(self.id(layer, index), PERSON, label)], over=over)
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
-        """Features that all words match: added labels first, then labels by rule, then tokens that they fire on or
-        promote.
+        """Find features that match all words: first by added labels, then by rule labels, then by tokens.
 
-        `wid*` matches beginnings; `label:`, `fires:` and `promotes:` look there alone; all else is taken literally.
+        Tokens are those that a feature fires on or promotes. `wid*` matches prefixes; `label:`, `fires:` and
+        `promotes:`
+        restrict a word to one column. All other characters are matched literally.
         """
         if limit < 1:
             raise ConfigError(f"limit={limit} must be at least 1")
         terms = terms_of(text)
         if len(terms) > MOST_WORDS:
-            raise ConfigError(f"the search has {len(terms)} words; give {MOST_WORDS} at most")
-        # Added labels are all labels: `label:` before a word asks for what they are searched by anyhow.
+            raise ConfigError(f"the search has {len(terms)} words; give max {MOST_WORDS}")
+        # Added labels have only label text, so `label:` before a word changes nothing.
         words = [word for column, word in terms if column in (None, "label")]
         found = dict.fromkeys(self.user.search(words, limit) if len(words) == len(terms) else [])
         found.update(dict.fromkeys(self.index.search(text, limit)))
@@ -342,30 +340,30 @@ class FeatureBundle:
         offset: int = 0,
         filters: Mapping[str, tuple[Any, Any]] | None = None,
     ) -> list[Found]:
-        """Some of all features in order of a column; see `index.SORT_KEYS`.
+        """Return one page of all features, sorted by a column; see `index.SORT_KEYS`.
 
         Args:
-            filters: least and greatest value of columns, None for none.
+            filters: (min, max) of columns, None for no bound.
         """
         return self.found(
             self.index.page(sort, descending=descending, limit=limit, offset=offset, filters=filters or {})
         )
 
     def found(self, features: Sequence[int]) -> list[Found]:
-        """A line for each of some features."""
+        """Return the summary line of each given feature."""
         labels = self.labels(features)
         lines = []
         for f in features:
-            figures = self.index.figures(f)
+            metrics = self.index.metrics(f)
             fires = [self.text(t) for t in self.at("token_at", f)[0].tolist() if t >= 0] if self.has("token_at") else []
             promotes = [self.text(t) for t in self.at("top_id", f)[:5].tolist() if t >= 0] if self.has("top_id") else []
             lines.append(
                 Found(
                     *self.place(f),
                     labels[f][0],
-                    figures["density"],
-                    figures["max"] or 0.0,
-                    figures["auroc"],
+                    metrics["density"],
+                    metrics["max"] or 0.0,
+                    metrics["auroc"],
                     fires,
                     promotes,
                 )
@@ -373,9 +371,7 @@ class FeatureBundle:
         return lines
 
     def groups(self, level: int, only: int | None = None) -> list[Group]:
-        """Clusters at one level, the finest being 0, or one of them; an added label counts before the one by its
-        tokens.
-        """
+        """Return the clusters of one level (0 is the finest), or one of them; added labels replace the default ones."""
         added = self.user.group_labels(level)
         return [
             g._replace(label=added[g.number][0].label) if g.number in added else g
@@ -383,7 +379,7 @@ class FeatureBundle:
         ]
 
     def close(self) -> None:
-        """Let files go."""
+        """Close all files."""
         if "index" in self.__dict__:
             self.index.close()
         self.user.close()

@@ -1,9 +1,9 @@
-"""`features.sqlite`: what is listed, sorted and searched.
+"""`features.sqlite`: the table of features and its full-text search.
 
-Words are those of labels, of the tokens that a feature fires on, and of those that it promotes. A run of letters and
-digits is a word, whatever its case; so is a run of punctuation, spelled by its code points, so that `(` can be searched
-for. The index is numbered by rank, the best-named and most active features first, so that the first matches are the
-ones to show and none need be sorted.
+The searched words come from labels, from the tokens that a feature fires on, and from the tokens that it promotes. A
+word is a run of letters and digits, case-insensitive, or a run of punctuation, encoded by code points so that `(` can
+be searched. Rows of the search index are numbered by rank, features with the best labels and the most activations
+first. So the first matches are the ones to show, and no sorting is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crosslayer.core.files import replacing
 COLUMNS = ("label", "fires", "promotes")
 SORT_KEYS = ("rank", "density", "mean", "max", "auroc", "precision", "recall", "norm", "reach", "label", "id")
 _QUOTES = re.compile("[“”]")
-_FIGURES = ("density", "mean", "max", "auroc", "precision", "recall", "norm", "reach")
+_METRICS = ("density", "mean", "max", "auroc", "precision", "recall", "norm", "reach")
 
 _SCHEMA = """
 CREATE TABLE features (
@@ -38,7 +38,7 @@ number)) WITHOUT ROWID;
 
 
 class Row(NamedTuple):
-    """What the index holds of one feature."""
+    """Label and rule of one feature."""
 
     label: str | None
     rule: str | None
@@ -53,11 +53,11 @@ class Group(NamedTuple):
     size: int
     label: str
     fed_by: list[tuple[int, float]]
-    """Groups of earlier layers that feed it, and their share of what comes from upstream."""
+    """Clusters of earlier layers that feed it, and their share of its upstream weight."""
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, as they are indexed."""
+    """Split a text into words as they are indexed."""
     return [_spelled(part) for part in re.findall(r"[^\W_]+|[^\w\s]+|_+", text)]
 
 
@@ -68,7 +68,7 @@ def _spelled(part: str) -> str:
 def write_index(
     path: Path,
     n_features: int,
-    figures: Mapping[str, NDArray],
+    metrics: Mapping[str, NDArray],
     rules: Iterable[Row],
     fires: Iterable[str],
     promotes: Iterable[str],
@@ -77,37 +77,37 @@ def write_index(
     """Write the whole file, in the order of ids.
 
     Args:
-        n_features: of a layer.
-        figures: columns by name, NaN where one is not known.
+        n_features: features per layer.
+        metrics: columns by name, NaN for unknown values.
         fires, promotes: the tokens of each feature, joined by spaces.
     """
-    density = figures["density"]
-    auroc = np.nan_to_num(figures["auroc"], nan=0.0) if "auroc" in figures else np.zeros(len(density))
+    density = metrics["density"]
+    auroc = np.nan_to_num(metrics["auroc"], nan=0.0) if "auroc" in metrics else np.zeros(len(density))
     order = np.lexsort((np.arange(len(density)), -density, -auroc, density == 0))
     rank = np.empty(len(density), np.int64)
     rank[order] = np.arange(len(density))
-    columns = [figures[name].tolist() if name in figures else [None] * len(density) for name in _FIGURES]
+    columns = [metrics[name].tolist() if name in metrics else [None] * len(density) for name in _METRICS]
     nothing = lambda v: None if v is None or v != v else v  # noqa: E731
     with replacing(path) as temporary:
         connection = sqlite3.connect(temporary)
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA page_size = 8192;")
         connection.executescript(_SCHEMA)
-        kept: list[tuple[int, str, str, str]] = []
+        stored: list[tuple[int, str, str, str]] = []
         rows = zip(rules, fires, promotes, rank.tolist(), *columns, strict=True)
 
         def table() -> Iterator[tuple]:
             for n, (row, fire, promote, place, *values) in enumerate(rows):
                 label_words = " ".join(words_of(_QUOTES.sub(" ", row.label))) if row.label else ""
-                kept.append((place, label_words, " ".join(words_of(fire)), " ".join(words_of(promote))))
+                stored.append((place, label_words, " ".join(words_of(fire)), " ".join(words_of(promote))))
                 yield (n, n // n_features, place, *map(nothing, values), *row)
 
-        marks = ", ".join("?" * (3 + len(_FIGURES) + 3))
+        marks = ", ".join("?" * (3 + len(_METRICS) + 3))
         connection.executemany(
-            f"INSERT INTO features (id, layer, rank, {', '.join(_FIGURES)}, label, rule, rule_values) VALUES ({marks})",
+            f"INSERT INTO features (id, layer, rank, {', '.join(_METRICS)}, label, rule, rule_values) VALUES ({marks})",
             table(),
         )
-        kept.sort()
-        connection.executemany("INSERT INTO words (rowid, label, fires, promotes) VALUES (?, ?, ?, ?)", kept)
+        stored.sort()
+        connection.executemany("INSERT INTO words (rowid, label, fires, promotes) VALUES (?, ?, ?, ?)", stored)
         connection.execute("INSERT INTO words (words) VALUES ('optimize')")
         connection.executemany(
             "INSERT INTO groups VALUES (?, ?, ?, ?, ?)",
@@ -144,18 +144,18 @@ class Index:
             raise FormatError(f"{self.path} is damaged ({error}); build the bundle again") from error
 
     def row(self, feature: int) -> Row:
-        """Label and rule."""
+        """Return label and rule of a feature."""
         return Row(*self._rows("SELECT label, rule, rule_values FROM features WHERE id = ?", (feature,))[0])
 
-    def figures(self, feature: int) -> dict[str, Any]:
-        """All columns of a feature."""
-        names = ("id", "layer", "rank", *_FIGURES, "label", "rule", "rule_values")
+    def metrics(self, feature: int) -> dict[str, Any]:
+        """Return all columns of a feature."""
+        names = ("id", "layer", "rank", *_METRICS, "label", "rule", "rule_values")
         return dict(
             zip(names, self._rows(f"SELECT {', '.join(names)} FROM features WHERE id = ?", (feature,))[0], strict=True)
         )
 
     def labels(self, features: Iterable[int]) -> dict[int, str | None]:
-        """Labels of several features."""
+        """Return labels of several features."""
         wanted = [int(f) for f in features]
         found: dict[int, str | None] = {}
         for at in range(0, len(wanted), 500):
@@ -167,20 +167,20 @@ class Index:
     def page(
         self, sort: str, *, descending: bool, limit: int, offset: int, filters: Mapping[str, tuple[Any, Any]]
     ) -> list[int]:
-        """Ids in order of a column; those without a value come last.
+        """Return ids sorted by a column; features without a value come last.
 
         Args:
-            filters: least and greatest value of columns, None for none.
+            filters: (min, max) of columns, None for no bound.
         """
         if sort not in SORT_KEYS:
             raise ConfigError(f"features cannot be sorted by {sort!r}; give one of {', '.join(SORT_KEYS)}")
         conditions, values = list[str](), list[Any]()
-        for column, (least, greatest) in filters.items():
-            if column not in (*_FIGURES, "layer", "id"):
+        for column, (low, high) in filters.items():
+            if column not in (*_METRICS, "layer", "id"):
                 raise ConfigError(
-                    f"features cannot be filtered by {column!r}; give layer, id or one of {', '.join(_FIGURES)}"
+                    f"features cannot be filtered by {column!r}; give layer, id or one of {', '.join(_METRICS)}"
                 )
-            for sign, bound in ((">=", least), ("<=", greatest)):
+            for sign, bound in ((">=", low), ("<=", high)):
                 if bound is not None:
                     conditions.append(f"{column} {sign} ?")
                     values.append(bound)
@@ -201,10 +201,10 @@ class Index:
         return found
 
     def search(self, text: str, limit: int) -> list[int]:
-        """Ids that all words of the text match: labels first, then tokens, each in order of rank.
+        """Return ids of features that match all words: first by label, then by tokens, each in order of rank.
 
-        A word that ends in `*` matches the beginnings of words; `label:`, `fires:` and `promotes:` before a word look
-        there alone. Everything else is taken literally, quotes and operators too.
+        A word that ends in `*` matches prefixes. `label:`, `fires:` or `promotes:` restricts a word to one column. All
+        other characters are matched literally, including quotes and operators.
         """
         terms = terms_of(text)
         if not terms:
@@ -225,7 +225,7 @@ class Index:
         return list(found)[:limit]
 
     def groups(self, level: int, only: int | None = None) -> list[Group]:
-        """The groups of one level, by number; or one of them."""
+        """Return the clusters of one level by number, or one of them."""
         if only is None:
             rows = self._rows("SELECT * FROM groups WHERE level = ? ORDER BY number", (level,))
         else:
@@ -246,7 +246,7 @@ def _quoted(term: str) -> str:
 
 
 def terms_of(text: str) -> list[tuple[str | None, str]]:
-    """(column or None, word) of each word of a search; one that asks for beginnings ends in `*`."""
+    """Return (column or None, word) of each word of a search; words to match as prefixes end in `*`."""
     terms = []
     for piece in text.split():
         column: str | None = None
@@ -254,7 +254,7 @@ def terms_of(text: str) -> list[tuple[str | None, str]]:
         if colon and tail and head.lower() in COLUMNS:
             column, piece = head.lower(), tail
         words = words_of(piece.rstrip("*")) if piece.rstrip("*") else words_of(piece)
-        # Quotes around a word are marks of the search, not of what is looked for.
+        # Quotes around a word are search syntax, not part of the word.
         words = [w for w in words if w not in ("x22", "x27", "x201c", "x201d")] or words
         for n, word in enumerate(words):
             last = n == len(words) - 1 and piece.endswith("*") and piece != "*" * len(piece)

@@ -1,10 +1,10 @@
-"""Packed feature files: the JSON records that circuit-tracer's viewer fetches by byte range, read and written.
+"""Packed feature files: JSON records that circuit-tracer's viewer fetches by byte range.
 
     features/index.json.gz    {"0": {"filename": "layer_0.bin", "offsets": [F + 1 numbers]}, ...}
-    features/layer_0.bin      record after record: length in 4 bytes, little-endian, then zlib-compressed JSON
+    features/layer_0.bin      records in order: length in 4 bytes, little-endian, then zlib-compressed JSON
 
-They say less than a bundle does: neither neighbours nor values of logits, and token texts in place of ids. What they do
-not say, an imported bundle has not.
+They hold less than a bundle: no neighbours, no logit values, and token strings in place of ids. An imported bundle
+lacks these data.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from crosslayer.schemas.policy import FirstPosition
 
 INDEX_FILE = "index.json.gz"
 TOP = "Top activations"
-MOST_TOKENS = 255
+MAX_TOKENS = 255
 BYTES_A_RECORD = 9_000
-"""About what a record of 32 examples takes."""
+"""Approximate size of a record with 32 examples."""
 
 
 def record_of(bundle: FeatureBundle, feature: Feature) -> dict[str, Any]:
-    """One feature as a packed record. `histogram` covers [act_min, act_max], and `quantile_values` are its percentiles
-    from 1 to 100.
+    """Convert one feature to a packed record.
+
+    `histogram` covers [act_min, act_max]. `quantile_values` are the percentiles 1 to 100 of the activations.
     """
     bins = max((i for i, c in enumerate(feature.linear.counts) if c), default=-1) + 1
     scan = bundle.manifest.scan or bundle.manifest.clt
@@ -82,12 +83,12 @@ def _example(example: Example) -> dict[str, Any]:
 
 
 def _percentiles(feature: Feature) -> list[float]:
-    """Of activations, interpolated in the bins of the linear histogram."""
+    """Compute percentiles of activations, interpolated in the bins of the linear histogram."""
     counts = np.array(feature.linear.counts, np.float64)
     if not counts.sum():
         return []
     reached = np.concatenate([[0], np.cumsum(counts)]) / counts.sum()
-    # Empty bins would make the curve flat; its first point of each height counts.
+    # Empty bins make the curve flat; use the first point of each height.
     at, first = np.unique(reached, return_index=True)
     values = np.interp(np.arange(1, 101) / 100, at, np.array(feature.linear.edges)[first])
     return np.clip(values, feature.min, feature.max).tolist()
@@ -96,14 +97,14 @@ def _percentiles(feature: Feature) -> list[float]:
 def write_packed(
     bundle: FeatureBundle, folder: Path, on_progress: Callable[[float], None] = lambda share: None
 ) -> Path:
-    """Write a bundle as `features/` of a transcoder's folder, whole or not at all.
+    """Write a bundle as `features/` of a transcoder's folder, atomically.
 
     Raises:
-        RunError: for a folder that has one already.
+        RunError: if the folder already has one.
     """
     target = folder / "features"
     if target.exists():
-        raise RunError(f"{target} is there already; remove it, or give another -o")
+        raise RunError(f"{target} already exists; remove it, or give another -o")
     n = bundle.n_layers * bundle.n_features
     require_free_disk(folder, n * BYTES_A_RECORD, "give -o on another disk")
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,16 +129,16 @@ def write_packed(
 
 
 class Layer(NamedTuple):
-    """A file of records, and where each begins."""
+    """A file of records and the offset of each record."""
 
     path: Path
     offsets: list[int]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Record after record.
+        """Yield the records in order.
 
         Raises:
-            FormatError: for a file that is cut short, or a record that is not what it should be.
+            FormatError: for a truncated file or a malformed record.
         """
         with self.path.open("rb") as file:
             for number, (begin, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
@@ -149,7 +150,7 @@ def _decoded(raw: bytes, where: str) -> dict[str, Any]:
     remedy = "fetch or write it again"
     if len(raw) < 4 or len(raw) - 4 != struct.unpack("<I", raw[:4])[0]:
         raise FormatError(
-            f"{where}: {max(len(raw) - 4, 0)} bytes where its length says otherwise; the file is not whole, {remedy}"
+            f"{where}: {max(len(raw) - 4, 0)} bytes do not match the record's length; the file is incomplete, {remedy}"
         )
     try:
         record = json.loads(zlib.decompress(raw[4:]))
@@ -161,14 +162,14 @@ def _decoded(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def read_packed(name: str, fetch: Callable[[str], Path]) -> list[Layer]:
-    """The layers of packed feature files.
+    """Open the layers of packed feature files.
 
     Args:
-        name: what to call them in errors.
-        fetch: gives the local path of a file of `features/`.
+        name: name used in errors.
+        fetch: returns the local path of a file of `features/`.
 
     Raises:
-        FormatError: for an index that cannot be read, or that does not list layers from 0 with equally many features.
+        FormatError: for an unreadable index, or one that does not list layers from 0 with equally many features.
     """
     where = f"{name}/{INDEX_FILE}"
     try:
@@ -189,7 +190,7 @@ def read_packed(name: str, fetch: Callable[[str], Path]) -> list[Layer]:
 
 
 class _Gathered:
-    """A bundle's arrays as they grow, record after record."""
+    """A bundle's arrays, filled record by record."""
 
     def __init__(self) -> None:
         self.ids: dict[str, int] = {}
@@ -230,8 +231,8 @@ class _Gathered:
 
     def _take(self, record: dict[str, Any]) -> None:
         examples = [(number, e) for number, q in enumerate(record["examples_quantiles"]) for e in q["examples"]]
-        highest = max((float(a) for _, e in examples for a in e["tokens_acts_list"]), default=0.0)
-        highest = max(highest, float(record.get("act_max") or 0.0)) if not examples else highest
+        max_activation = max((float(a) for _, e in examples for a in e["tokens_acts_list"]), default=0.0)
+        max_activation = max(max_activation, float(record.get("act_max") or 0.0)) if not examples else max_activation
         peaks: dict[int, int] = {}
         for number, e in examples:
             texts, values = e["tokens"], [float(a) for a in e["tokens_acts_list"]]
@@ -240,21 +241,23 @@ class _Gathered:
             peak = int(e.get("train_token_ind", e.get("train_token_index", int(np.argmax(values)) if values else 0)))
             if not 0 <= peak < len(texts):
                 raise ValueError(f"train_token_ind {peak} of {len(texts)} tokens")
-            begin = min(max(0, peak - MOST_TOKENS // 2), max(0, len(texts) - MOST_TOKENS))
-            texts, values = texts[begin : begin + MOST_TOKENS], values[begin : begin + MOST_TOKENS]
+            begin = min(max(0, peak - MAX_TOKENS // 2), max(0, len(texts) - MAX_TOKENS))
+            texts, values = texts[begin : begin + MAX_TOKENS], values[begin : begin + MAX_TOKENS]
             active = [i for i, v in enumerate(values) if v > 0]
             row = (len(self.tokens), len(texts), peak - begin, values[peak - begin], number, len(active))
             for name, value in zip(list(self.columns)[:6], row, strict=True):
                 self.columns[name].append(value)
             self.columns["active_offset"] += active
-            self.columns["active_value"] += [min(255, max(1, int(np.ceil(values[i] / highest * 255)))) for i in active]
+            self.columns["active_value"] += [
+                min(255, max(1, int(np.ceil(values[i] / max_activation * 255)))) for i in active
+            ]
             self.tokens += [self.id(t) for t in texts]
             if number == 0:
                 token = self.tokens[row[0] + row[2]]
                 peaks[token] = peaks.get(token, 0) + 1
         self.example.append(len(self.columns["example_start"]))
         self.active.append(len(self.columns["active_offset"]))
-        self.max.append(highest)
+        self.max.append(max_activation)
         self.min.append(float(record.get("act_min") or 0.0))
         self.density.append(float(record.get("activation_frequency") or 0.0))
         self.histogram.append([float(x) for x in record.get("histogram") or []])
@@ -267,18 +270,18 @@ class _Gathered:
 def import_packed(
     name: str, fetch: Callable[[str], Path], out: Path, on_progress: Callable[[float], None] = lambda share: None
 ) -> FeatureBundle:
-    """Make a bundle of packed feature files.
+    """Import packed feature files as a bundle.
 
     Args:
-        name: where they are from; the bundle says so.
-        fetch: gives the local path of a file of `features/`.
+        name: source of the files, stored in the bundle.
+        fetch: returns the local path of a file of `features/`.
 
     Raises:
-        FormatError: for files that are not whole.
-        RunError: where there is something at `out`.
+        FormatError: for incomplete files.
+        RunError: if `out` already exists.
     """
     if out.exists():
-        raise RunError(f"{out} is there already; remove it, or give another -o")
+        raise RunError(f"{out} already exists; remove it, or give another -o")
     layers = read_packed(name, fetch)
     gathered = _Gathered()
     for number, layer in enumerate(layers):
@@ -288,7 +291,8 @@ def import_packed(
     folder = out.with_name(f".{out.name}.import")
     if building_folder(out).exists():
         raise RunError(
-            f"a build of {out} was stopped and can go on; finish it, remove {building_folder(out)}, or give another -o"
+            f"a build of {out} was stopped and can be resumed; finish it, remove {building_folder(out)}, or give"
+            " another -o"
         )
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -328,10 +332,10 @@ def _write(folder: Path, name: str, n_layers: int, n_features: int, g: _Gathered
     for key, array in arrays.items():
         save_array(folder, key, array)
     texts = lambda ids: (" ".join(strings[t] for t in row) for row in ids)  # noqa: E731
-    figures = {"density": np.array(g.density), "max": np.array(g.max)}
+    metrics = {"density": np.array(g.density), "max": np.array(g.max)}
     nothing = (Row(None, None, None) for _ in range(n))
     write_index(
-        folder / INDEX, n_features, figures, nothing, texts([[t for t, _ in p] for p in g.fires]), texts(g.top), []
+        folder / INDEX, n_features, metrics, nothing, texts([[t for t, _ in p] for p in g.fires]), texts(g.top), []
     )
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     manifest = BundleManifest(
@@ -360,7 +364,7 @@ def _write(folder: Path, name: str, n_layers: int, n_features: int, g: _Gathered
 
 
 def _table(rows: Sequence[Sequence[float]], filler: float) -> np.ndarray:
-    """Rows of different lengths, filled up."""
+    """Pad rows of different lengths to a table."""
     table = np.full((len(rows), max(map(len, rows), default=0)), filler, np.float64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row

@@ -1,4 +1,4 @@
-"""A bundle as one Parquet table, a row a feature, for pandas, polars or DuckDB."""
+"""A bundle as one Parquet table with one row per feature, for pandas, polars or DuckDB."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def write_parquet(
     examples: bool = True,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Path:
-    """Write the table, whole or not at all.
+    """Write the table atomically.
 
     Args:
-        examples: with the texts of examples, by far the most of it.
+        examples: include the text of the examples, which is most of the size.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""What a pass over text keeps of each feature: how many examples, how wide, how fine the histograms. No torch."""
+"""Settings of the pass over text: number and width of examples, resolution of histograms. No torch."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ from crosslayer.core.errors import ConfigError
 
 LOG_BINS = 32
 LOG_FIRST_EXPONENT = -8
-"""The log histogram has two bins an octave, [2^e, 1.5 2^e) and [1.5 2^e, 2^(e+1)), from 2^-8 to 2^8; what is beyond
-falls into the last.
-"""
+"""Two bins per octave, [2^e, 1.5 2^e) and [1.5 2^e, 2^(e+1)), from 2^-8 to 2^8; the last bin takes larger values."""
 LINEAR_BINS = 32
-"""The linear histogram divides [0, 2^e) evenly, 2^e being the smallest power of two above the feature's highest
-activation.
-"""
+"""The linear histogram divides [0, 2^e) evenly; 2^e is the smallest power of two above the max activation."""
 
 
 def log_edges() -> list[float]:
-    """Lower edges of the log histogram's bins, and the upper edge of the last."""
+    """Return the lower edges of the log histogram's bins, and the upper edge of the last."""
     return [2.0 ** (LOG_FIRST_EXPONENT + i // 2) * (1.5 if i % 2 else 1.0) for i in range(LOG_BINS + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanSettings:
-    """Bounds of what is kept.
+    """Limits of what is stored per feature.
 
     Attributes:
-        n_top: examples with the highest activations, one a row of text at most.
-        n_quantiles, per_quantile: bins of equally many rows by activation, and examples from each.
-        n_reservoir: rows drawn evenly, by hash, from all on which a feature fires; quantiles and token counts are taken
-            over them.
-        window, before: tokens of an example, and how many of them stand before its peak where the row allows it.
-        sample_entries: active (token, feature) pairs of the token sample that co-activation and rules are counted on.
-        n_logits, n_neighbours, n_coactive, n_virtual: lengths of the lists of each feature (`n_coactive` each for its
-            own and other layers).
+        n_top: number of top-activation examples, max one per row of text.
+        n_quantiles, per_quantile: number of activation bins with equally many rows, and of examples from each bin.
+        n_reservoir: rows sampled uniformly, by hash, from all rows on which the feature fires. Quantiles and token
+            counts are computed on them.
+        window, before: tokens per example, and how many of them precede the peak where the row allows it.
+        sample_entries: active (token, feature) pairs of the token sample for co-activation and rules.
+        n_logits, n_neighbours, n_coactive, n_virtual: lengths of the lists per feature (`n_coactive` each for the
+            feature's own layer and for other layers).
     """
 
     n_top: int = 16
@@ -58,7 +54,7 @@ class ScanSettings:
         for name, most in (("n_quantiles", 255), ("n_reservoir", 65_535)):
             if getattr(self, name) > most:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} exceeds {most}, the most that a bundle can hold; lower it"
+                    f"{name}={getattr(self, name)} exceeds {most}, the maximum of the bundle format; lower it"
                 )
         if self.before >= self.window:
             raise ConfigError(f"before={self.before} must be less than window={self.window}; lower it")
@@ -67,5 +63,5 @@ class ScanSettings:
 
     @property
     def n_examples(self) -> int:
-        """Of one feature, at most."""
+        """Max number of examples per feature."""
         return self.n_top + self.n_quantiles * self.per_quantile

@@ -1,4 +1,4 @@
-"""Making a feature bundle: one pass over text, and what the weights say.
+"""Build feature bundles: one pass over text, and properties computed from the weights.
 
 May import `eval` and below.
 """

@@ -1,8 +1,8 @@
-"""What can be said of a token and its place: the words in which rules are written.
+"""Attributes of tokens and their positions, in which label rules are written.
 
-An *attribute* gives each token of a sample one value, a whole number: the token itself, the one before it, its place in
-its document, its kind, the bracket or the line it stands in. A rule says which values of one attribute a feature fires
-on. No torch.
+An *attribute* gives each token of a sample one integer value: the token itself, the token before it, its position in
+the document, its kind, the bracket or the line that contains it. A rule lists the values of one attribute on which a
+feature fires. No torch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-SPOKEN = 3
-"""Values of a rule that its label names."""
+MAX_NAMED = 3
+"""Number of a rule's values that its label names."""
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 KINDS = (
     "special tokens",
@@ -38,17 +38,17 @@ KINDS = (
     "mixed",
 )
 BUCKETS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Last positions of the classes of positions in a document."""
+"""Last positions of the position classes in a document."""
 
 
 class Attribute(NamedTuple):
-    """Values of all tokens of a sample, and how a set of them is said.
+    """Values of all tokens of a sample, and labels for sets of values.
 
     Attributes:
-        name: of the kind of rule.
-        value: of each token, -1 for one that has none.
-        key: what a value stands for, in the ids that a bundle stores: one, or one for each token of an n-gram.
-        say: a label from some of the values, the most telling first.
+        name: name of the kind of rule.
+        value: value per token, -1 for none.
+        key: the token id, or one id per token of an n-gram, that a bundle stores for a value.
+        say: builds a label from some of the values, the most distinctive first.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Attribute(NamedTuple):
 
 
 class Vocabulary:
-    """Classes of a tokenizer's tokens, from their texts.
+    """Classes of a tokenizer's tokens, derived from their strings.
 
     Attributes:
-        strings: of each token.
-        kind_V, script_V: numbers into `KINDS` and `scripts`.
+        strings: token strings.
+        kind_V, script_V: indices into `KINDS` and `scripts`.
     """
 
     def __init__(self, strings: Sequence[str], special: Sequence[int] = ()) -> None:
@@ -77,18 +77,18 @@ class Vocabulary:
         self.kind_V[self.special_V] = 0
 
     def quoted(self, token: int) -> str:
-        """A token's text between quotes, with line breaks and tabs made visible."""
+        """Return a token's string in quotes, with line breaks and tabs made visible."""
         return quoted(self.strings[token])
 
 
 def quoted(text: str) -> str:
-    """Between curly quotes, which are rare inside tokens, with line breaks and tabs made visible."""
+    """Return the text in curly quotes, which are rare inside tokens, with line breaks and tabs made visible."""
     shown = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     return f"“{shown}”"
 
 
 def _script(text: str) -> str:
-    """The script of the first letter, by its Unicode name."""
+    """Return the script of the first letter, from its Unicode name."""
     for c in text:
         if c.isalpha():
             return unicodedata.name(c, "UNKNOWN").split()[0].capitalize()
@@ -126,20 +126,20 @@ def _kind(text: str) -> str:
 
 
 class Places(NamedTuple):
-    """Where each token of some rows stands, (rows, T)."""
+    """Positional context of each token of some rows, (rows, T)."""
 
     in_document: NDArray
-    """Tokens since the special token that began the document, or since the row's beginning."""
+    """Tokens since the special token that starts the document, or since the start of the row."""
     indent: NDArray
-    """Spaces before the first word of its line; -1 where the row begins inside the line."""
+    """Spaces before the first word of the line; -1 where the row starts inside the line."""
     head: NDArray
-    """The token that the line's first word is; -1 before it and where the row begins inside the line."""
+    """The token of the line's first word; -1 before it and where the row starts inside the line."""
     bracket: NDArray
-    """0 outside, else 1 + which of `([{` was opened last and is still open."""
+    """0 outside brackets, else 1 + the index in `([{` of the innermost open bracket."""
 
 
 def places_of(rows_BT: NDArray, vocabulary: Vocabulary) -> Places:
-    """Follow lines and brackets through each row."""
+    """Track lines and brackets through each row."""
     effects = [_effect(s) for s in vocabulary.strings]
     special = vocabulary.special_V.tolist()
     shape = rows_BT.shape
@@ -174,8 +174,10 @@ def places_of(rows_BT: NDArray, vocabulary: Vocabulary) -> Places:
 
 
 def _effect(text: str) -> tuple[bool, int, bool, tuple[int, ...]]:
-    """Whether a token breaks the line, the spaces after the break or in all, whether it has a word, and the brackets it
-    opens and closes.
+    """Return how a token changes the line and the brackets.
+
+    The result holds whether the token breaks the line, the spaces after the break or in all, whether it has a word, and
+    the brackets that it opens and closes.
     """
     tail = text.rpartition("\n")[2]
     spaces = len(tail.replace("\t", "    ")) - len(tail.replace("\t", "    ").lstrip(" "))
@@ -184,7 +186,7 @@ def _effect(text: str) -> tuple[bool, int, bool, tuple[int, ...]]:
 
 
 def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -> list[Attribute]:
-    """The attributes of the tokens at these positions of the token file.
+    """Compute the attributes of the tokens at these positions of the token file.
 
     Args:
         rows_BT: all rows of the token file.
@@ -202,8 +204,8 @@ def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -
 
     def set_of(texts: Callable[[int], str], template: str = "{}", or_: str = ", ") -> Callable[[Sequence[int]], str]:
         def say(values: Sequence[int]) -> str:
-            more = f" (+{len(values) - SPOKEN})" if len(values) > SPOKEN else ""
-            return template.format(or_.join(texts(v) for v in values[:SPOKEN]) + more)
+            more = f" (+{len(values) - MAX_NAMED})" if len(values) > MAX_NAMED else ""
+            return template.format(or_.join(texts(v) for v in values[:MAX_NAMED]) + more)
 
         return say
 
@@ -215,7 +217,7 @@ def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -
         key = columns[0]
         known = columns[0] >= 0
         for column in columns[1:]:
-            # Numbered anew at each step, so that the product with the vocabulary's size never overflows.
+            # Renumber at each step, so that the product with the vocabulary size never overflows.
             key = np.unique(key, return_inverse=True)[1] * n + column
             known &= column >= 0
         distinct, first, value = np.unique(key, return_index=True, return_inverse=True)
@@ -241,7 +243,7 @@ def attributes_of(position: NDArray, rows_BT: NDArray, vocabulary: Vocabulary) -
 
 
 def next_tokens(position: NDArray, rows_BT: NDArray) -> NDArray:
-    """The token after each position; -1 at the end of a row."""
+    """Return the token after each position; -1 at the end of a row."""
     context = rows_BT.shape[1]
     flat = rows_BT.reshape(-1)
     following = flat[np.minimum(position + 1, flat.size - 1)].astype(np.int64)
@@ -256,7 +258,7 @@ def _inside(value: int) -> str:
 
 
 def _positions(values: Sequence[int]) -> str:
-    """`positions 1–3 of a document`, with neighbouring classes joined."""
+    """Format as `positions 1–3 of a document`, with neighbouring classes joined."""
     spans: list[list[int]] = []
     for v in sorted(values):
         low, high = (BUCKETS[v - 1] + 1 if v else 1), (BUCKETS[v] if v < len(BUCKETS) else -1)

@@ -1,9 +1,7 @@
-"""Build a feature bundle: text through host and encoder once, then what the weights say, rules, clusters, the feature
-map, and the index.
+"""Build a feature bundle: a pass over text, then weight analysis, rules, clusters, the feature map and the index.
 
-A bundle is built beside its place under a temporary name and renamed when it is whole. A build that was stopped goes on
-when it is run again: the pass from the text that it had not seen, later stages from the first whose arrays are not
-there.
+A bundle is built in a temporary folder beside its destination and renamed when complete. Running a stopped build again
+resumes it: the pass continues with the remaining text, later stages with the first whose arrays are missing.
 """
 
 from __future__ import annotations
@@ -51,9 +49,9 @@ from crosslayer.schemas.bundle import BundleManifest, Stream
 PLAN, PARTS = "plan.json", "parts"
 N_TOKENS = 1_048_576
 REACH = 0.9
-"""A feature's reach is the fewest layers written that hold this share of its decoder's squared norm."""
+"""A feature's reach is the number of written layers that hold this share of its decoder's squared norm, at least."""
 CLUSTER_WEIGHTS = {"coactivation": 1.0, "encoder": 0.5, "decoder": 1.0}
-"""What each kind of neighbour counts in clustering."""
+"""Weights of the kinds of neighbours in clustering."""
 
 
 class Text(NamedTuple):
@@ -64,7 +62,7 @@ class Text(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a build will take."""
+    """Estimated cost of a build."""
 
     n_bytes: int
     seconds: float
@@ -85,21 +83,21 @@ def build_features(
     device: str = "auto",
     console: Console | None = None,
 ) -> FeatureBundle:
-    """Build the feature bundle of a transcoder on held-out text; one that was stopped goes on.
+    """Build the feature bundle of a transcoder on held-out text, or resume a stopped build.
 
     Args:
-        clt: by folder, run or name on the hub, or opened.
-        text: sources, as `crosslayer.data.sources` names them; each is a stream of its own.
-        out: the bundle's folder, which must not be there.
-        model: the host; the one that the transcoder names unless given.
-        tokens: of text in all, shared among sources by weight; fewer where the held-out text is shorter.
-        context: tokens of a row; 256, or the host's context if that is less, unless given.
-        cluster_weights: of `coactivation`, `encoder` and `decoder` neighbours in clustering.
-        rows_at_once: rows that go through the host together.
-        dtype: of the host.
+        clt: a transcoder by folder, run or name on the hub, or opened.
+        text: sources, as named in `crosslayer.data.sources`; each is a stream of its own.
+        out: folder of the new bundle; it must not exist.
+        model: the host; by default the one that the transcoder names.
+        tokens: total tokens of text, divided among sources by weight; fewer if the held-out text is shorter.
+        context: tokens per row; by default 256, or the host's context if that is smaller.
+        cluster_weights: weights of `coactivation`, `encoder` and `decoder` neighbours in clustering.
+        rows_at_once: batch size in rows.
+        dtype: dtype of the host.
 
     Raises:
-        CrosslayerError: for anything that cannot be used, and where disk does not suffice, before starting.
+        CrosslayerError: for unusable input or too little free disk space, before the build starts.
     """
     began = time.perf_counter()
     console = console or Console(quiet=True)
@@ -115,7 +113,7 @@ def build_features(
     context = context or min(256, host.max_positions)
     if not host.policy.n_skip + 2 <= context <= host.max_positions:
         raise ConfigError(
-            f"context={context} must lie between {host.policy.n_skip + 2} and that of {host.name},"
+            f"context={context} must be between {host.policy.n_skip + 2} and that of {host.name},"
             f" {host.max_positions}; change --context"
         )
     found = rows_of(host, text, context, tokens)
@@ -123,7 +121,7 @@ def build_features(
     folder = building_folder(out)
     with _alone(folder):
         plan = _plan(opened, host, vocabulary, found, settings, weights, rows_at_once, dtype)
-        _begin_or_go_on(folder, plan, found, vocabulary)
+        _start_or_resume(folder, plan, found, vocabulary)
         seen = _estimate_and_scan(host, opened, found, settings, folder, rows_at_once, out, console)
         if parallel.is_first():
             _finish(folder, out, opened, host, found, vocabulary, seen, settings, weights, console, began)
@@ -132,7 +130,7 @@ def build_features(
 
 
 def refuse_unless_new(out: Path) -> None:
-    """A bundle is made where nothing is yet."""
+    """Refuse an output folder that already has content."""
     if out.is_file():
         raise RunError(f"{out} is a file; give the name of a new folder with -o")
     if (out / MANIFEST).exists():
@@ -143,7 +141,7 @@ def refuse_unless_new(out: Path) -> None:
 
 
 def rows_of(host: Host, names: Sequence[str], context: int, n_tokens: int) -> Text:
-    """Held-out rows of each source, as many tokens of each as its weight says, or as it has."""
+    """Return held-out rows of each source, with tokens by weight, or fewer if a source has less text."""
     sources = open_sources(names)
     total = sum(s.weight for s in sources)
     parts, streams = [], []
@@ -154,12 +152,12 @@ def rows_of(host: Host, names: Sequence[str], context: int, n_tokens: int) -> Te
         streams.append(Stream(name=source.source.name, n_rows=len(rows), digest=tokens_hash(rows)))
     tokens_BT = np.concatenate(parts)
     if tokens_BT.size >= 1 << 32:
-        raise ConfigError(f"{tokens_BT.size} tokens exceed the 4,294,967,295 that a bundle can hold; lower --tokens")
+        raise ConfigError(f"{tokens_BT.size} tokens exceed the 4,294,967,295 of the bundle format; lower --tokens")
     return Text(tokens_BT, streams)
 
 
 class Words(NamedTuple):
-    """Texts of tokens, and which are special."""
+    """Token strings, and which tokens are special."""
 
     strings: list[str]
     special: list[int]
@@ -173,7 +171,7 @@ def _vocabulary(host: Host) -> Words:
 
 
 def _alone(folder: Path) -> Any:
-    """One build at a time in a folder; ranks of one build share the first's lock."""
+    """Allow one build at a time in a folder; the ranks of one build share the first rank's lock."""
     from contextlib import nullcontext
 
     return locked(folder) if parallel.is_first() else nullcontext()
@@ -189,7 +187,7 @@ def _plan(
     rows_at_once: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What a build that goes on must agree in with the one that began."""
+    """Return the settings that a resumed build must share with the original."""
     return {
         "clt": clt_hash(opened.clt),
         "host": host_hash(host),
@@ -205,7 +203,7 @@ def _plan(
     }
 
 
-def _begin_or_go_on(folder: Path, plan: dict[str, Any], text: Text, vocabulary: Words) -> None:
+def _start_or_resume(folder: Path, plan: dict[str, Any], text: Text, vocabulary: Words) -> None:
     if parallel.is_first():
         path = folder / PLAN
         if path.exists():
@@ -214,14 +212,14 @@ def _begin_or_go_on(folder: Path, plan: dict[str, Any], text: Text, vocabulary: 
                 if there.get(key) != value:
                     raise RunError(
                         f"{folder} holds a stopped build with another {key}; run it with the same settings and files,"
-                        " or remove that folder to begin anew"
+                        " or remove that folder to start over"
                     )
         (folder / PARTS).mkdir(exist_ok=True)
         if not (folder / TOKENS).exists():
             with replacing(folder / TOKENS) as temporary, temporary.open("wb") as file:
                 np.save(file, text.tokens_BT.reshape(-1), allow_pickle=False)
         write_json(folder / VOCABULARY, vocabulary.strings)
-        # Last, so that a plan on disk has its text beside it.
+        # Last, so that a plan on disk implies its text.
         write_json(path, plan)
     parallel.barrier()
 
@@ -264,7 +262,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _estimate(host: Host, opened: Opened, text: Text, settings: ScanSettings, rows_at_once: int) -> Estimate:
-    """From one batch, a matrix product, and what is kept of a feature."""
+    """Estimate time and disk space from one batch, a matrix product, and the data stored per feature."""
     clt, c = opened.clt, opened.clt.config
     batch = batches_of([s.n_rows for s in text.streams], rows_at_once)[0]
     nothing = Seen.nothing(clt, len(text.streams), text.tokens_BT.shape[1], settings, host.device)
@@ -281,7 +279,7 @@ def _estimate(host: Host, opened: Opened, text: Text, settings: ScanSettings, ro
     flops = 4 * 2 * 1024**3 / (time.perf_counter() - began)
     n = c.n_layers * c.n_features
     products = 2.0 * n * c.d_model * (2.5 * n + host.n_vocab)
-    # Rows with an example: each feature has at most one a row, and a typical one far fewer than there are rows.
+    # Examples: a feature has at most one per row, and most features far fewer than there are rows.
     firing = min(settings.n_examples, len(text.tokens_BT))
     per_feature = firing * 22 + 8 * (
         2 * settings.n_logits + 2 * settings.n_neighbours + 2 * settings.n_coactive + 2 * settings.n_virtual
@@ -289,7 +287,7 @@ def _estimate(host: Host, opened: Opened, text: Text, settings: ScanSettings, ro
     per_feature += 4 * (LINEAR_BINS + LOG_BINS) + 6 * len(PLACES) * N_COUNTED + 4 * c.n_layers + 600
     parts = (settings.n_top + settings.n_reservoir) * 40 + 8 * (LINEAR_BINS + LOG_BINS)
     n_bytes = n * (per_feature + parts) + 6 * settings.sample_entries // 8 + text.tokens_BT.nbytes
-    # Rules, clusters and index take about a millisecond a feature, whatever the text.
+    # Rules, clusters and index take about a millisecond per feature, independent of the text.
     return Estimate(int(n_bytes), batch_s * n_batches / parallel.world_size() + products / flops + n * 1e-3)
 
 
@@ -306,7 +304,7 @@ def _finish(
     console: Console,
     began: float,
 ) -> None:
-    """All stages after the pass; each is passed over where its arrays are there."""
+    """Run all stages after the pass; skip stages whose arrays exist."""
     c = opened.clt.config
     n_tokens = len(text.tokens_BT) * (text.tokens_BT.shape[1] - host.policy.n_skip)
     sampled = seen.sample.collected()
@@ -363,13 +361,13 @@ def _finish(
         )
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     for left in folder.glob(".*.tmp"):
-        # Of a process that was killed while it wrote.
+        # Left by a process that was killed while writing.
         left.unlink()
     if out.is_dir():
         if any(out.iterdir()):
-            raise RunError(f"{out} has been filled by another in the meantime; empty it, then run the build again")
+            raise RunError(f"{out} was filled by another process during the build; empty it, then run the build again")
         out.rmdir()
-    # The plan goes with the rename: without it the folder would be taken for another's.
+    # The plan moves with the rename: without it the folder would look like another build's.
     os.replace(folder, out)
     (out / PLAN).unlink(missing_ok=True)
     (out / ".lock").unlink(missing_ok=True)
@@ -399,11 +397,11 @@ _FROM_TEXT = (
 )
 _LOGITS = ("top_id", "top", "bottom_id", "bottom", "logit_mean", "logit_std", "decoder_norm")
 _TOGETHER = ("own_id", "own_count", "other_id", "other_count", "sample_count")
-_ATLAS = ("group", "map")
+_CLUSTERS = ("group", "map")
 
 
 def _stage(folder: Path, names: Sequence[str], make: Callable[[], dict[str, NDArray]]) -> None:
-    """Make and write these arrays, if one of them is not there."""
+    """Compute and write these arrays if one of them is missing."""
     if all((folder / f"{name}.npy").exists() for name in names):
         return
     made = make()
@@ -516,14 +514,14 @@ def _clusters(
     live = density > 0
     upstream = read("upstream_id"), read("upstream")
 
-    def drawn() -> dict[str, NDArray]:
+    def clusters_and_map() -> dict[str, NDArray]:
         graph = neighbour_graph.neighbour_graph(_lists(read), weights, live)
         update(0.2)
         groups_GN = clusters.groups(graph)
         update(0.5)
         return {"group": groups_GN.T, "map": feature_map.layout(graph, groups_GN[0])}
 
-    _stage(folder, _ATLAS, drawn)
+    _stage(folder, _CLUSTERS, clusters_and_map)
     layer_N = np.arange(len(density)) // n_features
     score_N = np.nan_to_num(ruled.auroc)
     groups = []
@@ -539,7 +537,7 @@ def _clusters(
 
 
 def _lists(read: Callable[[str], NDArray]) -> dict[str, tuple[NDArray, NDArray]]:
-    """Neighbours of each kind, for clustering."""
+    """Return the lists of neighbours of each kind, for clustering."""
     ids = np.concatenate([read("own_id"), read("other_id")], axis=1)
     counts = np.concatenate([read("own_count"), read("other_count")], axis=1)
     n_N = np.asarray(read("sample_count"))
@@ -564,7 +562,7 @@ def _index(
         return
     squares = np.sort(np.square(read("decoder_norm").astype(np.float64)), axis=1)[:, ::-1]
     share = np.cumsum(squares, axis=1) / np.maximum(squares.sum(1, keepdims=True), 1e-30)
-    figures = {
+    metrics = {
         "density": density,
         "mean": np.asarray(read("mean")),
         "max": np.asarray(read("max")),
@@ -577,4 +575,4 @@ def _index(
     strings = vocabulary.strings
     texts = lambda ids: (" ".join(strings[t] for t in row if t >= 0) for row in ids.tolist())  # noqa: E731
     rows = (Row(*row) for row in zip(ruled.label, ruled.kind, ruled.values, strict=True))
-    write_index(folder / INDEX, n_features, figures, rows, texts(read("token_at")[:, 0]), texts(read("top_id")), groups)
+    write_index(folder / INDEX, n_features, metrics, rows, texts(read("token_at")[:, 0]), texts(read("top_id")), groups)

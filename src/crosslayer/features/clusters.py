@@ -1,8 +1,9 @@
-"""Clusters of features that are near to each other, at several resolutions.
+"""Clusters of similar features at several resolutions.
 
-Nearness is a weighted sum of what the bundle's lists of neighbours say: co-activation, encoder, summed decoder. Groups
-are found by the Leiden algorithm (Traag et al. 2019, of `igraph`), the finest first; coarser ones by running it on the
-groups of the level below, so that each lies in one above it. `docs/design/features.md` says what else was tried.
+Similarity is a weighted sum over the bundle's lists of neighbours: co-activation, encoder, summed decoder. Groups are
+found with the Leiden algorithm (Traag et al. 2019, from `igraph`), the finest level first. Coarser levels cluster the
+groups of the level below, so that each group is nested in one above. `docs/design/features.md` lists the alternatives
+that were tried.
 """
 
 from __future__ import annotations
@@ -24,24 +25,23 @@ from crosslayer.features.neighbour_graph import contracted, size_of, without_loo
 
 LEVELS = 4
 FINEST_SIZE = 12
-"""Features that a group of the finest level is to have, about."""
+"""Approximate number of features per group at the finest level."""
 SMALLEST = 5
-"""A finest group with fewer features joins the one that it is nearest to, if it is near to any."""
+"""A finest group with fewer features joins its nearest group, if it has edges to any."""
 TRIES, TOLERANCE = 4, 1.5
-"""Resolutions tried for a level, and the factor by which its number of groups may be off without another try."""
+"""Number of resolutions tried per level, and the tolerated factor between found and wanted number of groups."""
 ITERATIONS = 4
 PRIOR = 10.0
-"""Weight of what labels say everywhere, in members, against what a group's say."""
+"""Weight of the labels of all features, in members, against the labels of a group."""
 LEAST_SCORE = 0.1
 
 
 class Lineage(NamedTuple):
-    """For each group, those of earlier layers that feed it, the strongest first.
+    """For each group, the groups of earlier layers that feed it, the strongest first.
 
     Attributes:
         ids_GK: groups, -1 where there are fewer than K.
-        share_GK: of all positive virtual weight that comes to the group's members from their strongest upstream
-            features.
+        share_GK: share of the positive virtual weight into the group's members from their strongest upstream features.
     """
 
     ids_GK: Int[np.ndarray, "G K"]
@@ -49,13 +49,12 @@ class Lineage(NamedTuple):
 
 
 def groups(graph: csr_array, n_levels: int = LEVELS, seed: int = 0) -> Int[np.ndarray, "G N"]:
-    """Group of each feature at each level, the finest first, each group inside one of the next level; -1 for features
-    without edges.
+    """Compute nested groups of the features at each level, the finest first; -1 for features without edges.
 
-    Of n features the finest level aims at n / FINEST_SIZE groups, and the number falls by equal factors to one step
-    above a single group: at 573,440 features and four levels 47,800, 3,200, 220 and 15. What the graph holds apart
-    stays apart: no level has fewer groups than the graph has components. Groups are numbered by size, the largest
-    first, and of equals by the lowest member.
+    Of n features the finest level aims at n / FINEST_SIZE groups. The number falls by equal factors to one step above a
+    single group: at 573,440 features and four levels 47,800, 3,200, 220 and 15. Components of the graph are never
+    joined, so no level has fewer groups than the graph has components. Groups are numbered by size, the largest first,
+    then by lowest member.
     """
     n = size_of(graph)
     found = np.full((n_levels, n), -1, np.int32)
@@ -76,12 +75,12 @@ def groups(graph: csr_array, n_levels: int = LEVELS, seed: int = 0) -> Int[np.nd
 
 
 def _partition(graph: csr_array, size_N: Float[np.ndarray, " N"], wanted: float, seed: int) -> Int[np.ndarray, " N"]:
-    """Leiden at the resolution, of a few tried, whose number of groups comes nearest to the wanted.
+    """Run Leiden at a few resolutions and return the partition whose number of groups is closest to the wanted.
 
-    Modularity at resolution r holds together what has r times more edges than chance would give it, so a graph of r
-    like groups comes apart at about r: the number of groups is proportional to r but for a factor that hangs on the
-    graph, near 3 on lists of 20 neighbours. Counted is the effective number of groups, 1 / Σ share². Where a graph has
-    no structure of the size wanted, the plain number could be had from one giant and much dust.
+    Modularity at resolution r holds together what has r times more edges than expected by chance, so a graph of r
+    similar groups breaks apart at about r. The number of groups is proportional to r, with a factor that depends on the
+    graph, near 3 on lists of 20 neighbours. The count is the effective number of groups, 1 / Σ share². In a graph
+    without structure of the wanted size, the plain number could come from one giant group and many tiny ones.
     """
     low, high, resolution = 0.0, math.inf, wanted / 3
     best, error = np.zeros(size_of(graph), np.int64), math.inf
@@ -89,14 +88,14 @@ def _partition(graph: csr_array, size_N: Float[np.ndarray, " N"], wanted: float,
         part = _leiden(graph, resolution, seed)
         share = np.bincount(part, weights=size_N) / size_N.sum()
         off = 1 / float(share @ share) / wanted
-        # Too few groups say nothing; too many still say something.
+        # Too few groups are useless; too many are still usable.
         missed = math.log(off) if off > 1 else -2 * math.log(off)
         if missed < error:
             best, error = part, missed
         if error <= math.log(TOLERANCE):
             break
         low, high = (low, resolution) if off > 1 else (resolution, high)
-        # In proportion, but between what was too little and what was too much.
+        # Scale in proportion, but stay between the resolutions known to be too low and too high.
         resolution = resolution / off
         if not low < resolution < high:
             resolution = math.sqrt(low * high)
@@ -113,20 +112,20 @@ def _leiden(graph: csr_array, resolution: float, seed: int) -> Int[np.ndarray, "
 
 
 def _igraph(graph: csr_array) -> tuple[Any, list[float]]:
-    """The upper triangle as igraph has it, and its weights."""
+    """Convert the upper triangle to an igraph graph with weights."""
     import igraph
 
     coo = graph.tocoo()
     keep = coo.row <= coo.col
     row, col, weight = coo.row[keep], coo.col[keep], coo.data[keep]
-    # igraph counts a loop's weight from both of its ends; a contracted graph's diagonal already has both.
+    # igraph counts a loop's weight twice; a contracted graph's diagonal already includes both.
     weight = np.where(row == col, weight / 2, weight)
     return igraph.Graph(n=size_of(graph), edges=np.stack([row, col], axis=1)), weight.tolist()
 
 
 @contextmanager
 def _chance(seed: int) -> Iterator[None]:
-    """igraph's chance from a seed, and then Python's `random` again, which igraph begins with."""
+    """Seed igraph's random numbers, and restore Python's `random`, from which igraph draws."""
     import igraph
 
     igraph.set_random_number_generator(random.Random(seed))
@@ -137,7 +136,7 @@ def _chance(seed: int) -> Iterator[None]:
 
 
 def _absorb(graph: csr_array, part: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """Groups of too few join the one that they have the most edges to, until none is left that has edges to another."""
+    """Merge small groups into the group with most edges to them, until none with edges to another is left."""
     while True:
         between = without_loops(contracted(graph, part))
         n_groups = size_of(between)
@@ -161,16 +160,15 @@ def _numbered(member: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
 def group_labels(
     groups_N: Int[np.ndarray, " N"], label_N: Sequence[str | None], score_N: Float[np.ndarray, " N"], n_words: int = 3
 ) -> list[str]:
-    """A label for each group: the phrases that its members' labels share and that tell it from all others, the most
-    telling first, joined by " · ".
+    """Label each group by the phrases that its members' labels share and that distinguish it from other groups.
 
-    A phrase is a whole label or a word in it, what stands between quotes being one word. Phrases are ranked by their
-    log-odds against all other features in standard deviations, with all labels as the prior (Monroe et al. 2008). One
-    that a single member has counts only where no two share any.
+    The most distinctive phrases come first, joined by " · ". A phrase is a whole label or a word in it; text in quotes
+    is one word. Phrases are ranked by their log-odds against all other features in standard deviations, with all labels
+    as the prior (Monroe et al. 2008). A phrase of a single member counts only if no two members share a phrase.
 
     Args:
         label_N: None or empty for features without one; a group of only those is "unlabelled".
-        score_N: how far each label is to be believed, from 0 to 1.
+        score_N: confidence of each label, from 0 to 1.
     """
     n_groups = int(groups_N.max()) + 1 if len(groups_N) else 0
     cache = {label: _phrases(label) for label in set(label_N) if label}
@@ -197,7 +195,7 @@ def group_labels(
         whole = sum(trust[n] for n in some)
         shared = [p for p in seen if seen[p] > 1] or list(seen)
         telling = {p: _log_odds(weight[p], whole, everywhere[p], total) for p in shared}
-        # Of equals the longer says more: a whole label rather than its words.
+        # Among equals prefer the longer: a whole label rather than its words.
         ranked = sorted(shared, key=lambda p: (-round(telling[p], 9), -len(p), p))
         best: list[str] = []
         for p in [p for p in ranked if telling[p] > 0] or ranked[:1]:
@@ -208,9 +206,9 @@ def group_labels(
 
 
 def _log_odds(inside: float, whole: float, everywhere: float, total: float) -> float:
-    """Of a phrase inside a group against outside it, over its standard deviation."""
+    """Compute the log-odds of a phrase inside a group against outside, over its standard deviation."""
     prior = PRIOR * everywhere / total
-    # All that carry the phrase may be all there are: a little more keeps the odds finite.
+    # All features may carry the phrase: add a little to keep the odds finite.
     rest = PRIOR + 1e-3 - prior
     outside = max(everywhere - inside, 0.0)
     odds = (inside + prior) / (max(whole - inside, 0.0) + rest)
@@ -219,8 +217,9 @@ def _log_odds(inside: float, whole: float, everywhere: float, total: float) -> f
 
 
 def _phrases(label: str) -> list[str]:
-    """The whole label, and the words in it, each once: what is between quotes where anything is, else words of three
-    letters or in other scripts.
+    """Return the whole label and its distinct words.
+
+    Words are the texts in quotes, if any, else words of three or more letters or in other scripts.
     """
     words = re.findall("“[^”]+”", label) or [
         w for w in re.findall(r"[^\W\d_]+", label) if len(w) > 2 or not w.isascii()
@@ -235,10 +234,10 @@ def lineage(
     upstream_weight_NK: Float[np.ndarray, "N K"],
     top: int = 5,
 ) -> Lineage:
-    """Which groups of lower mean layer feed each group: the positive virtual weights from its members' strongest
-    upstream features, by source group.
+    """Compute which groups of lower mean layer feed each group.
 
-    Shares are of the group's whole positive upstream weight, also of what comes from itself, from features without a
+    The measure is the positive virtual weight from the members' strongest upstream features, summed by source group.
+    Shares are of the group's whole positive upstream weight, including weight from itself, from features without a
     group, or from groups of higher layers.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which features fire together, counted on the token sample."""
+"""Co-activation: which features fire together, counted on the token sample."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ CELLS_AT_ONCE = 1 << 25
 
 
 class Coactive(NamedTuple):
-    """For each feature the others that fire on the same tokens, of its own layer and of all others; -1 where there are
-    fewer.
+    """The most coactive features of each feature, in its own layer and in other layers; -1 where there are fewer.
 
-    Ranked by cosine, count / sqrt(n_i n_j); of equals the lower id comes first.
+    Ranked by cosine, count / sqrt(n_i n_j); ties are ordered by id.
     """
 
     own_id: NDArray
@@ -26,10 +25,10 @@ class Coactive(NamedTuple):
     other_id: NDArray
     other_count: NDArray
     n_N: NDArray
-    """Tokens of the sample on which each feature fires."""
+    """Number of sample tokens on which each feature fires."""
 
     def cosine(self, ids: NDArray, counts: NDArray) -> NDArray:
-        """Of the pairs of a list."""
+        """Return the cosine of each pair of a list."""
         product = self.n_N[:, None].astype(np.float64) * self.n_N[ids]
         return np.where(ids < 0, 0, counts / np.sqrt(np.maximum(product, 1))).astype(np.float32)
 
@@ -37,7 +36,7 @@ class Coactive(NamedTuple):
 def coactivation(
     sampled: Sampled, n_layers: int, n_features: int, n: int, on_progress: Callable[[float], None] = lambda share: None
 ) -> Coactive:
-    """The `n` most coactive features of each feature's own layer and of the others."""
+    """Find the `n` most coactive features of each feature, in its own layer and in other layers."""
     n_all = n_layers * n_features
     fires = sampled.matrix(n_all)
     by_feature = fires.T.tocsr()
@@ -73,13 +72,14 @@ def coactivation(
 
 
 def _most(cosine: torch.Tensor, count: torch.Tensor, n: int) -> tuple[NDArray, NDArray]:
-    """The highest of each row, of equals the first, left out where 0. (A row's own number does not change its
-    order.)
+    """Return the largest entries of each row, without zeros; ties keep their order.
+
+    A common factor of a row does not change its order.
     """
     width = cosine.shape[1]
     ids = np.full((cosine.shape[0], n), -1, np.int64)
     counts = np.zeros((cosine.shape[0], n), np.int64)
-    # Non-negative floats are ordered as their bits are.
+    # Non-negative floats have the same order as their bits.
     key = cosine.view(torch.int32).long() << 32 | (width - torch.arange(width))
     index = key.topk(min(n, width), dim=1).indices
     found = count.gather(1, index).long().numpy()

@@ -1,12 +1,11 @@
-"""What the weights alone say of each feature: the tokens it promotes, how much it writes where, its neighbours, and its
-virtual weights.
+"""Properties of features from the weights: logits, decoder norms, neighbours and virtual weights.
 
-Everything is in the residual stream: what a feature writes at layer M is its decoder row there, times the gain of the
-norm that follows the MLP in families that have one. The scales of norms, which depend on the token, are left out.
+Everything is in the residual stream: a feature's write at layer M is its decoder row there, times the gain of the norm
+after the MLP in families that have one. Norm scales, which depend on the token, are left out.
 
-- *logits* of a feature: all that it writes, summed, times the final norm's gain, times the unembedding;
-- *virtual weight* from s to t: what s writes below t's layer, summed, times the gain of the norm that t's MLP reads
-  through, times t's encoder row.
+- *logits* of a feature: the sum of its writes, times the final norm's gain, times the unembedding;
+- *virtual weight* from s to t: the sum of s's writes below t's layer, times the gain of the norm before t's MLP, times
+  t's encoder row.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ LOGIT_BYTES_AT_ONCE = 1 << 28
 
 
 class Logits(NamedTuple):
-    """Of one layer's features: the tokens most promoted and most suppressed, with mean and standard deviation over the
-    vocabulary.
-    """
+    """The most promoted and suppressed tokens of one layer's features, with mean and std over the vocabulary."""
 
     top_id: Int[Tensor, "F X"]
     top: Float[Tensor, "F X"]
@@ -48,10 +45,10 @@ class Nearest(NamedTuple):
 
 
 class Wiring:
-    """A transcoder's weights as the residual stream has them.
+    """A transcoder's weights in the residual stream.
 
     Args:
-        n_tokens: of the vocabulary, those that a token's text is known of.
+        n_tokens: number of vocabulary tokens with a known string.
     """
 
     def __init__(self, host: Host, clt: CLT, n_tokens: int) -> None:
@@ -69,19 +66,19 @@ class Wiring:
         return range(self.clt.config.n_layers)
 
     def writes(self, layer: int) -> Iterator[tuple[int, Float[Tensor, "F D"]]]:
-        """The layers written, and what one layer's features write there, float32."""
+        """Yield the written layers and the writes of one layer's features to each, float32."""
         rows_FSD = self.clt.W_dec.passing(layer)
         for slot in range(rows_FSD.shape[1]):
             yield layer + slot, self.slot(rows_FSD, layer, slot)
 
     def slot(self, rows_FSD: Float[Tensor, "F S D"], layer: int, slot: int) -> Float[Tensor, "F D"]:
-        """One slot of a layer's decoder as the stream gets it."""
+        """Return one slot of a layer's decoder, as added to the residual stream."""
         after = self.after[layer + slot]
         rows_FD = rows_FSD[:, slot].to(self.clt.device).float()
         return rows_FD if after is None else rows_FD * after.gain_D.float()
 
     def written(self, layer: int) -> Float[Tensor, "F D"]:
-        """All that one layer's features write, summed over layers."""
+        """Return the writes of one layer's features, summed over layers."""
         parts = self.writes(layer)
         total_FD = next(parts)[1].clone()
         for _, rows_FD in parts:
@@ -89,7 +86,7 @@ class Wiring:
         return total_FD
 
     def reads(self, layer: int) -> Float[Tensor, "F D"]:
-        """The direction of the residual stream that each feature reads."""
+        """Return the direction of the residual stream that each feature reads."""
         W_FD = self.clt.W_enc.passing(layer).to(self.clt.device).float()
         into = self.into[layer]
         return W_FD if into is None else into.pull(W_FD)
@@ -97,7 +94,7 @@ class Wiring:
 
 @torch.no_grad()
 def logits(wiring: Wiring, layer: int, n: int) -> Logits:
-    """Tokens promoted and suppressed by each feature of a layer, `n` of each."""
+    """Return the `n` most promoted and most suppressed tokens of each feature of a layer."""
     norm = wiring.anatomy.final_norm
     unembedding_VD = wiring.anatomy.unembedding_VD[: wiring.n_tokens].float()
     direction_FD = wiring.written(layer)
@@ -116,7 +113,7 @@ def logits(wiring: Wiring, layer: int, n: int) -> Logits:
 
 @torch.no_grad()
 def decoder_norms(clt: CLT, layer: int) -> Float[Tensor, "F L"]:
-    """Norm of each feature's decoder row at each layer written; 0 at those that it does not write to."""
+    """Return the norm of each feature's decoder row at each layer; 0 at layers that it does not write to."""
     W_FSD = clt.W_dec.passing(layer).to(clt.device)
     norms_FL = torch.zeros(W_FSD.shape[0], clt.config.n_layers, device=W_FSD.device)
     for slot in range(W_FSD.shape[1]):
@@ -128,7 +125,7 @@ def decoder_norms(clt: CLT, layer: int) -> Float[Tensor, "F L"]:
 def nearest(
     vectors: list[Float[Tensor, "F D"]], n: int, on_progress: Callable[[float], None] = lambda share: None
 ) -> Nearest:
-    """The features of highest cosine similarity to each, over all layers, itself left out."""
+    """Find the features of highest cosine similarity to each feature, over all layers, without itself."""
     units = [torch.nn.functional.normalize(v, dim=1) for v in vectors]
     size = units[0].shape[0]
     n = min(n, size * len(units) - 1)
@@ -151,7 +148,7 @@ def nearest(
 
 
 class Virtual(NamedTuple):
-    """The strongest virtual weights into each feature, and out of it, by size."""
+    """The strongest virtual weights into and out of each feature, by absolute value."""
 
     upstream: Nearest
     downstream: Nearest
@@ -159,9 +156,7 @@ class Virtual(NamedTuple):
 
 @torch.no_grad()
 def virtual_weights(wiring: Wiring, n: int, on_progress: Callable[[float], None] = lambda share: None) -> Virtual:
-    """The `n` strongest virtual weights, of either sign, into each feature from earlier layers and from it to later
-    ones.
-    """
+    """Find the `n` strongest virtual weights, of either sign, into each feature and out of it."""
     layers, size = wiring.layers, wiring.clt.config.n_features
     device = wiring.clt.device
     none = lambda: Nearest(  # noqa: E731
@@ -169,13 +164,13 @@ def virtual_weights(wiring: Wiring, n: int, on_progress: Callable[[float], None]
     )
     upstream, downstream = [none() for _ in layers], [none() for _ in layers]
     written: list[Tensor] = []
-    # Mapped to memory where the format allows it; each slot is read when the layer above it comes.
+    # Memory-mapped if the format allows it; each slot is read when its target layer is processed.
     decoders: list[Tensor] = []
     pairs, done = max(1, len(layers) * (len(layers) - 1) // 2), 0
     for target in layers:
         reads_FD = wiring.reads(target)
         for source in range(target):
-            # What the source writes to the layer below the target joins what it wrote before.
+            # Add the source's write to the layer below the target to its earlier writes.
             if (slot := target - 1 - source) < decoders[source].shape[1]:
                 written[source] += wiring.slot(decoders[source], source, slot)
             parts, back = [], [downstream[source]]
@@ -211,6 +206,6 @@ def _best(found: list[Nearest], n: int) -> Nearest:
 
 def _best_by_size(found: list[Nearest], n: int) -> Nearest:
     ids, values = torch.cat([f.id for f in found], dim=1), torch.cat([f.value for f in found], dim=1)
-    # What is not there comes after everything that is.
+    # Missing entries sort last.
     index = torch.where(ids < 0, -1.0, values.abs()).topk(n, dim=1).indices
     return Nearest(ids.gather(1, index), values.gather(1, index))

@@ -1,6 +1,4 @@
-"""From the candidates that a pass kept of each feature to the examples that the bundle shows, and the tokens they peak
-on.
-"""
+"""Choose the examples of a bundle from the candidates of a pass, and count the tokens at their peaks."""
 
 from __future__ import annotations
 
@@ -17,24 +15,24 @@ N_COUNTED = 5
 
 
 class Examples(NamedTuple):
-    """Examples of one layer's features; those of feature f are `indptr[f]:indptr[f + 1]`, the top ones first.
+    """Examples of one layer's features; `indptr[f]:indptr[f + 1]` are those of feature f, top activations first.
 
-    Bin 0 holds the top examples, bin q those drawn from the q-th quantile bin, from low to high activations.
+    Bin 0 holds the top activations, bin q examples from the q-th quantile bin, from low to high activations.
     """
 
     indptr: NDArray
     start: NDArray
-    """Of the window in the token file."""
+    """Start of the window in the token file."""
     length: NDArray
     peak: NDArray
-    """Of the example, from the window's start."""
+    """Peak of the example, from the window's start."""
     value: NDArray
     bin: NDArray
     n_active: NDArray
     offset: NDArray
-    """Of active tokens from the window's start, example after example."""
+    """Offsets of active tokens from the window's start, example after example."""
     activation: NDArray
-    """Of these, in 255ths of the feature's highest activation, rounded up."""
+    """Their activations in 255ths of the feature's max activation, rounded up."""
     edge_FQ: NDArray
     """Edges of the quantile bins; 0 for a feature that does not fire."""
     token: NDArray
@@ -42,33 +40,33 @@ class Examples(NamedTuple):
     token_count: NDArray
 
 
-def in_eight_bits(activation: NDArray, highest: NDArray) -> NDArray:
-    """Activations in 8 bits: 255ths of the feature's highest, rounded up, so that none becomes 0."""
-    return np.clip(np.ceil(activation.astype(np.float64) / highest * 255), 1, 255).astype(np.uint8)
+def in_eight_bits(activation: NDArray, max_activation: NDArray) -> NDArray:
+    """Quantise activations to 8 bits: 255ths of the feature's max, rounded up, so that none becomes 0."""
+    return np.clip(np.ceil(activation.astype(np.float64) / max_activation * 255), 1, 255).astype(np.uint8)
 
 
 def examples_of(
     candidates: Candidates, n_features: int, tokens: NDArray, context: int, settings: ScanSettings
 ) -> Examples:
-    """Choose and describe the examples of one layer.
+    """Choose the examples of one layer and compute their data.
 
     Args:
-        candidates: by feature, and in each from the highest value down.
+        candidates: sorted by feature, then from high to low value.
         tokens: the token file, flat.
     """
     c, s = candidates, settings
     begins = np.searchsorted(c.feature, np.arange(n_features + 1))
     rank = np.arange(len(c.feature)) - begins[c.feature]
     top = rank < s.n_top
-    drawn = _lowest_hashes(c, begins, s.n_reservoir)
-    size_F = np.bincount(c.feature[drawn], minlength=n_features)
-    # Candidates are in order of value from the top, so bins count from the other end.
-    up = size_F[c.feature] - 1 - _running_rank(drawn, begins, c.feature)
-    bin_ = np.where(drawn, up * s.n_quantiles // np.maximum(size_F[c.feature], 1) + 1, 0)
-    sampled = _sampled(c, bin_, drawn & ~top, s)
-    edge_FQ = _edges(c, bin_, drawn, n_features, s)
+    reservoir = _lowest_hashes(c, begins, s.n_reservoir)
+    size_F = np.bincount(c.feature[reservoir], minlength=n_features)
+    # Candidates are sorted from high to low value, so bins are counted in reverse.
+    up = size_F[c.feature] - 1 - _running_rank(reservoir, begins, c.feature)
+    bin_ = np.where(reservoir, up * s.n_quantiles // np.maximum(size_F[c.feature], 1) + 1, 0)
+    sampled = _sampled(c, bin_, reservoir & ~top, s)
+    edge_FQ = _edges(c, bin_, reservoir, n_features, s)
     first, last = _runs(c, window_start(c.position, context, s))
-    token, token_count = _frequent(c, drawn, first, last, tokens, context, n_features)
+    token, token_count = _frequent(c, reservoir, first, last, tokens, context, n_features)
 
     bin_[top] = 0
     chosen = (top | sampled).nonzero()[0]
@@ -97,7 +95,7 @@ def examples_of(
 
 
 def _lowest_hashes(c: Candidates, begins: NDArray, n: int) -> NDArray:
-    """Which candidates are among the `n` of lowest hash of their feature."""
+    """Select the `n` candidates of lowest hash per feature."""
     order = np.lexsort((c.hash, c.feature))
     chosen = np.zeros(len(order), bool)
     chosen[order] = np.arange(len(order)) - begins[c.feature[order]] < n
@@ -105,13 +103,13 @@ def _lowest_hashes(c: Candidates, begins: NDArray, n: int) -> NDArray:
 
 
 def _running_rank(mask: NDArray, begins: NDArray, feature: NDArray) -> NDArray:
-    """How many of the mask come before each candidate among its feature's."""
+    """Count the masked candidates before each candidate of the same feature."""
     before = np.concatenate([[0], np.cumsum(mask)])
     return before[:-1] - before[begins[feature]]
 
 
 def _sampled(c: Candidates, bin_: NDArray, eligible: NDArray, s: ScanSettings) -> NDArray:
-    """The `per_quantile` of lowest hash in each bin of each feature."""
+    """Select the `per_quantile` candidates of lowest hash in each bin of each feature."""
     at = eligible.nonzero()[0]
     at = at[np.lexsort((c.hash[at], bin_[at], c.feature[at]))]
     group = c.feature[at].astype(np.int64) * (s.n_quantiles + 1) + bin_[at]
@@ -122,19 +120,19 @@ def _sampled(c: Candidates, bin_: NDArray, eligible: NDArray, s: ScanSettings) -
     return sampled
 
 
-def _edges(c: Candidates, bin_: NDArray, drawn: NDArray, n_features: int, s: ScanSettings) -> NDArray:
-    """The lowest value of each bin, and the highest of the last; empty bins repeat the edge above them."""
+def _edges(c: Candidates, bin_: NDArray, reservoir: NDArray, n_features: int, s: ScanSettings) -> NDArray:
+    """Return the min value of each bin and the max of the last; empty bins repeat the edge above them."""
     edge_FQ = np.full((n_features, s.n_quantiles + 1), np.inf, np.float32)
-    at = drawn.nonzero()[0]
+    at = reservoir.nonzero()[0]
     np.minimum.at(edge_FQ, (c.feature[at], bin_[at] - 1), c.value[at])
-    highest = np.zeros(n_features, np.float32)
-    np.maximum.at(highest, c.feature[at], c.value[at])
-    edge_FQ[:, -1] = highest
+    max_F = np.zeros(n_features, np.float32)
+    np.maximum.at(max_F, c.feature[at], c.value[at])
+    edge_FQ[:, -1] = max_F
     return np.minimum.accumulate(edge_FQ[:, ::-1], axis=1)[:, ::-1]
 
 
 def _runs(c: Candidates, start: NDArray) -> tuple[NDArray, NDArray]:
-    """Positions of the first and the last token of the unbroken run, inside the window, that holds each peak."""
+    """Return the first and last position of the run of active tokens around each peak, inside the window."""
     n = len(c.feature)
     if not n:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -153,15 +151,15 @@ def _runs(c: Candidates, start: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _frequent(
-    c: Candidates, drawn: NDArray, first: NDArray, last: NDArray, tokens: NDArray, context: int, n_features: int
+    c: Candidates, reservoir: NDArray, first: NDArray, last: NDArray, tokens: NDArray, context: int, n_features: int
 ) -> tuple[NDArray, NDArray]:
-    """The most frequent tokens at each of the places, over the candidates drawn; of equals the lower id comes first."""
+    """Count the most frequent tokens at each place over the sampled candidates; ties are ordered by id."""
     token = np.full((n_features, len(PLACES), N_COUNTED), -1, np.int32)
     count = np.zeros((n_features, len(PLACES), N_COUNTED), np.uint16)
     begins_row = c.position % context == 0
     for place, position in enumerate((c.position, c.position - 1, first, last)):
-        # Before the first token of a row there is none.
-        which = drawn & ~begins_row if place == 1 else drawn
+        # The first token of a row has no token before it.
+        which = reservoir & ~begins_row if place == 1 else reservoir
         ids = tokens[position[which]].astype(np.int64)
         pairs, counts = np.unique(c.feature[which].astype(np.int64) << 32 | ids, return_counts=True)
         owner, ids = pairs >> 32, pairs & 0xFFFF_FFFF

@@ -1,7 +1,7 @@
-"""Hashes by which a bundle knows its transcoder, host and tokenizer again, whatever dtype they were loaded in.
+"""Hashes that identify the transcoder, host and tokenizer of a bundle, independent of the loaded dtype.
 
-They are taken over the shapes of all weights and over samples of their values, rounded to bfloat16, so that a
-transcoder of 18 GB is told from another in a second.
+They cover the shapes of all weights and samples of their values, rounded to bfloat16. Hashing a transcoder of 18 GB
+takes a second.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _values(tensor: Tensor) -> bytes:
 
 
 def clt_hash(clt: CLT) -> str:
-    """Over a transcoder's shape, its biases and thresholds, and the first rows of its encoders and decoders."""
+    """Hash a transcoder's shape, biases, thresholds, and the first rows of its encoders and decoders."""
     c = clt.config
     rows = torch.arange(min(SAMPLED_ROWS, c.n_features))
 
@@ -48,7 +48,7 @@ def clt_hash(clt: CLT) -> str:
 
 
 def host_hash(host: Host) -> str:
-    """Over the name, shape and first values of each of a host's parameters."""
+    """Hash the name, shape and first values of each parameter of a host."""
 
     def parts() -> Iterable[bytes]:
         for name, p in host.model.named_parameters():
@@ -59,10 +59,10 @@ def host_hash(host: Host) -> str:
 
 
 def tokenizer_hash(strings: Sequence[str]) -> str:
-    """Over the texts of all tokens."""
+    """Hash the strings of all tokens."""
     return _digest(s.encode("utf-8", "surrogatepass") + b"\0" for s in strings)
 
 
 def tokens_hash(tokens: NDArray) -> str:
-    """Over token ids."""
+    """Hash token ids."""
     return _digest([tokens.astype("<u4").tobytes()])

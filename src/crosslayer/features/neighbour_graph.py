@@ -1,4 +1,4 @@
-"""The graph of features by nearness: a weighted sum of what the bundle's lists of neighbours say."""
+"""The neighbour graph of features: a weighted sum over the bundle's lists of neighbours."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KINDS = ("coactivation", "encoder", "decoder")
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuse weights that make no graph.
+    """Check the weights of the kinds of neighbours.
 
     Raises:
-        ConfigError: for an unknown kind, a weight that is negative or not finite, or none above 0.
+        ConfigError: for an unknown kind, a weight that is negative or not finite, or no weight above 0.
     """
     for kind, weight in weights.items():
         _check_kind(kind)
         if not 0 <= weight < math.inf:
             raise ConfigError(
-                f"the cluster weight {kind}={weight} is no number from 0 on; give 0 to leave that kind out"
+                f"the cluster weight {kind}={weight} must be a finite number >= 0; give 0 to leave that kind out"
             )
     if not any(weights.values()):
         raise ConfigError("all cluster weights are 0; give one of them a positive number")
@@ -40,14 +40,14 @@ def neighbour_graph(
     weights: Mapping[str, float],
     live_N: Bool[np.ndarray, " N"],
 ) -> csr_array:
-    """Symmetric (N, N), not negative, without loops.
+    """Build a symmetric, non-negative (N, N) graph without loops.
 
-    Of the two directions of a kind the greater is taken: a pair that only one of the two names, as a rare feature does
-    a common one whose list is full of others, counts in full, and one that both name does not count twice.
+    The larger of the two directions of a kind is used. So a pair that only one feature lists counts in full (a rare
+    feature may list a common one whose own list is full), and a pair that both list does not count twice.
 
     Args:
-        lists: ids, -1 for none, and similarities of each kind; those below 0 count as 0.
-        weights: of each kind; one that is left out counts 0.
+        lists: ids, -1 for none, and similarities of each kind; negative similarities count as 0.
+        weights: weight of each kind; missing kinds count 0.
         live_N: features that may have edges.
 
     Raises:
@@ -76,7 +76,7 @@ def size_of(graph: csr_array) -> int:
 
 
 def contracted(graph: csr_array, part: Int[np.ndarray, " N"]) -> csr_array:
-    """The graph of the groups, edges added up; the diagonal holds those inside a group, from both ends."""
+    """Contract the graph to groups and sum edges; the diagonal holds edges inside a group, counted from both ends."""
     n = len(part)
     of = csr_array((np.ones(n, np.float32), (part, np.arange(n))), shape=(int(part.max()) + 1, n))
     return csr_array(of @ graph @ of.T)

@@ -1,4 +1,4 @@
-"""Features of a prompt: the transcoder that a bundle is of, and what fires on each token."""
+"""Features of a prompt: load the transcoder of a bundle, and find the active features per token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from crosslayer.host.host import choose_device
 def transcoder_of(
     bundle: FeatureBundle, clt: str | Path | None = None, model: str | None = None, *, device: str = "auto"
 ) -> ReplacementModel:
-    """The transcoder of a bundle with its host.
+    """Load the transcoder of a bundle with its host.
 
     Args:
-        clt: that of the run that the bundle lies in, or where it was imported from, unless given.
+        clt: the transcoder; by default that of the run that contains the bundle, or of the source of an import.
 
     Raises:
-        ConfigError: for a transcoder that the bundle is not of.
+        ConfigError: for a transcoder that does not match the bundle.
     """
     where = choose_device(device)
     name = clt if clt is not None else _own(bundle)
@@ -30,12 +30,11 @@ def transcoder_of(
     if (c.n_layers, c.n_features) != (bundle.n_layers, bundle.n_features):
         raise ConfigError(
             f"{name} has {c.n_layers} layers of {c.n_features} features, the bundle {bundle.path} {bundle.n_layers} of"
-            f" {bundle.n_features}; give the transcoder that it was made of with --clt"
+            f" {bundle.n_features}; give the bundle's own transcoder with --clt"
         )
     if bundle.manifest.clt_hash and clt_hash(opened.clt) != bundle.manifest.clt_hash:
         raise ConfigError(
-            f"the bundle {bundle.path} is of another transcoder than {name}; give the one that it was made of with"
-            " --clt"
+            f"the bundle {bundle.path} is of another transcoder than {name}; give the bundle's own with --clt"
         )
     return ReplacementModel(host_of(opened, model, device=where), opened)
 
@@ -52,7 +51,7 @@ def _own(bundle: FeatureBundle) -> str | Path:
 def active_features(
     model: ReplacementModel, prompt: Prompt, top: int
 ) -> tuple[list[str], list[list[tuple[int, float]]]]:
-    """Texts of the prompt's tokens, and for each the features of highest activation as (flat id, activation)."""
+    """Return the prompt's token strings, and per token the top features as (flat id, activation)."""
     tokens_BT = model.tokens(prompt)
     if isinstance(prompt, str) and not prompt:
         raise ConfigError("the prompt is empty; give some text")

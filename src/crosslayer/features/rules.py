@@ -1,9 +1,9 @@
-"""Labels by rule: what a feature fires on, said as a predicate on tokens, and how far that is true.
+"""Labels by rule: predicates on tokens that predict where a feature fires, with measured accuracy.
 
-A rule is an attribute and the values of it that count (`attributes`). Half of the text, by blocks of rows, chooses it:
-values are taken in order of their activation-weighted log-odds against the corpus, as many as give the best AUROC, or
-fewer where that costs next to nothing; then the best attribute. The other half measures what is reported. For a
-predicate the AUROC is (1 + true-positive rate - false-positive rate) / 2.
+A rule is an attribute and a set of its values (`attributes`). One half of the text, split by blocks of rows, chooses
+it: values are ranked by their activation-weighted log-odds against the corpus, and as many are taken as give the best
+AUROC, or fewer if the loss is below `SLACK`; then the best attribute wins. The other half gives the reported metrics.
+The AUROC of a predicate is (1 + true-positive rate - false-positive rate) / 2.
 """
 
 from __future__ import annotations
@@ -16,44 +16,40 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 
-from crosslayer.features.attributes import SPOKEN, Attribute, next_tokens
+from crosslayer.features.attributes import MAX_NAMED, Attribute, next_tokens
 from crosslayer.features.sample import Sampled
 
 MIN_AUROC = 0.8
-"""A rule names a feature if it reaches this in both halves."""
+"""Min AUROC, in both halves, of a rule that names a feature."""
 MIN_FIRINGS = 5
-"""Tokens, in each half, on which a feature must fire, and on which it must not, to be given a rule."""
+"""Min number of tokens per half on which a feature fires, and on which it does not, to get a rule."""
 MOST_VALUES = 64
 SLACK = 0.01
-"""AUROC that is given up for a shorter rule, and for a plainer attribute."""
+"""AUROC given up for a shorter rule, and for a simpler attribute."""
 DENSE = 0.1
-"""Density above which a feature that no rule names is called dense."""
+"""Density above which a feature without a rule is labelled dense."""
 BLOCK_ROWS = 8
-"""Rows that stay in one half together: about as long as a document."""
+"""Rows per block of one half: about the length of a document."""
 PRIOR = 1.0
-"""Firings of the corpus' own distribution that are mixed into each feature's, so that a rare token does not come first
-by chance.
-"""
+"""Firings from the corpus distribution mixed into each feature's, so that rare tokens do not rank first by chance."""
 
 
 class Rules(NamedTuple):
-    """A rule for each feature, or none. Figures are of the half that did not choose; NaN where there are too few
-    firings.
-    """
+    """A rule for each feature, or none; metrics are of the held-out half, NaN with too few firings."""
 
     label: list[str | None]
     kind: list[str | None]
     values: list[str | None]
-    """The values that count, as JSON: a list of ids, or of lists of ids for n-grams."""
+    """The values, as JSON: a list of ids, or of lists of ids for n-grams."""
     precision: NDArray
     recall: NDArray
     auroc: NDArray
     n_firings: NDArray
-    """In the half that measured."""
+    """Number of firings in the held-out half."""
 
 
 def measuring_half(position: NDArray, context: int) -> NDArray:
-    """Which tokens measure, by a hash of their block of rows."""
+    """Select the tokens of the held-out half, by a hash of their block of rows."""
     block = (position // context // BLOCK_ROWS).astype(np.uint64)
     return ((block * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) % np.uint64(2) == 1
 
@@ -71,7 +67,7 @@ class _Half(NamedTuple):
 
     feature_K: NDArray
     token_K: NDArray
-    """Into the sample."""
+    """Index into the sample."""
     weight_K: NDArray
     n_F: NDArray
     n_tokens: int
@@ -87,13 +83,13 @@ def rules(
     say_promoted: Callable[[Sequence[int]], str],
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Rules:
-    """Find, measure and word the rules of all features.
+    """Choose, measure and label the rules of all features.
 
     Args:
-        attributes: of the sample's tokens, the plainest first.
+        attributes: attributes of the sample's tokens, the simplest first.
         promoted_NX: tokens that each feature promotes, the most promoted first.
-        density_N: share of all tokens on which each fires.
-        say_promoted: words for some of them.
+        density_N: share of all tokens on which each feature fires.
+        say_promoted: builds a label from some of the promoted tokens.
     """
     n_all = len(density_N)
     n_features = n_all // n_layers
@@ -164,14 +160,14 @@ def _layer(
         feature_C, value_C = sets[number]
         keep = at[feature_C]
         feature_C, value_C = feature_C[keep], value_C[keep]
-        figures = _measure(feature_C, value_C, attribute.value, measures, tokens[1])
+        metrics = _measure(feature_C, value_C, attribute.value, measures, tokens[1])
         begins = np.searchsorted(feature_C, np.arange(n_features + 1))
         for f in at.nonzero()[0].tolist():
             values = value_C[begins[f] : begins[f + 1]].tolist()
             _write(
                 found,
                 first + f,
-                figures,
+                metrics,
                 f,
                 measures,
                 attribute.name,
@@ -180,7 +176,7 @@ def _layer(
             )
     for f in (enough_F & (kind_F == len(attributes)) & (score_F >= MIN_AUROC)).nonzero()[0].tolist():
         ids = promoted_FX[f].tolist()
-        label = f"promotes {say_promoted(ids[:SPOKEN])}"
+        label = f"promotes {say_promoted(ids[:MAX_NAMED])}"
         _write(found, first + f, promoted[1], f, measures, "promotes", label, ids)
     found.n_firings[first : first + n_features] = measures.n_F
 
@@ -188,31 +184,32 @@ def _layer(
 def _write(
     found: Rules,
     n: int,
-    figures: tuple[NDArray, ...],
+    metrics: tuple[NDArray, ...],
     f: int,
     half: _Half,
     kind: str,
     label: str,
     values: list[Any],
 ) -> None:
-    auroc_F, precision_F, recall_F = figures
+    auroc_F, precision_F, recall_F = metrics
     found.auroc[n], found.precision[n], found.recall[n] = auroc_F[f], precision_F[f], recall_F[f]
     found.kind[n], found.values[n] = kind, json.dumps(values, separators=(",", ":"))
     if auroc_F[f] >= MIN_AUROC:
         found.label[n] = label
 
 
-def _figures(hits_F: NDArray, said_F: NDArray, half: _Half) -> tuple[NDArray, NDArray, NDArray]:
-    """AUROC, precision and recall from counts of true positives and of all that the rule says."""
+def _metrics(hits_F: NDArray, predicted_F: NDArray, half: _Half) -> tuple[NDArray, NDArray, NDArray]:
+    """Compute AUROC, precision and recall from counts of true positives and of all predicted positives."""
     n_F = half.n_F
     recall_F = hits_F / np.maximum(n_F, 1)
-    false_F = (said_F - hits_F) / np.maximum(half.n_tokens - n_F, 1)
-    return (1 + recall_F - false_F) / 2, hits_F / np.maximum(said_F, 1), recall_F
+    false_F = (predicted_F - hits_F) / np.maximum(half.n_tokens - n_F, 1)
+    return (1 + recall_F - false_F) / 2, hits_F / np.maximum(predicted_F, 1), recall_F
 
 
 def _choose(value: NDArray, half: _Half, here: NDArray) -> tuple[tuple[NDArray, NDArray], NDArray]:
-    """The values of an attribute that count for each feature, as pairs in order of feature and of activation accounted
-    for; and the AUROC they reach.
+    """Choose the values of an attribute for each feature, and compute the AUROC that they reach.
+
+    Values are pairs in order of feature and of explained activation.
     """
     n_features = len(half.n_F)
     n_V = np.bincount(value[here & (value >= 0)], minlength=1)
@@ -220,14 +217,14 @@ def _choose(value: NDArray, half: _Half, here: NDArray) -> tuple[tuple[NDArray, 
     known = value_K >= 0
     pairs = half.feature_K[known], value_K[known]
     shape = (n_features, len(n_V))
-    # Summing duplicates by counting is many times faster than by sorting.
+    # Summing duplicates by counting is much faster than by sorting.
     counts = coo_array((np.ones(len(pairs[0])), pairs), shape=shape).tocsr()
     weights = coo_array((half.weight_K[known], pairs), shape=shape).tocsr()
     feature = np.repeat(np.arange(n_features), np.diff(counts.indptr))
     value_P, count, weight = counts.indices.astype(np.int64), counts.data.astype(np.int64), weights.data
     total_F = np.bincount(feature, weights=weight, minlength=n_features)
     share = n_V[value_P] / half.n_tokens
-    # Weights in units of the feature's mean activation, so that the prior counts firings.
+    # Weights in units of the feature's mean activation, so that the prior is in firings.
     own = weight / np.maximum(total_F[feature], 1e-30) * half.n_F[feature]
     odds = np.log((own + PRIOR * share) / (half.n_F[feature] + PRIOR) / share)
     order = np.lexsort((value_P, -odds, feature))
@@ -248,13 +245,13 @@ def _choose(value: NDArray, half: _Half, here: NDArray) -> tuple[tuple[NDArray, 
     reached_F[feature[last]] = auroc[last]
     chosen = rank < size_F[feature]
     feature, value_P, own = feature[chosen], value_P[chosen], own[chosen]
-    # Said in the order of how much of the feature's activation they account for: the most telling may be rare.
+    # Order values by explained activation: the most distinctive value may be rare.
     by_weight = np.lexsort((value_P, -own, feature))
     return (feature[by_weight], value_P[by_weight]), reached_F
 
 
 def _running(count: NDArray, begins: NDArray, feature: NDArray) -> NDArray:
-    """Sums from each feature's first pair on."""
+    """Compute running sums within each feature's pairs."""
     before = np.concatenate([[0], np.cumsum(count)])
     return before[1:] - before[begins[feature]]
 
@@ -262,26 +259,26 @@ def _running(count: NDArray, begins: NDArray, feature: NDArray) -> NDArray:
 def _measure(
     feature_C: NDArray, value_C: NDArray, value: NDArray, half: _Half, here: NDArray
 ) -> tuple[NDArray, NDArray, NDArray]:
-    """AUROC, precision and recall, in a half, of rules given as pairs of feature and value."""
+    """Compute AUROC, precision and recall, in one half, of rules given as pairs of feature and value."""
     n_features, n_values = len(half.n_F), int(value.max()) + 1
     n_V = np.bincount(value[here & (value >= 0)], minlength=n_values)
     known = value[half.token_K] >= 0
     pair = half.feature_K[known] * n_values + value[half.token_K[known]]
     hit = np.isin(pair, feature_C * n_values + value_C)
     hits_F = np.bincount(half.feature_K[known][hit], minlength=n_features)
-    said_F = np.bincount(feature_C, weights=n_V[value_C], minlength=n_features)
-    return _figures(hits_F, said_F, half)
+    predicted_F = np.bincount(feature_C, weights=n_V[value_C], minlength=n_features)
+    return _metrics(hits_F, predicted_F, half)
 
 
 def _promotes(promoted_FX: NDArray, half: _Half, following: NDArray, here: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """The same for the rule that the next token is one that the feature promotes."""
+    """Compute the same metrics for the rule that the next token is one that the feature promotes."""
     n_features = len(promoted_FX)
     n_values = int(max(promoted_FX.max(), following.max())) + 1
     n_V = np.bincount(following[here & (following >= 0)], minlength=n_values)
-    said_F = n_V[promoted_FX].sum(1)
+    predicted_F = n_V[promoted_FX].sum(1)
     next_K = following[half.token_K]
     hit_K = np.zeros(len(next_K), bool)
     for column in range(promoted_FX.shape[1]):
         hit_K |= promoted_FX[half.feature_K, column] == next_K
     hits_F = np.bincount(half.feature_K[hit_K], minlength=n_features)
-    return _figures(hits_F, said_F, half)
+    return _metrics(hits_F, predicted_F, half)

@@ -1,8 +1,8 @@
-"""A sample of tokens with all that fires on them, the same tokens for every feature.
+"""A sample of tokens with all features that fire on them, the same tokens for every feature.
 
-What two features do together, and how well a rule foretells one, are counted on it. A token is in the sample if the
-hash of its position begins with `level` zeros; the level rises when the entries exceed their budget, so that the sample
-is the largest that fits, whatever the order in which batches came. Text that is short enough is in it whole.
+Co-activation and rules are counted on it. A token is in the sample if the hash of its position begins with `level`
+zeros. The level rises when the entries exceed their budget, so the sample is the largest that fits, independent of the
+order of batches. A short text is in the sample as a whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from crosslayer.features.sketch import mix
 
 
 def token_hash(position: NDArray) -> NDArray:
-    """63 bits of chance of each position in the token file, other than those that draw examples."""
+    """63 pseudo-random bits per position in the token file, independent of those that sample examples."""
     return mix(mix(torch.from_numpy(position)) + 0x5A3D).numpy()
 
 
@@ -33,7 +33,7 @@ class Sampled(NamedTuple):
     """float16."""
 
     def matrix(self, n_features: int) -> csr_array:
-        """(tokens, features), of ones."""
+        """Return a (tokens, features) matrix of ones."""
         ones = np.ones(len(self.feature), np.float32)
         return csr_array((ones, self.feature, self.indptr), shape=(len(self.position), n_features))
 
@@ -42,7 +42,7 @@ class TokenSample:
     """Collects a `Sampled` from batches in any order.
 
     Args:
-        budget: entries at most, over all the merged parts.
+        budget: max number of entries over all merged parts.
     """
 
     def __init__(self, budget: int) -> None:
@@ -50,7 +50,7 @@ class TokenSample:
         self._parts: list[Sampled] = []
 
     def add(self, active: list[Active], first_row: int, context: int, n_skip: int) -> None:
-        """Take in what fires, by layer, on some whole rows but their first `n_skip` positions."""
+        """Add the active features, by layer, of whole rows without their first `n_skip` positions."""
         n_tokens, n_features = active[0].shape
         body = context - n_skip
         token = np.arange(n_tokens)
@@ -100,7 +100,7 @@ class TokenSample:
         return Sampled(part.position[keep], indptr, part.feature[entries], part.activation[entries])
 
     def merge(self, other: TokenSample) -> None:
-        """Take in another's tokens, at the thinner of the two samples."""
+        """Merge another sample's tokens, at the higher level of the two."""
         self.level = max(self.level, other.level)
         theirs = [self._thinned(p) for p in other._parts]
         self._parts = [self._thinned(p) for p in self._parts]
@@ -109,7 +109,7 @@ class TokenSample:
             self._append(part)
 
     def collected(self) -> Sampled:
-        """The sample, by position."""
+        """Return the sample, sorted by position."""
         if not self._parts:
             return Sampled(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float16))
         position = np.concatenate([p.position for p in self._parts])
@@ -126,13 +126,13 @@ class TokenSample:
         return collected
 
     def state(self) -> dict[str, NDArray]:
-        """As named arrays, for a file."""
+        """Return the state as named arrays, for a file."""
         return {"sample.level": np.array([self.level])} | {
             f"sample.{k}": v for k, v in self.collected()._asdict().items()
         }
 
     def restore(self, arrays: dict[str, NDArray]) -> None:
-        """Be the sample whose `state` this is."""
+        """Restore a `state`."""
         self.level = int(arrays["sample.level"][0])
         self._parts = []
         self._n_entries = 0

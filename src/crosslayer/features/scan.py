@@ -1,8 +1,8 @@
 """One pass of text through host and encoder, into a sketch of each layer and a sample of tokens.
 
-The work is a list of batches of whole rows, the same whatever the number of ranks. Each process keeps one *part*: what
-it has seen, and which batches that were; it is saved now and then. A pass that was killed goes on with the batches that
-no saved part has, on as many ranks as there are then; parts are merged at the end, in any order to the same result.
+The work is a list of batches of whole rows, the same for any number of ranks. Each process saves one *part* at
+intervals: its results, and the batches that they cover. A killed pass resumes with the batches that no saved part
+covers, on any number of ranks. Parts are merged at the end; the order does not change the result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from crosslayer.host.host import Host
 
 SAVE_EVERY_S = 60.0
 SAVE_SHARE = 0.05
-"""Of the time, at most, that saving may take."""
+"""Max share of time spent on saving."""
 
 
 class Batch(NamedTuple):
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 def batches_of(rows_of_streams: Sequence[int], rows_at_once: int) -> list[Batch]:
-    """Cut the rows of streams that follow one another in the token file into batches that mix no two."""
+    """Cut the rows of consecutive streams in the token file into batches, each of one stream."""
     batches, first = [], 0
     for stream, n_rows in enumerate(rows_of_streams):
         batches += [Batch(stream, first + at, min(rows_at_once, n_rows - at)) for at in range(0, n_rows, rows_at_once)]
@@ -50,12 +50,12 @@ def batches_of(rows_of_streams: Sequence[int], rows_at_once: int) -> list[Batch]
 
 
 class Seen(NamedTuple):
-    """What a pass, or a part of it, has seen."""
+    """Results of a pass, or of a part of it."""
 
     sketches: list[LayerSketch]
     sample: TokenSample
     done: set[int]
-    """Numbers of the batches."""
+    """Numbers of the covered batches."""
 
     @classmethod
     def nothing(cls, clt: CLT, n_streams: int, context: int, settings: ScanSettings, device: torch.device) -> Seen:
@@ -79,7 +79,7 @@ class Seen(NamedTuple):
             sketch.restore({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
 
     def merge(self, other: Seen) -> None:
-        assert not self.done & other.done, "two parts have seen the same text"
+        assert not self.done & other.done, "two parts cover the same text"
         for mine, theirs in zip(self.sketches, other.sketches, strict=True):
             mine.merge(theirs)
         self.sample.merge(other.sample)
@@ -96,15 +96,14 @@ def scan(
     folder: Path,
     *,
     rows_at_once: int = 16,
-    on_progress: Update = lambda done, figures="": None,
+    on_progress: Update = lambda done, metrics="": None,
 ) -> Seen:
-    """Take all rows in, going on from the parts in `folder`; on several ranks each takes its share, and all get the
-    whole.
+    """Process all rows, resuming from the parts in `folder`; ranks share the work, and all get the full result.
 
     Args:
         tokens_BT: rows of token ids, stream after stream.
-        rows_of_streams: how many of each.
-        folder: where parts are saved, on a disk that all ranks see.
+        rows_of_streams: number of rows per stream.
+        folder: where parts are saved, on a disk that all ranks can access.
     """
     context = tokens_BT.shape[1]
     nothing = lambda: Seen.nothing(clt, len(rows_of_streams), context, settings, host.device)  # noqa: E731
@@ -114,10 +113,10 @@ def scan(
     for name in found:
         saved.update(load_file(folder / name)["done"].tolist())
     left = [i for i in range(len(batches)) if i not in saved]
-    # Numbers may have gaps, where a rank died before its first part.
+    # Numbers may have gaps, if a rank died before its first part.
     first = 1 + max((int(name[5:10]) for name in found), default=-1)
     mine, path = nothing(), folder / f"part-{first + parallel.rank():05d}.safetensors"
-    _keep_encoders(clt, tokens=len(left) * rows_at_once * context)
+    _load_encoders(clt, tokens=len(left) * rows_at_once * context)
     saved_at, pause_s = time.monotonic(), SAVE_EVERY_S
     share = left[parallel.rank() :: parallel.world_size()]
     whole_batches = True
@@ -133,8 +132,7 @@ def scan(
                 saved_at = time.monotonic()
                 pause_s = max(SAVE_EVERY_S, (saved_at - began) / SAVE_SHARE)
     finally:
-        # Also where a person interrupts: what was seen is not lost, but for a batch half taken, which would count
-        # twice.
+        # Save on interruption too, without a half-processed batch, which would count twice.
         if mine.done and whole_batches:
             mine.save(path)
     parallel.barrier()
@@ -146,12 +144,12 @@ def scan(
             other = nothing()
             other.restore(part)
             whole.merge(other)
-    assert len(whole.done) == len(batches), "a part of the text was not seen"
+    assert len(whole.done) == len(batches), "a part of the text is missing"
     return whole
 
 
 def take(seen: Seen, host: Host, clt: CLT, tokens_BT: NDArray, batch: Batch, number: int) -> None:
-    """Take one batch in."""
+    """Process one batch."""
     rows = slice(batch.first_row, batch.first_row + batch.n_rows)
     x_BLD, _ = harvest(host, torch.from_numpy(tokens_BT[rows].astype(np.int64)))
     active = clt.encode_sparse(x_BLD)
@@ -162,7 +160,7 @@ def take(seen: Seen, host: Host, clt: CLT, tokens_BT: NDArray, batch: Batch, num
     seen.done.add(number)
 
 
-def _keep_encoders(clt: CLT, tokens: int) -> None:
-    """A prompt need not keep the encoders in memory; a pass reads them again with each batch, so it should."""
+def _load_encoders(clt: CLT, tokens: int) -> None:
+    """Load the encoders into memory: a pass reads them again with each batch."""
     if tokens and clt.W_enc.reader is not None:
         clt.W_enc.read_all()

@@ -1,12 +1,12 @@
-"""What one layer's features did on a stretch of text, in bounded memory, and mergeable.
+"""Statistics and example candidates of one layer's features over text, in bounded memory, and mergeable.
 
-A `LayerSketch` is a commutative monoid: taking batches in any order, on any number of ranks, with any kills and resumes
-in between, and merging, gives the same numbers to the last bit. To that end sums are kept in fixed point, the bins of
-histograms are powers of two, and chance is a hash of feature and position.
+A `LayerSketch` is a commutative monoid: batches in any order, on any number of ranks, with any interruptions, merge to
+a bitwise identical result. To that end sums are in fixed point, the bins of histograms are powers of two, and random
+numbers are hashes of feature and position.
 
-An *example candidate* of a feature is its peak in one row of text: the highest activation there, the first of several.
-Kept are the `n_top` highest candidates and the `n_reservoir` of lowest hash, which are an even draw from all; each with
-the feature's activations in a window around it. No two candidates share a row, so no two windows overlap.
+An *example candidate* of a feature is its peak in one row of text: the max activation there, the first of several. The
+sketch stores the `n_top` top candidates and the `n_reservoir` of lowest hash, which are a uniform sample of all, each
+with the feature's activations in a window around it. No two candidates share a row, so no two windows overlap.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from crosslayer.clt.sparse import Active
 FIXED_POINT = 2.0**20
 """Activations are summed in units of 2^-20."""
 COMPACT_AT_LEAST = 200_000
-"""Candidates that may wait before they are ranked with those kept."""
+"""Min number of candidates that accumulate before they are ranked with the stored ones."""
 NO_EXPONENT = -126
-"""Of a feature that has not fired: the least, 2^-126 being the smallest ordinary float32."""
+"""Exponent of a feature that has not fired: the minimum, as 2^-126 is the smallest normal float32."""
 
 
 def mix(key: Tensor) -> Tensor:
-    """63 well-mixed bits of each 64-bit key (the finaliser of SplitMix64)."""
+    """Mix each 64-bit key to 63 pseudo-random bits (the finaliser of SplitMix64)."""
 
     def shifted(x: Tensor, n: int) -> Tensor:
         return (x >> n) & ((1 << (64 - n)) - 1)
@@ -43,32 +43,33 @@ def mix(key: Tensor) -> Tensor:
 
 
 def hash_of(feature: Tensor, position: Tensor) -> Tensor:
-    """The chance of a candidate: of feature (flat id) and position alone."""
+    """Hash a candidate by feature (flat id) and position."""
     return mix(mix(position.long()) + feature.long())
 
 
 def window_start(position: NDArray, context: int, settings: ScanSettings) -> NDArray:
-    """Where the window around a position begins: `before` tokens earlier, moved so as to lie within its row."""
+    """Return the start of the window around a position: `before` tokens earlier, moved to lie within the row."""
     row_start = position - position % context
     last = row_start + max(context - settings.window, 0)
     return np.clip(position - settings.before, row_start, last)
 
 
 class Candidates(NamedTuple):
-    """Example candidates of one layer. The activations of candidate i are entries `indptr[i]:indptr[i + 1]` of the last
-    two.
+    """Example candidates of one layer.
+
+    The activations of candidate i are entries `indptr[i]:indptr[i + 1]` of `offset` and `activation`.
     """
 
     feature: NDArray
     """Index in the layer, int32."""
     position: NDArray
-    """Of the peak in the token file, int64."""
+    """Position of the peak in the token file, int64."""
     value: NDArray
-    """Of the peak, float32."""
+    """Activation at the peak, float32."""
     hash: NDArray
     indptr: NDArray
     offset: NDArray
-    """From the window's start, uint8."""
+    """Offset from the window's start, uint8."""
     activation: NDArray
     """float32."""
 
@@ -86,7 +87,7 @@ class Candidates(NamedTuple):
         )
 
     def take(self, which: NDArray) -> Candidates:
-        """These candidates, in this order."""
+        """Select these candidates, in this order."""
         lengths = np.diff(self.indptr)[which]
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         entry = np.arange(indptr[-1]) + np.repeat(self.indptr[:-1][which] - indptr[:-1], lengths)
@@ -104,14 +105,14 @@ class Candidates(NamedTuple):
 
 
 class LayerSketch:
-    """The figures and example candidates of one layer's features.
+    """Statistics and example candidates of one layer's features.
 
     Attributes:
-        count_SF: tokens on which each feature fires, by stream of text.
-        sum_F: of activations, in units of `1 / FIXED_POINT`.
-        max_F, min_F: of activations; 0 and infinity for a feature that has not fired.
+        count_SF: tokens on which each feature fires, per stream of text.
+        sum_F: sums of activations, in units of `1 / FIXED_POINT`.
+        max_F, min_F: max and min activation; 0 and infinity for a feature that has not fired.
         log_FX, linear_FX: histograms of activations; see `settings`.
-        exponent_F: of the linear histogram's range.
+        exponent_F: exponents of the linear histogram's range.
     """
 
     def __init__(
@@ -124,19 +125,19 @@ class LayerSketch:
         self.exponent_F = torch.full((n_features,), NO_EXPONENT, dtype=torch.int64, device=device)
         self.max_F = torch.zeros(n_features, device=device)
         self.min_F = torch.full((n_features,), torch.inf, device=device)
-        self._kept, self._waiting, self._n_waiting = Candidates.none(), list[Candidates](), 0
-        # A candidate below the first and above the second cannot be kept any more.
+        self._stored, self._waiting, self._n_waiting = Candidates.none(), list[Candidates](), 0
+        # A candidate below the first and above the second can no longer be selected.
         self._value_floor_F = torch.zeros(n_features, device=device)
         self._hash_ceiling_F = torch.full((n_features,), torch.iinfo(torch.int64).max, device=device)
 
     @torch.no_grad()
     def add(self, active: Active, stream: int, first_row: int, n_skip: int) -> None:
-        """Take in what fires on some rows.
+        """Add the active entries of some rows.
 
         Args:
-            active: entries of whole rows but their first `n_skip` positions, row by row.
-            stream: of the text that the rows are from.
-            first_row: number of the first of them in the token file.
+            active: entries of whole rows without their first `n_skip` positions, row by row.
+            stream: stream of the text.
+            first_row: number of the first row in the token file.
         """
         keep_K = active.value_K > 0
         token_K, feature_K, value_K = active.token_K, active.feature_K, active.value_K
@@ -164,7 +165,7 @@ class LayerSketch:
         self.linear_FX.view(-1).index_add_(0, feature_K * LINEAR_BINS + bin_K, one_K)
 
     def _widen(self, exponent_F: Int[Tensor, " F"]) -> None:
-        """Bring linear histograms to a wider range, two bins becoming one with each doubling."""
+        """Widen linear histograms to a larger range; each doubling merges pairs of bins."""
         left_F = exponent_F - self.exponent_F
         fresh_F = self.exponent_F == NO_EXPONENT
         self.exponent_F = torch.maximum(self.exponent_F, exponent_F)
@@ -183,8 +184,8 @@ class LayerSketch:
         n_rows: int,
         first_row: int,
     ) -> None:
-        """The peak of each feature in each row, and its window, if it may be kept."""
-        # Value and place in one number, so that the highest, and of equals the first, is a maximum.
+        """Find the peak of each feature in each row, and its window, if it may be selected."""
+        # Value and position in one number, so that the max is the first of the highest values.
         key_K = (value_K.view(torch.int32).long() << 32) | (self.context - position_K)
         best = torch.zeros(n_rows * self.n_features, dtype=torch.int64, device=cell_K.device)
         best.scatter_reduce_(0, cell_K, key_K, "amax")
@@ -225,14 +226,14 @@ class LayerSketch:
             )
         )
         self._n_waiting += len(cell_X)
-        if self._n_waiting > max(COMPACT_AT_LEAST, len(self._kept.feature) // 4):
+        if self._n_waiting > max(COMPACT_AT_LEAST, len(self._stored.feature) // 4):
             self._compact()
 
     def _compact(self) -> None:
-        """Rank what waits with what is kept, and keep the best of both kinds, in order of feature and then of value."""
+        """Rank new and stored candidates, and keep the best of both kinds, sorted by feature and value."""
         if not self._waiting:
             return
-        everything = Candidates.joined([self._kept, *self._waiting])
+        everything = Candidates.joined([self._stored, *self._waiting])
         self._waiting, self._n_waiting = [], 0
         by_hash = np.lexsort((everything.hash, everything.feature))
         by_value = np.lexsort((everything.position, -everything.value, everything.feature))
@@ -244,22 +245,22 @@ class LayerSketch:
         place = lambda mask: torch.from_numpy(everything.feature[mask].astype(np.int64)).to(device)  # noqa: E731
         self._value_floor_F[place(last_top)] = torch.from_numpy(everything.value[last_top]).to(device)
         self._hash_ceiling_F[place(last_drawn)] = torch.from_numpy(everything.hash[last_drawn]).to(device)
-        self._kept = everything.take(by_value[keep[by_value]])
+        self._stored = everything.take(by_value[keep[by_value]])
 
     def _ranks(self, feature: NDArray, order: NDArray) -> NDArray:
-        """The place of each candidate among its feature's in this order, which is by feature first."""
+        """Return the rank of each candidate within its feature, for an order that sorts by feature first."""
         begins = np.searchsorted(feature[order], np.arange(self.n_features))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order)) - begins[feature[order]]
         return rank
 
     def candidates(self) -> Candidates:
-        """All that are kept, by feature, then from the highest value down, then by position."""
+        """Return all stored candidates, sorted by feature, then from high to low value, then by position."""
         self._compact()
-        return self._kept
+        return self._stored
 
     def merge(self, other: LayerSketch) -> None:
-        """Take in what another sketch of the same layer has seen."""
+        """Merge another sketch of the same layer."""
         self.count_SF += other.count_SF
         self.sum_F += other.sum_F
         self.log_FX += other.log_FX
@@ -270,18 +271,18 @@ class LayerSketch:
         other._widen(exponent_F)
         self.linear_FX += other.linear_FX
         self._waiting.append(other.candidates())
-        self._n_waiting += len(other._kept.feature)
+        self._n_waiting += len(other._stored.feature)
         self._compact()
 
     TENSORS = ("count_SF", "sum_F", "log_FX", "linear_FX", "exponent_F", "max_F", "min_F")
 
     def state(self) -> dict[str, NDArray]:
-        """As named arrays, for a file."""
+        """Return the state as named arrays, for a file."""
         arrays = {name: getattr(self, name).cpu().numpy() for name in self.TENSORS}
         return arrays | {f"candidates.{k}": v for k, v in self.candidates()._asdict().items()}
 
     def restore(self, arrays: dict[str, NDArray]) -> None:
-        """Be the sketch whose `state` this is."""
+        """Restore a `state`."""
         for name in self.TENSORS:
             setattr(self, name, torch.from_numpy(arrays[name]).to(self.max_F.device))
         self._waiting = [Candidates(*(arrays[f"candidates.{k}"] for k in Candidates._fields))]

@@ -1,4 +1,4 @@
-"""The arrays of a graph, and whether they fit its header."""
+"""The arrays of a graph, and a check that they fit its header."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class GraphArrays(NamedTuple):
     index_F: Int[np.ndarray, " F"]
     activation_F: Float[np.ndarray, " F"]
     influence_N: Float[np.ndarray, " N"]
-    """Of whole rows, targets weighted as the header says."""
+    """Influence from complete rows, with targets weighted as in the header."""
     row_R: Int[np.ndarray, " R"]
     """Node of each row."""
     start_R1: Int[np.ndarray, " R1"]
-    """Where rows begin among the edges, and where the last ends."""
+    """Offset of each row's edges, and the number of edges at the end."""
     source_E: Int[np.ndarray, " E"]
     weight_E: Float[np.ndarray, " E"]
     value_R: Float[np.ndarray, " R"]
@@ -30,13 +30,13 @@ class GraphArrays(NamedTuple):
     constant_R: Float[np.ndarray, " R"]
     """Edge from the constant node: biases, and what MLPs write at the first positions."""
     rest_R: Float[np.ndarray, " R"]
-    """Sum of the edges that were not kept."""
+    """Sum of the edges that are not stored."""
     mass_R4: Float[np.ndarray, "R 4"]
-    """Sums of absolute edges from features, errors and tokens, and of those among them that were not kept."""
+    """Sums of absolute edges from features, errors and tokens, and of the edges that are not stored."""
 
 
 def fault(header: GraphHeader, a: GraphArrays) -> str | None:
-    """What of a header and its arrays contradicts itself, if anything."""
+    """Return the first inconsistency of a header and its arrays, or None."""
     F, T = len(a.layer_F), len(header.tokens)
     N = F + header.n_layers * T + T + len(header.targets)
     R, E = len(a.row_R), len(a.weight_E)
@@ -82,7 +82,7 @@ def fault(header: GraphHeader, a: GraphArrays) -> str | None:
         return f"{len(header.token_strings)} token_strings for {len(header.tokens)} tokens"
     weights = [t.weight for t in header.targets]
     if not all(0 <= w < float("inf") for w in weights) or not (sum(weights) > 0 or header.unexpanded is None):
-        return "the targets' weights are not all from 0 on, with one above it"
+        return "the targets' weights must be 0 or more, with at least one above 0"
     if not all(0 <= t.position < T for t in header.targets):
-        return "a target is at a position that is not there"
+        return "a target is at a position outside the prompt"
     return None

@@ -1,6 +1,4 @@
-"""From a graph to a circuit: which features may be drawn as one, and what changing some would do to the others. NumPy
-and SciPy only.
-"""
+"""From a graph to a circuit: suggest supernodes and predict the effect of changes. NumPy and SciPy only."""
 
 from __future__ import annotations
 
@@ -16,28 +14,28 @@ from crosslayer.graphs.graph import Graph
 from crosslayer.graphs.influence import normalised
 
 LIKENESS = 0.5
-"""Cosine of two features' edges from which they are suggested as one."""
+"""Cosine of two features' edges above which they are suggested as one supernode."""
 MOST_APART = 1
-"""Positions that features of one suggestion may be apart."""
+"""Max distance in positions between features of one supernode."""
 
 
 class Suggestion(NamedTuple):
-    """Features that stand at the same tokens and are connected alike."""
+    """A suggested supernode: features at the same tokens with similar edges."""
 
     nodes: list[int]
     likeness: float
-    """Mean cosine of their edges."""
+    """Mean cosine of the members' edges."""
 
 
 def suggested(graph: Graph, nodes: Collection[int], likeness: float = LIKENESS) -> list[Suggestion]:
-    """Supernodes to take or leave among some features, those of most influence first.
+    """Suggest supernodes among the given features, the most influential first.
 
-    Two features are alike if they stand at most one position apart and their edges, incoming and outgoing, each
-    normalised, point the same way. Groups are what is left connected when all other pairs are cut, split again where
-    two members are not alike.
+    Two features are similar if they are at most one position apart and their normalised edges, incoming and outgoing,
+    point the same way. Supernodes are the connected components of similar pairs, split again where two members are
+    not similar.
 
     Args:
-        nodes: features to choose from, as those that pruning keeps.
+        nodes: features to choose from, for example those that pruning keeps.
     """
     chosen = sorted(n for n in nodes if n < graph.n_features)
     if len(chosen) < 2:
@@ -57,7 +55,7 @@ def suggested(graph: Graph, nodes: Collection[int], likeness: float = LIKENESS) 
     for g in range(int(group.max()) + 1):
         members = np.flatnonzero(group == g)
         while len(members) > 1:
-            # The member least like the others goes, until all are alike.
+            # Remove the least similar member until all are similar.
             inside = cosine[np.ix_(members, members)]
             if alike[np.ix_(members, members)].sum() == len(members) * (len(members) - 1):
                 pairs = inside[np.triu_indices(len(members), 1)]
@@ -69,24 +67,24 @@ def suggested(graph: Graph, nodes: Collection[int], likeness: float = LIKENESS) 
 
 
 def _unit(matrix: csr_array) -> csr_array:
-    """Rows of length 1; those of zeros stay."""
+    """Normalise rows to length 1; zero rows stay zero."""
     squares = np.asarray(matrix.multiply(matrix) @ np.ones(matrix.shape[1]))  # type: ignore[index]
     scale = 1 / np.sqrt(np.where(squares > 0, squares, 1.0))
     return csr_array(matrix.multiply(scale[:, None]))
 
 
 def predicted_changes(graph: Graph, factors: Mapping[int, float]) -> Float[np.ndarray, " N"]:
-    """What the edges say of scaling some features: the change of each row's value, all else linear.
+    """Predict the change of each row's value when features are scaled, to first order.
 
-    A feature that is changed by its inputs hands that on in proportion, as if it neither fell silent nor woke others.
-    Those that are scaled keep their new value.
+    A feature whose inputs change passes the change on in proportion. The prediction ignores features that become active
+    or inactive. Scaled features keep their new value.
 
     Args:
-        factors: by node of a feature, what its activation is multiplied by.
+        factors: factor on the activation, by node of a feature.
     """
     edges, a = graph.edges, graph.arrays
     change_N = np.zeros(graph.n_nodes)
-    # By how much of itself each source has changed.
+    # Relative change of each source.
     share_N = np.zeros(graph.n_nodes)
     for node, factor in factors.items():
         share_N[node] = factor - 1

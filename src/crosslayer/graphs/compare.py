@@ -1,4 +1,4 @@
-"""Graphs of several prompts side by side, by feature: what they share, and what sets them apart. No torch."""
+"""Compare graphs of several prompts by feature: what they share, and where they differ. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from crosslayer.graphs.graph import Graph
 
 
 class Merged(NamedTuple):
-    """G graphs over the union of their features; a feature's positions are added up.
+    """G graphs over the union of their features; positions of a feature are summed.
 
     Attributes:
         feature_F2: layer and index of each feature.
         influence_GF: share of each graph's influence on its targets.
-        activation_GF: largest activation.
-        edges: for each graph (F, F), rows are targets: absolute edges as shares of the target's input, averaged over
-            its positions by influence.
+        activation_GF: max activation.
+        edges: per graph (F, F), rows are targets. Absolute edges as shares of the target's input, averaged over its
+            positions by influence.
     """
 
     feature_F2: Int[np.ndarray, "F 2"]
@@ -30,20 +30,20 @@ class Merged(NamedTuple):
     edges: list[csr_array]
 
     def shared(self) -> Bool[np.ndarray, " F"]:
-        """Features that carry influence in every graph: the intersection."""
+        """Return the features with influence in every graph (the intersection)."""
         return np.all(self.influence_GF > 0, axis=0)
 
     def only(self, graph: int) -> Bool[np.ndarray, " F"]:
-        """Features that carry influence in this graph and in no other."""
+        """Return the features with influence in this graph and in no other."""
         has = self.influence_GF > 0
         return has[graph] & (has.sum(0) == 1)
 
     def difference(self, first: int = 0, second: int = 1) -> Float[np.ndarray, " F"]:
-        """Share of influence in one graph less that in another."""
+        """Return the share of influence in one graph minus that in another."""
         return self.influence_GF[first] - self.influence_GF[second]
 
     def mean_edges(self) -> csr_array:
-        """Edges averaged over the graphs: the merge."""
+        """Return the edges averaged over the graphs."""
         total = self.edges[0]
         for e in self.edges[1:]:
             total = total + e
@@ -51,7 +51,7 @@ class Merged(NamedTuple):
 
 
 def merge(graphs: Sequence[Graph]) -> Merged:
-    """Put graphs of one transcoder side by side.
+    """Merge graphs of one transcoder over the union of their features.
 
     Raises:
         ConfigError: for no graph, or graphs of transcoders with different numbers of layers.
@@ -65,8 +65,7 @@ def merge(graphs: Sequence[Graph]) -> Merged:
     scans = {g.header.scan for g in graphs if g.header.scan}
     if len(scans) > 1:
         raise ConfigError(
-            f"the graphs are of different transcoders, {', '.join(sorted(scans))}; their features have nothing in"
-            " common"
+            f"the graphs are of different transcoders, {', '.join(sorted(scans))}; their features cannot be compared"
         )
     keys = [np.stack([g.arrays.layer_F, g.arrays.index_F], axis=1) for g in graphs]
     feature_F2, which = np.unique(np.concatenate(keys), axis=0, return_inverse=True)

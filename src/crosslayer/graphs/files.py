@@ -1,4 +1,4 @@
-"""A saved graph: `NAME.json`, its header, and `NAME.safetensors`, its arrays."""
+"""Save and load graphs: the header `NAME.json` and the arrays `NAME.safetensors`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crosslayer.schemas.graph import FORMAT, VERSION, GraphHeader
 
 
 def write(header: GraphHeader, arrays: GraphArrays, path: str | Path) -> Path:
-    """Write both files, whole or not at all; gives the path of the header.
+    """Write both files atomically and return the path of the header.
 
     Raises:
         ConfigError: for a path that cannot be written.
@@ -28,18 +28,18 @@ def write(header: GraphHeader, arrays: GraphArrays, path: str | Path) -> Path:
         require_writable(file)
     refuse_other_file(path)
     written = save({k: np.ascontiguousarray(v) for k, v in arrays._asdict().items()})
-    said = header.model_copy(update={"arrays": _digest(written)})
+    record = header.model_copy(update={"arrays": _digest(written)})
     with replacing(tensors) as temporary:
         temporary.write_bytes(written)
-    write_text(header_path, said.model_dump_json(indent=1) + "\n")
+    write_text(header_path, record.model_dump_json(indent=1) + "\n")
     return header_path
 
 
 def read(path: str | Path) -> tuple[GraphHeader, GraphArrays]:
-    """What `write` wrote, by either file's name or without the ending.
+    """Read a saved graph by the name of either file, or without the suffix.
 
     Raises:
-        FormatError: for files that are not there, cut short, of a newer version, or that contradict each other.
+        FormatError: for files that are missing, truncated, of a newer version, or inconsistent.
     """
     header_path, tensor_path = files_of(path)
     header = _read_header(header_path)
@@ -64,24 +64,24 @@ def read(path: str | Path) -> tuple[GraphHeader, GraphArrays]:
 
 
 def refuse_other_file(path: str | Path) -> None:
-    """Refuse to write a graph over a file that is something else.
+    """Refuse to overwrite a file that is not a graph.
 
     Raises:
-        ConfigError: for a JSON file that is there and is no graph's.
+        ConfigError: for an existing JSON file that is not a graph.
     """
     header, _ = files_of(path)
     if not header.is_file():
         return
     try:
-        said = json.loads(header.read_text(encoding="utf-8"))
+        record = json.loads(header.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
-        raise ConfigError(f"{header} is there and is no saved graph; give another name, or remove it")
+        record = None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ConfigError(f"{header} exists and is no saved graph; give another name, or remove it")
 
 
 def files_of(path: str | Path) -> tuple[Path, Path]:
-    """The header and the tensors of a graph by either file's name, or without the ending."""
+    """Return header and tensor paths of a graph, by the name of either file or without the suffix."""
     base = Path(path)
     if not base.name or base.name in (".", ".."):
         raise ConfigError(f"{str(path)!r} is no file's name; give the name of a graph")
@@ -96,15 +96,16 @@ def _digest(written: bytes) -> str:
 
 def _read_header(path: Path) -> GraphHeader:
     missing = f"there is no graph {path}; make one with crosslayer graph -o {path}"
-    said = read_json(path, missing=missing, remedy="trace the prompt again")
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
+    record = read_json(path, missing=missing, remedy="trace the prompt again")
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise FormatError(
-            f"{path} is no graph of crosslayer; a viewer's JSON must lie without a .safetensors of its name beside it"
+            f"{path} is no graph of crosslayer; a viewer's JSON must not have a .safetensors file of the same"
+            " name beside it"
         )
-    if isinstance(said.get("version"), int) and said["version"] > VERSION:
-        raise FormatError(f"{path} is of version {said['version']}, newer than {VERSION}; update crosslayer")
+    if isinstance(record.get("version"), int) and record["version"] > VERSION:
+        raise FormatError(f"{path} is of version {record['version']}, newer than {VERSION}; update crosslayer")
     try:
-        return GraphHeader.model_validate(said)
+        return GraphHeader.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(x) for x in first["loc"])

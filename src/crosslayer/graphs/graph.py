@@ -1,8 +1,8 @@
-"""An attribution graph: nodes, sparse edges, and how much of the truth they hold. NumPy and SciPy only.
+"""An attribution graph: nodes, sparse edges and error bounds. NumPy and SciPy only.
 
-Nodes are numbered: active features by layer, then position, then index; errors by layer, then position; tokens;
-targets. Edges are rows of incoming edges of the nodes that were expanded: `edge[s -> t] = a_s * d value_t / d a_s` in
-the local replacement model. What an edge matrix leaves out is in two numbers of each row, so that sums stay exact.
+Nodes are numbered in this order: active features by layer, position and index; errors by layer and position; tokens;
+targets. Edges are stored as rows, the incoming edges of each expanded node: `edge[s -> t] = a_s * d value_t / d a_s` in
+the local replacement model. Two numbers per row account for edges that are not stored, so that sums stay exact.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from crosslayer.graphs.influence import Pruned, Scores, normalised, prune, score
 from crosslayer.schemas.graph import GraphHeader
 
 DENSE_NODES = 30_000
-"""Nodes beyond which a dense matrix is refused."""
+"""Max number of nodes of a dense matrix."""
 
 
 class Graph:
-    """One prompt's attribution graph.
+    """The attribution graph of one prompt.
 
     Attributes:
-        header: prompt, targets, settings, the bound, where it came from.
+        header: prompt, targets, settings, bound and provenance.
         arrays: nodes and rows.
-        present_N: nodes that an imported file has; None for a graph of our own, which has all.
+        present_N: nodes of an imported file; None for a graph traced by crosslayer, which has all nodes.
     """
 
     def __init__(
@@ -73,29 +73,29 @@ class Graph:
 
     @property
     def imported(self) -> bool:
-        """Whether it came pruned from a viewer's file, so that rows are not whole."""
+        """Whether the graph was imported from a viewer's file, already pruned, so that rows are incomplete."""
         return self.header.unexpanded is None
 
     @property
     def unexpanded(self) -> float:
-        """The bound: no node's influence share, nor that of all tokens or all errors, is short by more."""
+        """The bound: max underestimate of the influence share of a node, of all tokens or of all errors."""
         return math.nan if self.header.unexpanded is None else self.header.unexpanded
 
     @property
     def weight_N(self) -> Float[np.ndarray, " N"]:
-        """Targets' weights, zero elsewhere."""
+        """Weights of the targets, zero for other nodes."""
         weight_N = np.zeros(self.n_nodes)
         weight_N[self.first_target :] = [t.weight for t in self.header.targets]
         return weight_N
 
     @property
     def influence_N(self) -> Float[np.ndarray, " N"]:
-        """Influence of each node on the targets, weighted by their probabilities as they are."""
+        """Influence of each node on the targets, weighted by the targets' probabilities."""
         return self.arrays.influence_N
 
     @cached_property
     def edges(self) -> csr_array:
-        """Signed edges (N, N), rows are targets; empty rows for nodes that were not expanded."""
+        """Signed edges (N, N); rows are targets, empty for nodes that were not expanded."""
         a = self.arrays
         count_N = np.zeros(self.n_nodes, dtype=np.int64)
         count_N[a.row_R] = np.diff(a.start_R1)
@@ -109,32 +109,32 @@ class Graph:
         return csr_array((weight_E, source_E, np.concatenate([[0], np.cumsum(count_N)])), (self.n_nodes, self.n_nodes))
 
     def row(self, node: int) -> int | None:
-        """Which row is this node's; None if it was not expanded."""
+        """Return the row of a node; None if it was not expanded."""
         found = np.flatnonzero(self.arrays.row_R == node)
         return int(found[0]) if len(found) else None
 
     def incoming_R(self) -> Float[np.ndarray, " R"]:
-        """Sum of each row's incoming edges, that of the constant node included."""
+        """Sum of each row's incoming edges, including the edge of the constant node."""
         a = self.arrays
         kept_R = np.bincount(_row_of_edge(a), weights=a.weight_E, minlength=len(a.row_R))
         return kept_R + a.rest_R + a.constant_R
 
     def preactivation_R(self) -> Float[np.ndarray, " R"]:
-        """What the incoming edges of each row sum to."""
+        """Pre-activation of each row's node, which the incoming edges sum to."""
         return self.arrays.value_R
 
     def sum_error(self) -> float:
-        """Largest difference of the two, as a share of the sum of the row's absolute edges."""
+        """Return the max difference of edge sum and pre-activation, relative to the row's sum of absolute edges."""
         a = self.arrays
         scale_R = a.mass_R4[:, :3].sum(1) + np.abs(a.constant_R)
         wrong_R = np.abs(self.incoming_R() - a.value_R)
         return float((wrong_R / np.maximum(scale_R, 1e-30)).max()) if len(wrong_R) else 0.0
 
     def to_dense(self) -> Float[np.ndarray, "N N"]:
-        """Signed edges as a matrix, rows are targets.
+        """Return signed edges as a dense matrix; rows are targets.
 
         Raises:
-            ResourceError: for more nodes than a dense matrix is reasonable for.
+            ResourceError: for more nodes than `DENSE_NODES`.
         """
         if self.n_nodes > DENSE_NODES:
             raise ResourceError(
@@ -144,14 +144,14 @@ class Graph:
         return self.edges.toarray()
 
     def scores(self) -> Scores:
-        """Replacement and completeness, each with the interval that the unexpanded nodes leave.
+        """Compute replacement and completeness scores, with the intervals left by unexpanded nodes.
 
         Raises:
-            ConfigError: for an imported graph, which was pruned and cannot tell.
+            ConfigError: for an imported graph, which was pruned and has no scores.
         """
         if self.imported:
             raise ConfigError(
-                "the graph was imported from a pruned file, whose rows are not whole; trace the prompt for scores"
+                "the graph was imported from a pruned file, whose rows are incomplete; trace the prompt for scores"
             )
         a = self.arrays
         total_R = a.mass_R4[:, :3].sum(1)
@@ -167,10 +167,10 @@ class Graph:
         )
 
     def subgraph_scores(self, features: Collection[int]) -> Scores:
-        """Scores of these features alone (numbers of nodes): what is left out is merged into the errors.
+        """Compute scores with the given features only; all other features count as errors.
 
         Raises:
-            ConfigError: for a number that is not a feature's.
+            ConfigError: for a node that is not a feature.
         """
         if wrong := [n for n in features if not 0 <= n < self.n_features]:
             raise ConfigError(
@@ -181,13 +181,13 @@ class Graph:
         )
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98, wanted: Collection[int] = ()) -> Pruned:
-        """The fewest nodes that hold `node_threshold` of the influence, and of their edges those that hold
-        `edge_threshold`.
+        """Keep the fewest nodes that hold `node_threshold` of the influence, and likewise the fewest of their edges.
+
+        An imported graph, which is pruned already, stays unchanged if both thresholds are 1.
 
         Args:
-            wanted: nodes that stay whatever their influence, with their edges.
-
-        An imported graph, pruned before it came, stays as it came when both thresholds are 1.
+            node_threshold, edge_threshold: shares of influence and of edge scores to keep.
+            wanted: nodes that stay with their edges, whatever their influence.
 
         Raises:
             ConfigError: for a threshold outside 0 to 1.
@@ -213,7 +213,7 @@ class Graph:
         return normalised(self.edges)
 
     def name(self, node: int) -> str:
-        """What a node is, for people: `L3/1204 @5`, `error L3 @5`, `" self" @2`, a target's name."""
+        """Return the display name of a node: `L3/1204 @5`, `error L3 @5`, `" self" @2`, or a target's name."""
         a, n_positions = self.arrays, self.n_positions
         if node < self.first_error:
             return f"L{a.layer_F[node]}/{a.index_F[node]} @{a.position_F[node]}"
@@ -226,7 +226,7 @@ class Graph:
         return repr(self.header.targets[node - self.first_target].name)
 
     def position(self, node: int) -> int:
-        """The position of a node."""
+        """Return the position of a node."""
         if node < self.first_error:
             return int(self.arrays.position_F[node])
         if node < self.first_target:
@@ -234,7 +234,7 @@ class Graph:
         return self.header.targets[node - self.first_target].position
 
     def save(self, path: str | Path) -> Path:
-        """Write `PATH.safetensors` and `PATH.json`, whole or not at all; gives the path of the second.
+        """Write `PATH.safetensors` and `PATH.json` atomically and return the path of the second.
 
         Raises:
             ConfigError: for a path that cannot be written.
@@ -243,10 +243,10 @@ class Graph:
 
     @classmethod
     def load(cls, path: str | Path) -> Graph:
-        """Read what `save` wrote, by either file's name or without the ending.
+        """Load a saved graph by the name of either file, or without the suffix.
 
         Raises:
-            FormatError: for files that are not there, cut short, of a newer version, or that contradict each other.
+            FormatError: for files that are missing, truncated, of a newer version, or inconsistent.
         """
         return cls(*files.read(path))
 

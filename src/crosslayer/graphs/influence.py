@@ -1,7 +1,7 @@
-"""Influence, pruning and scores of a graph: pure functions over a sparse matrix, NumPy and SciPy only.
+"""Influence, pruning and scores of a graph: pure functions over a sparse matrix, with NumPy and SciPy only.
 
 W is the matrix of absolute edges, each target's incoming row normalised to sum 1; p holds the targets' weights.
-Influence is p W + p W^2 + ...; the graph is acyclic, so the sum ends. The numbers are those of circuit-tracer on the
+Influence is p W + p W^2 + ...; the graph is acyclic, so the sum is finite. The results equal circuit-tracer's on the
 same graph.
 """
 
@@ -18,7 +18,7 @@ from crosslayer.core.errors import FormatError
 
 
 class Interval(NamedTuple):
-    """A score, and the least and most that it could be had every node been expanded."""
+    """A score, and its minimum and maximum if every node had been expanded."""
 
     value: float
     low: float
@@ -31,8 +31,8 @@ class Scores(NamedTuple):
     Attributes:
         replacement: share of the influence that ends in tokens rather than in errors.
         completeness: share of inputs that come from features or tokens rather than errors, nodes weighted by influence.
-            As circuit-tracer has it: tokens and errors, which have no inputs, count as complete.
-        completeness_strict: the same over features and targets alone.
+            As in circuit-tracer, tokens and errors, which have no inputs, count as complete.
+        completeness_strict: the same over features and targets only.
     """
 
     replacement: Interval
@@ -41,13 +41,13 @@ class Scores(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """What a threshold keeps.
+    """Result of pruning.
 
     Attributes:
-        node_N: nodes kept.
-        target_E, source_E, weight_E, score_E: edges kept among them.
-        cumulative_N: for each node the share of all influence that it and the nodes above it hold.
-        influence_N: the influence that nodes were ranked by.
+        node_N: remaining nodes.
+        target_E, source_E, weight_E, score_E: remaining edges between them.
+        cumulative_N: per node, the share of influence held by it and all nodes ranked above it.
+        influence_N: the influence by which nodes were ranked.
     """
 
     node_N: Bool[np.ndarray, " N"]
@@ -60,7 +60,7 @@ class Pruned(NamedTuple):
 
 
 def normalised(weight_NN: csr_array) -> csr_array:
-    """Absolute values, each row divided by its sum."""
+    """Take absolute values and divide each row by its sum."""
     absolute = csr_array(
         (np.abs(weight_NN.data).astype(np.float64), weight_NN.indices, weight_NN.indptr), _shape(weight_NN)
     )
@@ -75,7 +75,7 @@ def _shape(matrix: csr_array) -> tuple[int, int]:
 
 
 def row_sums(matrix: csr_array) -> Float[np.ndarray, " N"]:
-    """Sum of each row."""
+    """Sum each row."""
     return np.asarray(matrix @ np.ones(_shape(matrix)[1]))
 
 
@@ -83,11 +83,11 @@ def influence(W_NN: csr_array, weight_N: Float[np.ndarray, " N"]) -> Float[np.nd
     """Sum over all paths to the targets, p W + p W^2 + ...
 
     Args:
-        W_NN: normalised; rows are targets, columns sources.
-        weight_N: p, zero but at the targets.
+        W_NN: normalised; rows are targets, columns are sources.
+        weight_N: p, zero except at the targets.
 
     Raises:
-        FormatError: for edges that go round in a circle, as only a file that was made wrongly has them.
+        FormatError: for edges that form a cycle.
     """
     W_T = W_NN.T.tocsr()
     total_N, flow_N = np.zeros(len(weight_N)), weight_N
@@ -96,11 +96,11 @@ def influence(W_NN: csr_array, weight_N: Float[np.ndarray, " N"]) -> Float[np.nd
         if not flow_N.any():
             return total_N
         total_N += flow_N
-    raise FormatError("the graph's edges go round in a circle, which no tracing gives; make the file again")
+    raise FormatError("the graph's edges form a cycle; make the file again")
 
 
 def cutoff(score_X: Float[np.ndarray, " X"], share: float) -> float:
-    """The smallest score among the fewest largest that together hold this share."""
+    """Return the smallest score among the fewest largest scores that together hold this share."""
     sorted_X = np.sort(score_X)[::-1]
     cumulative_X = np.cumsum(sorted_X)
     if not len(sorted_X) or cumulative_X[-1] <= 0:
@@ -110,7 +110,7 @@ def cutoff(score_X: Float[np.ndarray, " X"], share: float) -> float:
 
 
 def cumulative(score_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """For each node the share that it and all with a larger score hold."""
+    """Return, per node, the share held by it and all nodes with a larger score."""
     order = np.argsort(-score_N, kind="stable")
     shares = np.empty(len(score_N))
     sums = np.cumsum(score_N[order])
@@ -119,7 +119,7 @@ def cumulative(score_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 def unpruned(weight_NN: csr_array, influence_N: Float[np.ndarray, " N"], present_N: Bool[np.ndarray, " N"]) -> Pruned:
-    """All of these nodes, and all edges, as they are."""
+    """Return the given nodes and all edges without pruning."""
     coo = weight_NN.tocoo()
     score_E = normalised(weight_NN).tocoo().data * influence_N[coo.row]
     return Pruned(present_N, coo.row, coo.col, coo.data, score_E, cumulative(influence_N), influence_N)
@@ -136,14 +136,15 @@ def prune(
     edge_threshold: float = 0.98,
     wanted: Collection[int] = (),
 ) -> Pruned:
-    """Keep the fewest nodes that hold `node_threshold` of the influence, tokens and targets always; then edges
-    likewise.
+    """Keep the fewest nodes that hold `node_threshold` of the influence, then the fewest edges likewise.
+
+    Tokens and targets always stay.
 
     Args:
         weight_NN: signed edges. Nodes are features, errors, tokens, targets.
-        weight_N: p, zero but at the targets.
-        influence_N: by which nodes are ranked.
-        wanted: nodes that stay whatever their influence, with all edges between them and other kept nodes.
+        weight_N: p, zero except at the targets.
+        influence_N: the influence by which nodes are ranked.
+        wanted: nodes that stay whatever their influence, with all edges between them and other remaining nodes.
     """
     wanted_N = np.zeros(len(influence_N), dtype=bool)
     wanted_N[list(wanted)] = True
@@ -195,12 +196,12 @@ def scores(
     first_token: int,
     n_layers: int,
 ) -> Scores:
-    """Scores with the intervals that nodes without a row leave open.
+    """Compute scores, with the intervals left by nodes without a row.
 
     Args:
-        influence_N: of whole rows.
-        layer_N: of the features, the first of the nodes.
-        row_R, error_share_R: nodes that have a row, and the share of errors in it.
+        influence_N: from complete rows.
+        layer_N: layers of the features, which are the first nodes.
+        row_R, error_share_R: nodes with a row, and the share of errors in it.
     """
     n_features = len(layer_N)
     total = weight_N.sum()
@@ -214,7 +215,7 @@ def scores(
     value = token / ends if ends > 0 else 0.0
     replacement = _interval(value, token, token + unexpanded)
     known, complete = reach_N[row_R].sum(), (reach_N[row_R] * (1 - error_share_R)).sum()
-    # What was left could add at most this to the influence of features of lower layers.
+    # Max influence that unexpanded nodes could add to features of lower layers.
     below = (np.cumsum(left_L[::-1])[:-1]).sum() if n_layers > 1 else 0.0
     strict = _interval(
         complete / known,
@@ -241,10 +242,10 @@ def subgraph_scores(
     n_features: int,
     first_token: int,
 ) -> Scores:
-    """Scores of some features: what is left out counts as error.
+    """Compute scores with some features only; all other features count as errors.
 
     Args:
-        weight_NN: signed edges; each row whole but for what `keep` says.
+        weight_NN: signed edges; rows are complete except for the features removed by `keep`.
         keep: features of the subgraph.
     """
     kept_N = np.zeros(len(weight_N), dtype=bool)
@@ -262,7 +263,7 @@ def subgraph_scores(
     error = float(reach_N @ lost_N) / total
     has_row = (np.diff(W.indptr) > 0) & kept_N
     known, complete = reach_N[has_row].sum() / total, (reach_N * (1 - error_share_N))[has_row].sum() / total
-    # Completeness counts tokens and errors, the left-out features among them, as complete nodes.
+    # Completeness counts tokens and errors as complete nodes, including the removed features.
     ends = token + error
     same = lambda v: Interval(float(v), float(v), float(v))  # noqa: E731
     return Scores(same(token / ends if ends else 0.0), same((complete + ends) / (known + ends)), same(complete / known))

@@ -1,4 +1,4 @@
-"""Graphs as the JSON of Anthropic's viewer, circuit-tracer and Neuronpedia, both directions. No torch."""
+"""Read and write graphs in the JSON format of Anthropic's viewer, circuit-tracer and Neuronpedia. No torch."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def to_file(
     pinned: Sequence[int] = (),
     supernodes: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> GraphFile:
-    """A graph, pruned, in the interchange format.
+    """Convert a graph, pruned, to the interchange format.
 
     Args:
-        labels: what features are called, by layer and index: their `clerp`.
+        labels: labels of features by layer and index, written as `clerp`.
         pinned: nodes that a viewer shows as pinned; they stay whatever the thresholds.
-        supernodes: names, and the nodes that are shown as one.
+        supernodes: names, and the nodes of each supernode.
 
     Raises:
         ConfigError: for a slug with other characters than letters, digits, `_`, `.` and `-`.
@@ -60,7 +60,7 @@ def to_file(
     kept = np.flatnonzero(pruned.node_N)
     ids = {int(n): _node_id(graph, int(n)) for n in kept}
     h = graph.header
-    said = dict(
+    record = dict(
         slug=slug,
         scan=h.scan,
         prompt=h.prompt,
@@ -90,7 +90,7 @@ def to_file(
         pinnedIds=[ids[n] for n in pinned],
         supernodes=[[name, *(ids[n] for n in members if n in ids)] for name, members in supernodes],
     )
-    return GraphFile(metadata=GraphMetadata.model_validate(said), qParams=shown, nodes=nodes, links=links)
+    return GraphFile(metadata=GraphMetadata.model_validate(record), qParams=shown, nodes=nodes, links=links)
 
 
 def _node_id(graph: Graph, node: int) -> str:
@@ -108,7 +108,7 @@ def _node_id(graph: Graph, node: int) -> str:
 
 
 def _target_number(graph: Graph, node: int) -> int:
-    """A logit's token; for any other target a number past the vocabulary."""
+    """Return a logit's token; for any other target a number past the vocabulary."""
     number = node - graph.first_target
     target = graph.header.targets[number]
     return target.token if target.kind == "logit" and target.token is not None else graph.header.n_vocab + number
@@ -171,41 +171,41 @@ def _node(graph: Graph, pruned: Pruned, node: int, labels: Mapping[tuple[int, in
 
 
 def write_graph_file(file: GraphFile, path: str | Path) -> None:
-    """Write the interchange format, whole or not at all.
+    """Write the interchange format atomically.
 
     Raises:
         ConfigError: for a path that cannot be written.
     """
     path = Path(path)
     require_writable(path)
-    write_text(path, json.dumps(_as_said(file), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(_as_record(file), indent=1, ensure_ascii=False) + "\n")
 
 
-def _as_said(file: GraphFile) -> dict[str, object]:
-    """Optional keys that a file does not have stay away; those that it must have are written."""
-    said = file.model_dump(exclude_unset=True)
+def _as_record(file: GraphFile) -> dict[str, object]:
+    """Convert to a dictionary; optional keys are left out unless set, required keys are always written."""
+    record = file.model_dump(exclude_unset=True)
     full = file.model_dump()
-    said["qParams"] = full["qParams"] | {
-        k: v for k, v in said.get("qParams", {}).items() if k not in ("pinnedIds", "supernodes")
+    record["qParams"] = full["qParams"] | {
+        k: v for k, v in record.get("qParams", {}).items() if k not in ("pinnedIds", "supernodes")
     }
-    said["metadata"].setdefault("transcoder_list", [])
-    said["metadata"].setdefault("schema_version", 1)
-    for node, whole in zip(said["nodes"], full["nodes"], strict=True):
+    record["metadata"].setdefault("transcoder_list", [])
+    record["metadata"].setdefault("schema_version", 1)
+    for node, whole in zip(record["nodes"], full["nodes"], strict=True):
         for key in ("influence", "activation", "token_prob", "is_target_logit", "run_idx", "reverse_ctx_idx"):
             node.setdefault(key, whole[key])
-    return said
+    return record
 
 
 def slug_of(path: str | Path) -> str:
-    """A file's name as a slug."""
+    """Convert a file name to a slug."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(path).stem) or "graph"
 
 
 def open_graph(path: str | Path) -> Graph:
-    """A saved graph, or an imported one, whichever the file holds.
+    """Open a saved or an imported graph, detected from the file.
 
     Raises:
-        FormatError: for a file that is neither.
+        FormatError: for a file of neither format.
     """
     path = Path(path)
     if path.suffix == ".json" and path.is_file() and not path.with_suffix(".safetensors").exists():
@@ -222,8 +222,8 @@ def add_to_folder(file: GraphFile, folder: Path) -> Path:
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["graphs"] if index.exists() else []
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f'{index} is no list of graphs ({{"graphs": [...]}}); repair or remove it') from error
-    mine = _as_said(file)["metadata"]
+        raise FormatError(f'{index} is not a list of graphs ({{"graphs": [...]}}); repair or remove it') from error
+    mine = _as_record(file)["metadata"]
     write_text(
         index,
         json.dumps({"graphs": [g for g in listed if g.get("slug") != file.metadata.slug] + [mine]}, indent=1) + "\n",
@@ -232,20 +232,20 @@ def add_to_folder(file: GraphFile, folder: Path) -> Path:
 
 
 def read_graph_file(path: str | Path) -> GraphFile:
-    """Read the interchange format, of any writer.
+    """Read the interchange format of any writer.
 
-    Node ids stay as they are unless two collide; then errors of older files get the ids of newer ones.
+    Node ids stay unchanged unless two collide; then errors of older files get the ids of newer ones.
 
     Raises:
-        FormatError: for a file that is not there, cut short, or not of this format.
+        FormatError: for a file that is missing, truncated, or of another format.
     """
     path = Path(path)
-    said = read_json(path, missing=f"there is no graph file {path}; check the name", remedy="fetch or make it again")
+    record = read_json(path, missing=f"there is no graph file {path}; check the name", remedy="fetch or make it again")
     try:
-        file = GraphFile.model_validate(said)
+        file = GraphFile.model_validate(record)
     except (ValidationError, RecursionError) as error:
         if isinstance(error, RecursionError):
-            raise FormatError(f"{path} is nested too deep to be a graph") from error
+            raise FormatError(f"{path} is nested too deeply for a graph") from error
         first = error.errors()[0]
         where = ".".join(str(x) for x in first["loc"]) or "the file"
         raise FormatError(f"{path} is no graph file: {where}: {first['msg']}") from error
@@ -262,7 +262,7 @@ MOST_LAYERS, MOST_POSITIONS = 10_000, 10_000_000
 
 
 def _check_nodes(file: GraphFile) -> None:
-    """Numbers in range."""
+    """Check that numbers of nodes are in range."""
     for n in file.nodes:
         if not re.fullmatch(r"E|[0-9]{1,9}", n.layer) or (n.layer != "E" and int(n.layer) > MOST_LAYERS):
             raise FormatError(
@@ -283,12 +283,12 @@ def _check_nodes(file: GraphFile) -> None:
 
 
 def _check_links(file: GraphFile) -> None:
-    """Between nodes that are there."""
+    """Check that links connect existing nodes."""
     known = {n.node_id for n in file.nodes}
     for link in file.links:
         for end in (link.source, link.target):
             if end not in known:
-                raise FormatError(f"a link names the node {end!r}, which is not among the nodes")
+                raise FormatError(f"a link names the node {end!r}, which does not exist")
         if not math.isfinite(link.weight):
             raise FormatError(
                 f"the link from {link.source!r} to {link.target!r} has the weight {link.weight}, expected a finite"
@@ -297,7 +297,7 @@ def _check_links(file: GraphFile) -> None:
 
 
 def _settle_ids(file: GraphFile) -> None:
-    """Where two nodes have one id, errors take the newer files' id; links follow the layer that they can have."""
+    """Resolve id collisions: errors take the newer files' id, and links follow the layer that they can connect."""
     counts = Counter(n.node_id for n in file.nodes)
     if max(counts.values(), default=0) <= 1:
         return
@@ -309,8 +309,8 @@ def _settle_ids(file: GraphFile) -> None:
     counts = Counter(n.node_id for n in file.nodes)
     if twice := [i for i, c in counts.items() if c > 1]:
         raise FormatError(f"two nodes have the id {twice[0]!r}")
-    # A link into the shared id goes to the feature (errors have no inputs). One out of it could be either's: the file
-    # does not say. Features of layer 0 and errors of layer l > 0 differ in what they can reach: an error only layers
+    # A link into the shared id goes to the feature (errors have no inputs). A link out of it is ambiguous in the file.
+    # Features of layer 0 and errors of layer l > 0 differ in what they can reach: an error only layers
     # above its own.
     layers = {n.node_id: _depth(n) for n in file.nodes}
     for link in file.links:
@@ -329,7 +329,7 @@ class Numbered(NamedTuple):
     """The nodes of a file, in the order of a `Graph`."""
 
     place: dict[str, int]
-    """Number by id."""
+    """Node number by id."""
     features: list[GraphNode]
     logits: list[GraphNode]
     n_layers: int
@@ -337,10 +337,10 @@ class Numbered(NamedTuple):
 
 
 def numbered(file: GraphFile) -> Numbered:
-    """Which number each node of a file has in the graph that it becomes.
+    """Assign each node of a file its number in the resulting graph.
 
     Raises:
-        FormatError: for a node whose place cannot be told.
+        FormatError: for a node whose layer or position is unclear.
     """
     n_positions = max([len(file.metadata.prompt_tokens), *(n.ctx_idx + 1 for n in file.nodes)])
     inner = [n for n in file.nodes if n.feature_type in (FEATURE, ERROR) or n.feature_type not in (TOKEN, LOGIT)]
@@ -360,11 +360,10 @@ def numbered(file: GraphFile) -> Numbered:
 
 
 def to_graph(file: GraphFile) -> Graph:
-    """An imported file as a `Graph`: its nodes and links, pruned as they came, so rows are not whole and no scores
-    follow.
+    """Convert an imported file to a `Graph`; it is pruned already, so rows are incomplete and there are no scores.
 
     Raises:
-        FormatError: for a node whose place cannot be told.
+        FormatError: for a node whose layer or position is unclear.
     """
     m = file.metadata
     place, features, logits, n_layers, n_positions = numbered(file)
@@ -391,7 +390,7 @@ def to_graph(file: GraphFile) -> Graph:
     targets = [
         TargetRecord(
             kind="logit",
-            name=_said(n.clerp) or n.node_id,
+            name=_logit_name(n.clerp) or n.node_id,
             position=n.ctx_idx,
             layer=n_layers,
             token=n.feature,
@@ -436,18 +435,18 @@ def to_graph(file: GraphFile) -> Graph:
     )
 
 
-def _said(clerp: str | None) -> str:
-    """A logit's own name, out of `Output "name" (p=0.98)`."""
+def _logit_name(clerp: str | None) -> str:
+    """Extract a logit's name from `Output "name" (p=0.98)`."""
     found = re.fullmatch(r'Output "(.*)" \(p=[^()]*\)', clerp or "", re.DOTALL)
     return found[1] if found else clerp or ""
 
 
 def _index(node: GraphNode) -> int:
-    """A feature's index, from its id, or from the number that pairs it with its layer."""
+    """Return a feature's index from its id, or from the number that pairs it with its layer."""
     parts = node.node_id.split("_")
     if len(parts) == 3 and re.fullmatch(r"[0-9]{1,12}", parts[1]):
         return int(parts[1])
     if node.feature is None or node.feature < 0:
-        raise FormatError(f"the feature of node {node.node_id!r} cannot be told; its id should be LAYER_INDEX_POSITION")
+        raise FormatError(f"the feature of node {node.node_id!r} is unclear; its id should be LAYER_INDEX_POSITION")
     total = int((np.sqrt(8 * node.feature + 1) - 1) // 2)
     return node.feature - total * (total + 1) // 2

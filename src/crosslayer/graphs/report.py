@@ -1,4 +1,4 @@
-"""A graph in words: its targets, the strongest paths into them, its scores and its bound. No torch."""
+"""Print a graph: its targets, the strongest paths into them, its scores and its bound. No torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def print_graph(
     depth: int = DEPTH,
     labels: Mapping[tuple[int, int], str] | None = None,
 ) -> None:
-    """The most influential nodes, the tree of strongest inputs under each target, scores and bound.
+    """Print the most influential nodes, the strongest inputs under each target as a tree, the scores and the bound.
 
     Args:
-        labels: what features are called, by layer and index.
+        labels: labels of features by layer and index.
     """
     h, a = graph.header, graph.arrays
     console.print(_tokens(graph), highlight=False)
@@ -60,8 +60,8 @@ def print_graph(
     console.print(table, highlight=False)
     console.print("")
     for number, target in enumerate(h.targets[:3]):
-        said = f" (p={target.probability:.3f})" if target.probability is not None else ""
-        tree = Tree(escape(f"{target.name!r}{said} at {target.position}"), guide_style="dim")
+        probability = f" (p={target.probability:.3f})" if target.probability is not None else ""
+        tree = Tree(escape(f"{target.name!r}{probability} at {target.position}"), guide_style="dim")
         _grow(graph, tree, graph.first_target + number, depth)
         console.print(tree, highlight=False)
     if len(h.targets) > 3:
@@ -72,7 +72,7 @@ def print_graph(
 
 
 def summary(graph: Graph) -> list[str]:
-    """Scores, bound and sizes, a line each."""
+    """Return one line each for scores, bound and sizes."""
     a = graph.arrays
     if graph.imported:
         return [f"imported, pruned: {graph.n_features} features, {len(a.weight_E)} edges; no scores"]
@@ -82,11 +82,11 @@ def summary(graph: Graph) -> list[str]:
         f"replacement score  {_interval(s.replacement)}  (influence that ends in tokens rather than errors)",
         (
             f"completeness score {_interval(s.completeness)}  (inputs that are not errors;"
-            f" {_interval(s.completeness_strict)} over features and targets alone)"
+            f" {_interval(s.completeness_strict)} over features and targets only)"
         ),
         (
             f"influence accounted for {1 - graph.unexpanded:.2%}: {n_rows} of {graph.n_features} active features have a"
-            f" row; no node is short by more than {graph.unexpanded:.2%}"
+            f" row; no node's share is underestimated by more than {graph.unexpanded:.2%}"
         ),
         f"incoming edges sum to pre-activations within {graph.sum_error():.1e} of their absolute sum",
     ]
@@ -104,7 +104,7 @@ def _tokens(graph: Graph) -> str:
 
 
 def _inputs(graph: Graph, node: int) -> list[tuple[int, float, float]]:
-    """Sources of a node with signed weight and share of its input, strongest first."""
+    """Return sources of a node with signed weight and share of its input, strongest first."""
     a, row = graph.arrays, graph.row(node)
     if row is None:
         return []
@@ -121,7 +121,7 @@ def _input(graph: Graph, found: tuple[int, float, float]) -> str:
 
 
 def _strongest_outputs(graph: Graph) -> dict[int, str]:
-    """For each node, where its largest edge goes."""
+    """Return, per node, the target of its largest edge."""
     a = graph.arrays
     target_E = np.repeat(a.row_R, np.diff(a.start_R1))
     inner = a.source_E < graph.n_features
@@ -142,7 +142,7 @@ def _grow(graph: Graph, tree: Any, node: int, depth: int) -> None:
 
 
 def print_difference(console: Console, merged: Merged, names: Sequence[str], *, top: int = 15) -> None:
-    """Features that two graphs share, and those in which they differ most."""
+    """Print the features that two graphs share, and those that differ most."""
     one, two = merged.only(0).sum(), merged.only(1).sum()
     shared = merged.shared()
     both = merged.influence_GF[:2].min(0).sum() / max(merged.influence_GF[:2].max(0).sum(), 1e-30)

@@ -1,4 +1,4 @@
-"""The server of the page: JSON about runs, feature bundles and graphs under `/api`. No torch, not even indirectly.
+"""The server of the page: JSON about runs, feature bundles and graphs under `/api`.
 
-May import what knows no torch of `features` and `graph`, and `records` and `core`.
+Needs no torch, not even indirectly. May import `graphs` and `bundles`, and below.
 """

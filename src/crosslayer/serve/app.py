@@ -24,16 +24,16 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def create_app(roots: Sequence[Path], *, hosts: Sequence[str] = (), port: int = 8000, token: str | None = None) -> Any:
-    """The ASGI application.
+    """Create the ASGI application.
 
     Args:
-        roots: folders and files to look for runs, bundles and graphs below.
-        hosts: names, without a port, that requests may be addressed to beside the loopback ones.
-        port: that they are addressed to.
-        token: that each request must carry.
+        roots: folders and files in which runs, bundles and graphs are found.
+        hosts: names, without port, accepted in requests besides the loopback names.
+        port: the port in requests.
+        token: token that each request must carry.
 
     Raises:
-        ConfigError: for a path that is not there.
+        ConfigError: for a path that does not exist.
     """
     library = Library(roots)
 
@@ -47,14 +47,14 @@ def create_app(roots: Sequence[Path], *, hosts: Sequence[str] = (), port: int = 
     app.state.library, app.state.opened, app.state.jobs = library, Opened(), Jobs()
 
     @app.exception_handler(CrosslayerError)
-    async def said(request: Request, error: CrosslayerError) -> JSONResponse:
-        """An error meant for people is what the page shows."""
+    async def error_response(request: Request, error: CrosslayerError) -> JSONResponse:
+        """Return errors with a message for users as JSON."""
         status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), 422)
         return JSONResponse({"detail": str(error)}, status_code=status)
 
     @app.get("/api/library")
     def listed() -> list[dict[str, Any]]:
-        """Runs, feature bundles and graphs, each with its id."""
+        """List runs, feature bundles and graphs, each with its id."""
         return [{"id": e.id, "kind": e.kind, "name": e.name, "run": e.run} for e in library.entries()]
 
     @app.get("/", include_in_schema=False)

@@ -25,7 +25,7 @@ def _bundle(request: Request, id: str) -> FeatureBundle:
 
 @router.get("/bundles/{id}")
 def bundle(request: Request, id: str) -> dict[str, Any]:
-    """What the bundle is of."""
+    """Return the manifest data of a bundle."""
     found = _bundle(request, id)
     return found.manifest.model_dump(exclude={"files"}) | {"levels": _levels(found)}
 
@@ -44,7 +44,7 @@ def features(
     offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
     filters: Annotated[list[str], Query(alias="filter", max_length=20)] = [],  # noqa: B006
 ) -> list[dict[str, Any]]:
-    """A page of the list. A filter is `column:min:max`; either bound may be empty."""
+    """Return one page of the feature list. A filter is `column:min:max`; either bound may be empty."""
     bounds = dict(map(_filter, filters))
     found = _bundle(request, id).page(sort, descending=descending, limit=limit, offset=offset, filters=bounds)
     return [x._asdict() for x in found]
@@ -55,7 +55,7 @@ def _filter(text: str) -> tuple[str, tuple[float | None, float | None]]:
     try:
         column, least, greatest = parts[0], *(float(p) if p else None for p in parts[1:])
     except ValueError as error:
-        raise ConfigError(f"the filter {text!r} is not understood; write column:min:max") from error
+        raise ConfigError(f"the filter {text!r} is invalid; write column:min:max") from error
     return column, (least, greatest)
 
 
@@ -66,13 +66,13 @@ def search(
     q: Annotated[str, Query(max_length=500)],
     limit: Annotated[int, Query(ge=1, le=MOST)] = 50,
 ) -> list[dict[str, Any]]:
-    """Features that all words match; see `FeatureBundle.search`."""
+    """Find features that match all words; see `FeatureBundle.search`."""
     return [x._asdict() for x in _bundle(request, id).search(q, limit)]
 
 
 @router.get("/bundles/{id}/features/{layer}/{index}")
 def feature(request: Request, id: str, layer: int, index: int) -> dict[str, Any]:
-    """One feature, with its neighbours of every kind, and all labels that it was given."""
+    """Return one feature with all its neighbours and labels."""
     found = _bundle(request, id)
     n = found.id(layer, index)
     near = {by: [x._asdict() for x in found.neighbours(layer, index, by)] for by in NEIGHBOURS}
@@ -82,7 +82,7 @@ def feature(request: Request, id: str, layer: int, index: int) -> dict[str, Any]
 
 
 def _plain(value: Any) -> Any:
-    """Named tuples as objects, all the way down; JSON knows no NaN."""
+    """Convert nested named tuples to objects; NaN becomes null."""
     if hasattr(value, "_asdict"):
         return {k: _plain(v) for k, v in value._asdict().items()}
     if isinstance(value, dict):
@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
 
 @router.get("/bundles/{id}/labels")
 def labels(request: Request, id: str, of: Annotated[list[str], Query(max_length=MOST)]) -> dict[str, str]:
-    """Labels of some features, each named as `layer/index`; those without one are left out."""
+    """Return labels of features, each given as `layer/index`; features without a label are left out."""
     found = _bundle(request, id)
     ids = {}
     for name in of:
@@ -114,9 +114,9 @@ def set_label(
     label: Annotated[str, Body(max_length=MOST_LABEL)],
     over: Annotated[str | None, Body(max_length=MOST_LABEL)] = None,
 ) -> dict[str, str | None]:
-    """Save a person's label; an empty one removes it. Returns the label shown from now on.
+    """Save a person's label; an empty one deletes it. Return the label that is shown now.
 
-    `over` is the label that it replaces, if given; 409 if another is there.
+    `over` is the label that it replaces, if given; 409 if the stored label differs.
     """
     found = _bundle(request, id)
     n = found.id(layer, index)
@@ -137,7 +137,7 @@ def pin(
 
 @router.get("/bundles/{id}/pins")
 def pins(request: Request, id: str) -> list[dict[str, Any]]:
-    """Pinned features."""
+    """Return pinned features."""
     found = _bundle(request, id)
     return [x._asdict() for x in found.found(found.user.pins())]
 
@@ -149,13 +149,13 @@ def groups(
     level: Annotated[int, PathParameter(ge=0, le=100)],
     only: Annotated[int | None, Query(ge=0, le=2**40)] = None,
 ) -> list[dict[str, Any]]:
-    """Clusters of the feature map at one level, the largest first, or one of them."""
+    """Return clusters of the feature map at one level, the largest first, or one of them."""
     return [x._asdict() for x in _bundle(request, id).groups(level, only)]
 
 
 @router.get("/bundles/{id}/map")
 def feature_map(request: Request, id: str, level: Annotated[int, Query(ge=0, le=100)] = 0) -> Response:
-    """The feature map as bytes, little-endian.
+    """Return the feature map as bytes, little-endian.
 
     A count n, then n ids (uint32), x (float32), y (float32), clusters (int32), densities (float32).
     """

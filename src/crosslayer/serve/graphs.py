@@ -1,4 +1,4 @@
-"""`/api/graphs`: a graph pruned at the thresholds asked for, in columns, and as the interchange file."""
+"""`/api/graphs`: a graph pruned at the given thresholds, as columns and as an interchange file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class View(_Saved):
     pins: Annotated[list[int], Field(max_length=MOST_SAVED)] = []
     supernodes: Annotated[list[Supernode], Field(max_length=MOST_SAVED)] = []
     places: Annotated[dict[str, tuple[float, float]], Field(max_length=2 * MOST_SAVED)] = {}
-    """Of pinned nodes (by number) and supernodes (`s` and name) in the drawing of the subgraph."""
+    """Places of pinned nodes (by number) and supernodes (`s` and name) in the drawing of the subgraph."""
     node_threshold: Annotated[float, Field(ge=0, le=1)] = 0.8
     edge_threshold: Annotated[float, Field(ge=0, le=1)] = 0.98
     errors: bool = True
@@ -60,9 +60,9 @@ def graph(
     edge_threshold: Share = 0.98,
     wanted: Nodes = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Header, scores, and the nodes and edges that pruning keeps, in columns.
+    """Return header, scores, and the nodes and edges that pruning keeps, as columns.
 
-    Edges name nodes by their place in the columns. Nodes that are `wanted` are never pruned.
+    Edges refer to nodes by their row in the columns. Nodes in `wanted` are never pruned.
     """
     entry = library(request).find("graph", id)
     found: Graph = opened(request).graph(entry.path)
@@ -120,7 +120,7 @@ def _check_nodes(g: Graph, nodes: Sequence[int]) -> None:
 
 
 def _labels(request: Request, entry: Entry, g: Graph) -> dict[tuple[int, int], str]:
-    """From the bundle of the graph's run, if that is of its shape; an imported graph brings its own."""
+    """Return labels from the bundle of the graph's run, if its shape matches; an imported graph has its own labels."""
     a = g.arrays
     if g.imported:
         numbered_nodes, file = opened(request).imported(entry.path)
@@ -136,13 +136,13 @@ def _labels(request: Request, entry: Entry, g: Graph) -> dict[tuple[int, int], s
 
 
 def _bundle_of(request: Request, entry: Entry, g: Graph) -> Entry | None:
-    """The bundle of the run that the graph lies in, if it is of the graph's shape."""
+    """Return the bundle of the run that contains the graph, if its shape matches."""
     for other in library(request).entries():
         if entry.run is not None and (other.kind, other.run) == ("bundle", entry.run):
             try:
                 bundle, a = opened(request).bundle(other.path), g.arrays
             except FormatError:
-                # A damaged bundle is no reason to hide the graph.
+                # Show the graph even if the bundle is damaged.
                 return None
             if bundle.n_layers == g.header.n_layers and (not g.n_features or int(a.index_F.max()) < bundle.n_features):
                 return other
@@ -150,7 +150,7 @@ def _bundle_of(request: Request, entry: Entry, g: Graph) -> Entry | None:
 
 
 def _first_view(request: Request, entry: Entry, g: Graph) -> dict[str, Any]:
-    """Pins and supernodes that an imported file came with."""
+    """Return pins and supernodes of an imported file."""
     if not g.imported:
         return {"pins": [], "supernodes": []}
     nodes, file = opened(request).imported(entry.path)
@@ -166,7 +166,7 @@ def _first_view(request: Request, entry: Entry, g: Graph) -> dict[str, Any]:
 def add(
     request: Request, file: Annotated[dict[str, Any], Body()], name: Annotated[str, Query(min_length=1, max_length=80)]
 ) -> dict[str, str]:
-    """Import a graph of the interchange format, of any writer; returns its id.
+    """Import a graph of the interchange format, from any writer, and return its id.
 
     It is saved in `graphs/` of the first folder served.
     """
@@ -192,7 +192,7 @@ def add(
 
 @router.get("/graphs/{id}/suggestions")
 def suggestions(request: Request, id: str, node_threshold: Share = 0.8) -> list[dict[str, Any]]:
-    """Suggested supernodes, among the features that pruning keeps."""
+    """Suggest supernodes among the features that pruning keeps."""
     found: Graph = opened(request).graph(library(request).find("graph", id).path)
     kept = np.flatnonzero(found.prune(1.0 if found.imported else node_threshold, 1.0).node_N)
     return [s._asdict() for s in suggested(found, kept.tolist())]
@@ -202,7 +202,7 @@ def suggestions(request: Request, id: str, node_threshold: Share = 0.8) -> list[
 def subgraph(
     request: Request, id: str, nodes: Annotated[list[int], Body(embed=True, max_length=100_000)]
 ) -> dict[str, Any]:
-    """Scores of some features alone, what is left out counting as error."""
+    """Return scores with the given features only; all other features count as errors."""
     found: Graph = opened(request).graph(library(request).find("graph", id).path)
     if found.imported:
         raise ConfigError(
@@ -228,14 +228,14 @@ def _views(request: Request, id: str) -> SavedViews:
 
 @router.get("/graphs/{id}/views")
 def views(request: Request, id: str) -> list[str]:
-    """Names of the saved views of a graph."""
+    """Return the names of the saved views of a graph."""
     store, kind = _views(request, id)
     return store.views(kind)
 
 
 @router.get("/graphs/{id}/views/{name}")
 def view(request: Request, id: str, name: Name) -> dict[str, Any]:
-    """The view saved under a name, null for none, and its revision."""
+    """Return the view saved under a name, or null, and its revision."""
     store, kind = _views(request, id)
     value, revision = store.view(kind, name)
     return {"value": value, "revision": revision}
@@ -247,7 +247,7 @@ def save_view(
 ) -> dict[str, str]:
     """Save pins, supernodes, positions and thresholds under a name.
 
-    `over` is the revision that it replaces, empty for a new view; 409 if another is there.
+    `over` is the revision that it replaces, empty for a new view; 409 if the stored revision differs.
     """
     store, kind = _views(request, id)
     return {"revision": store.save_view(kind, name, value.model_dump(), over=over)}
@@ -265,7 +265,7 @@ def drop_view(request: Request, id: str, name: Name) -> dict[str, str]:
 def export(
     request: Request, id: str, node_threshold: Share = 0.8, edge_threshold: Share = 0.98, view: str | None = None
 ) -> Response:
-    """The pruned graph as JSON for the viewers of circuit-tracer and Neuronpedia.
+    """Return the pruned graph as JSON for the viewers of circuit-tracer and Neuronpedia.
 
     With labels, and with the pins and supernodes of a view.
     """
@@ -277,7 +277,7 @@ def export(
     pinned = [n for n in saved.pins if 0 <= n < found.n_nodes]
     groups = [(s.name, s.members) for s in saved.supernodes]
     if found.imported:
-        # Already pruned: it goes out as it came, but for what the view adds.
+        # Already pruned: export it unchanged, with the additions of the view.
         node_threshold = edge_threshold = 1.0
     file = to_file(found, slug_of(entry.path), node_threshold, edge_threshold, labels, pinned, groups)
     name = f'attachment; filename="{slug_of(entry.path)}.json"'

@@ -1,6 +1,6 @@
-"""Checks between a browser and the routes: Host and Origin, the token, the size of bodies, and what a page may load.
+"""Checks on requests: Host and Origin, the token and the size of bodies; and the content security policy.
 
-A page of another site in the same browser can send requests to 127.0.0.1. By a host name of its own that resolves to
+A page of another site in the same browser can send requests to 127.0.0.1. With a host name of its own that resolves to
 127.0.0.1 (DNS rebinding) it can even read the answers. So requests must name this server as their host, and requests
 that change something must come from a page of this server.
 """
@@ -32,16 +32,17 @@ HEADERS = {
 
 
 class _TooLarge(Exception):
-    """A body goes on past what it may be."""
+    """A body exceeds its maximum size."""
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that checks requests.
 
     Args:
-        app: what it guards.
-        hosts: `name:port` that requests may be addressed to.
-        token: that each request must carry, in a cookie or as a bearer; None for none. `/?token=...` sets the cookie.
+        app: the wrapped application.
+        hosts: `name:port` accepted in requests.
+        token: token that each request must carry, in a cookie or as a bearer; None for none. `/?token=...` sets the
+            cookie.
         imports: paths whose bodies may be large.
     """
 
@@ -70,7 +71,7 @@ class Guard:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > most:
-                # A body without a stated length: no more of it is read.
+                # A body without Content-Length: stop reading at the maximum.
                 raise _TooLarge
             return message
 
@@ -79,7 +80,7 @@ class Guard:
 
         async def dressed(message: Any) -> None:
             if seen > most:
-                # Whatever the route made of a body that was cut off.
+                # The route may have raised any error on the truncated body.
                 raise _TooLarge
             if message["type"] == "http.response.start":
                 own = {k.lower() for k, _ in message["headers"]}

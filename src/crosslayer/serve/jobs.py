@@ -1,8 +1,8 @@
-"""Work that needs host and transcoder: one worker process, a queue of jobs, and their progress events.
+"""Jobs that need host and transcoder: one worker process, a queue, and progress events.
 
-The worker is the hidden verb `crosslayer worker`. It reads one job per line from its standard input and answers in
-lines, each with the job's number. It caches what it has loaded for the next job. Cancelling a running job kills the
-worker, the only way to stop a matrix product; the next job starts another worker.
+The worker is the hidden command `crosslayer worker`. It reads one job per line from standard input and answers in
+lines, each with the job's number. It caches loaded models for the next job. Cancelling a running job kills the worker,
+the only way to stop a matrix product; the next job starts another worker.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ FINAL = ("done", "failed", "cancelled")
 
 
 class Busy(CrosslayerError):
-    """More is asked at once than is done; the server answers 503."""
+    """Too many requests at once; the server answers 503."""
 
 
 class Job:
-    """One piece of work and all that it has told.
+    """One job and its events.
 
     Attributes:
         state: waiting, running, done, failed or cancelled.
-        events: what was told, in order; the last holds the result or the error.
+        events: all events in order; the last holds the result or the error.
     """
 
     def __init__(self, number: int, kind: str, arguments: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Job:
         self.state, self.events = "waiting", list[dict[str, Any]]()
         self._changed = asyncio.Event()
 
-    def tell(self, **event: Any) -> None:
+    def emit(self, **event: Any) -> None:
         if self.state in FINAL:
             return
         self.state = event.get("state", self.state)
@@ -48,12 +48,12 @@ class Job:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def told(self) -> AsyncIterator[dict[str, Any]]:
-        """Every event, those of before first, until the last."""
+    async def all_events(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield every event, past ones first, until the last."""
         at = 0
         while True:
             changed = self._changed
-            while at < len(self.events):  # more may be told while one is given out
+            while at < len(self.events):  # more events may arrive while one is sent
                 at += 1
                 yield self.events[at - 1]
             if self.state in FINAL:
@@ -77,7 +77,7 @@ class Jobs:
         """Queue a job.
 
         Raises:
-            Busy: behind too many others.
+            Busy: if too many jobs are waiting.
         """
         if sum(j.state not in FINAL for j in self.jobs.values()) >= MOST_WAITING:
             raise Busy(f"{MOST_WAITING} jobs are already waiting; stop some, or wait")
@@ -85,7 +85,7 @@ class Jobs:
         self.jobs[job.number] = job
         for old in [n for n, j in self.jobs.items() if j.state in FINAL][: max(0, len(self.jobs) - MOST_JOBS)]:
             del self.jobs[old]
-        job.tell(state="waiting")
+        job.emit(state="waiting")
         self._queue.put_nowait(job)
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
@@ -97,11 +97,11 @@ class Jobs:
         return self.jobs[number]
 
     def cancel(self, number: int) -> None:
-        """Stop a job, whether it waits or runs; one that has ended stays as it is."""
+        """Stop a waiting or running job; a finished job stays as it is."""
         job = self.job(number)
         if job.state in FINAL:
             return
-        job.tell(state="cancelled")
+        job.emit(state="cancelled")
         if job is self._current and self._process is not None and self._process.returncode is None:
             self._process.kill()
 
@@ -123,7 +123,7 @@ class Jobs:
             return
         assert process.stdin is not None
         assert process.stdout is not None
-        job.tell(state="running", stage="starting")
+        job.emit(state="running", stage="starting")
         process.stdin.write(json.dumps({"job": job.number, "kind": job.kind, **job.arguments}).encode() + b"\n")
         await process.stdin.drain()
         while job.state not in FINAL:
@@ -135,15 +135,15 @@ class Jobs:
                     f"the worker ended (exit code {process.returncode}), perhaps out of memory; start the job again",
                 )
                 return
-            said = json.loads(line)
-            if said.pop("job", None) == job.number and job.state not in FINAL:
-                job.tell(**said)
+            event = json.loads(line)
+            if event.pop("job", None) == job.number and job.state not in FINAL:
+                job.emit(**event)
         if job.state == "cancelled":
-            await process.wait()  # it was killed: the next job must not write to it
+            await process.wait()  # killed: the next job must not write to it
 
     def _fail(self, job: Job, error: str) -> None:
         if job.state not in FINAL:
-            job.tell(state="failed", error=error)
+            job.emit(state="failed", error=error)
 
     async def _worker(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
@@ -154,9 +154,9 @@ class Jobs:
         return self._process
 
     async def close(self) -> None:
-        """End the worker, its queue, and the streams of events."""
+        """Stop the worker, the queue and the streams of events."""
         for job in self.jobs.values():
-            job.tell(state="cancelled", error="the server was stopped")
+            job.emit(state="cancelled", error="the server was stopped")
         if self._runner is not None:
             self._runner.cancel()
         if self._process is not None and self._process.returncode is None:

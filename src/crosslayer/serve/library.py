@@ -1,6 +1,6 @@
-"""What there is to show below the paths that were given: runs, feature bundles and graphs.
+"""Find runs, feature bundles and graphs below the given paths.
 
-Each thing has an id, made from its path when it is found. A request names an id; no part of a request ever becomes part
+Each entry has an id, made from its path when it is found. A request names an id; no part of a request ever becomes part
 of a path.
 """
 
@@ -27,29 +27,29 @@ BEGINNING = 4096
 
 
 class Unknown(CrosslayerError):
-    """A name that nothing here has; the server answers 404."""
+    """An unknown id; the server answers 404."""
 
 
 class Entry(NamedTuple):
-    """One thing to show."""
+    """A run, bundle or graph."""
 
     id: str
     kind: Kind
     name: str
-    """Its path below the folder that was given."""
+    """Path below the given folder."""
     path: Path
     run: str | None
-    """The run that it lies in."""
+    """The run that contains it."""
 
 
 class Library:
-    """Finds things again at each asking, so that what a run writes while the page is open appears.
+    """Finds entries again on every request, so that new files of a run appear while the page is open.
 
     Args:
         roots: folders, or files of graphs.
 
     Raises:
-        ConfigError: for a path that is not there.
+        ConfigError: for a path that does not exist.
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
@@ -61,15 +61,15 @@ class Library:
         self.roots = [root.resolve() for root in roots]
 
     def entries(self) -> list[Entry]:
-        """All there is, in order of name; each once."""
+        """Return all entries by name, each once."""
         found = {e.path: e for root in self.roots for e in _walk(root, root, None, 0)}
         return sorted(found.values(), key=lambda e: (e.kind, e.name))
 
     def find(self, kind: Kind, id: str) -> Entry:
-        """The entry of an id.
+        """Return the entry of an id.
 
         Raises:
-            Unknown: for one that is not here.
+            Unknown: for an id that does not exist.
         """
         for entry in self.entries():
             if (entry.kind, entry.id) == (kind, id):
@@ -78,7 +78,7 @@ class Library:
 
 
 def id_of(path: Path) -> str:
-    """A readable name and enough of a hash to tell it from others of that name."""
+    """Make a readable id with a hash to keep equal names apart."""
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem if path.suffix == ".json" else path.name)[:40]
     return f"{readable}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
 
@@ -101,16 +101,16 @@ def _walk(root: Path, path: Path, run: str | None, depth: int) -> Iterator[Entry
     try:
         children = sorted(path.iterdir())
     except OSError:
-        # A folder that may not be read holds nothing for us.
+        # Skip unreadable folders.
         return
     for child in children:
-        # What a link points to may lie anywhere.
+        # Do not follow links: their targets may lie outside the given folders.
         if not child.name.startswith(".") and child.name not in SKIPPED and not child.is_symlink():
             yield from _walk(root, child, run, depth + 1)
 
 
 def _is_graph_cached(path: Path) -> bool:
-    """By what was found when it was last changed."""
+    """Return `_is_graph`, cached by time of change."""
     try:
         now = path.stat()
     except OSError:
@@ -124,7 +124,7 @@ def _known_graph(path: Path, changed: int, size: int, has_arrays: bool) -> bool:
 
 
 def _is_graph(path: Path) -> bool:
-    """By the first bytes: a saved graph's header, or a viewer's file."""
+    """Detect a saved graph's header or a viewer's file by its first bytes."""
     try:
         if path.stat().st_size > MOST_GRAPH_BYTES:
             return False

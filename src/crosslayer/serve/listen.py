@@ -1,4 +1,4 @@
-"""Listen on an address, say where, and serve until stopped."""
+"""Listen on an address, print it, and serve until stopped."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def listen(roots: Sequence[Path], *, host: str, port: int, show: bool = False) -
     """Serve until interrupted.
 
     Args:
-        show: open the page in the browser, where there is a screen.
+        show: open the page in a browser, if there is a screen.
 
     Raises:
-        ConfigError: for a path that is not there, or an address that cannot be listened on.
+        ConfigError: for a path that does not exist, or an address that cannot be bound.
     """
     import uvicorn
 
@@ -35,7 +35,7 @@ def listen(roots: Sequence[Path], *, host: str, port: int, show: bool = False) -
     shown = f"[{host}]" if ":" in host else host
     names = [] if local else [shown, *([socket.gethostname(), *_addresses()] if host in ("0.0.0.0", "::") else [])]
     app = create_app(roots, hosts=names, port=port, token=token)
-    bound.listen()  # who reads the address may come before the server is up
+    bound.listen()  # a client may read the address before the server is up
     click.echo(f"serving {', '.join(map(str, roots))} at http://{shown}:{port}/" + (f"?token={token}" if token else ""))
     if show and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         webbrowser.open(f"http://{shown}:{port}/" + (f"?token={token}" if token else ""))
@@ -65,7 +65,7 @@ def _bind(host: str, port: int) -> tuple[socket.socket, int]:
 
 
 def _addresses() -> list[str]:
-    """This machine's own addresses, as requests from outside name them."""
+    """Return this machine's own addresses, as used in requests from other machines."""
     try:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)})
     except OSError:

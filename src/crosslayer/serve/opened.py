@@ -1,4 +1,4 @@
-"""A cache of what was opened for earlier requests: bundles, and the last few graphs."""
+"""A cache of opened bundles and of the last few graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_GRAPHS = 8
 
 
 class Opened:
-    """Bundles and graphs by path and time of change."""
+    """Bundles and graphs, cached by path and time of change."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -31,7 +31,7 @@ class Opened:
         self._graphs: OrderedDict[Path, tuple[int, Graph]] = OrderedDict()
 
     def bundle(self, path: Path) -> FeatureBundle:
-        """An open bundle, opened anew where it was built anew."""
+        """Return an open bundle, reopened if it was rebuilt."""
         with self._lock:
             changed = (path / MANIFEST).stat().st_mtime_ns
             if path not in self._bundles or self._bundles[path][0] != changed:
@@ -39,7 +39,7 @@ class Opened:
             return self._bundles[path][1]
 
     def graph(self, path: Path) -> Graph:
-        """A graph, read anew where its file was written anew."""
+        """Return a graph, read again if its file has changed."""
         with self._lock:
             changed = path.stat().st_mtime_ns
             if path not in self._graphs or self._graphs[path][0] != changed:
@@ -50,7 +50,7 @@ class Opened:
             return self._graphs[path][1]
 
     def imported(self, path: Path) -> tuple[Numbered, GraphFile]:
-        """The file of an imported graph, and the numbers of its nodes."""
+        """Return the file of an imported graph, and the numbers of its nodes."""
         with self._lock:
             changed = path.stat().st_mtime_ns
             if self._file is None or self._file[:2] != (path, changed):
@@ -59,7 +59,7 @@ class Opened:
             return self._file[2:]
 
     def user(self, path: Path) -> UserStore:
-        """Labels and views that lie beside graphs without a bundle."""
+        """Return labels and views stored beside graphs without a bundle."""
         with self._lock:
             return self._users.setdefault(path, UserStore(path))
 

@@ -1,4 +1,4 @@
-"""`/api/runs`: what a run is, its metrics, and its curves while it trains."""
+"""`/api/runs`: the manifest, metrics and training curves of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_LINES = 5000
 
 @router.get("/runs/{id}")
 def run(request: Request, id: str) -> dict[str, Any]:
-    """Manifest, metrics and model card; the last two as soon as they are there."""
+    """Return manifest, metrics and model card; the last two once they exist."""
     path = library(request).find("run", id).path
     manifest = read_json(path / "run.json", missing=f"{path} is no longer a run", remedy="look again in a moment")
     metrics = path / "eval.json"
@@ -35,18 +35,18 @@ def run(request: Request, id: str) -> dict[str, Any]:
 
 
 def _linked(run: Path, path: Path) -> bool:
-    """Whether a file of a run lies elsewhere: what a link points to may be anything."""
+    """Return whether a file of a run is outside the run, through a link."""
     return path.resolve() != run.resolve() / path.relative_to(run)
 
 
 @router.get("/runs/{id}/log")
 def log(request: Request, id: str, after: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
-    """Lines of `log.jsonl` from byte `after` on, and the byte to ask from next; whole lines only."""
+    """Return complete lines of `log.jsonl` from byte `after`, and the byte to continue from."""
     path = library(request).find("run", id).path / "log.jsonl"
     if not path.is_file() or path.is_symlink():
         return {"lines": [], "next": 0, "restarted": False}
     size = path.stat().st_size
-    # A resume cuts the log back; then all of it is new.
+    # Resuming truncates the log; then read it from the start.
     restarted = after > size
     with path.open("rb") as file:
         file.seek(0 if restarted else after)

@@ -1,4 +1,4 @@
-"""`/api/jobs`: a new graph from a prompt, an intervention, the features of a text; with progress, and a way to stop."""
+"""`/api/jobs`: trace a graph, run an intervention, or compute the features of a text, with progress and cancelling."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Trace(_Asked):
 
 
 class Change(_Asked):
-    """A feature node of a graph, and what its activation becomes or is multiplied by."""
+    """A feature node of a graph, and its new activation or the factor on its activation."""
 
     node: int
     set: float | None = None
@@ -47,7 +47,7 @@ class Change(_Asked):
 
 
 class Intervene(_Asked):
-    """Change feature nodes of a graph on its own prompt, and look at other nodes and at the next tokens."""
+    """Change feature nodes of a graph on its own prompt, and measure other nodes and the next tokens."""
 
     graph: str
     changes: Annotated[list[Change], Field(min_length=1, max_length=200)]
@@ -56,7 +56,7 @@ class Intervene(_Asked):
 
 
 class Activations(_Asked):
-    """Features active on a text, by token, or how one of them is."""
+    """Features active on a text, per token, or the activations of one feature."""
 
     run: str
     text: Annotated[str, Field(min_length=1, max_length=MOST_PROMPT)]
@@ -71,13 +71,13 @@ def _jobs(request: Request) -> Any:
 
 @router.post("/jobs/trace")
 async def trace(request: Request, asked: Trace) -> dict[str, Any]:
-    """Trace a prompt; `graph` is the id that the graph will have."""
+    """Trace a prompt; `graph` is the id of the new graph."""
     run = library(request).find("run", asked.run)
     jobs: Jobs = _jobs(request)
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", asked.name).strip(".-")
     if not slug:
         raise ConfigError(f"{asked.name!r} is not a name for a graph; use letters, digits, '_' and '-'")
-    # A dot would be taken for the beginning of a suffix.
+    # A dot would start a suffix.
     out = run.path / "graphs" / slug.replace(".", "-")
     waiting = {j.arguments.get("out") for j in jobs.jobs.values() if j.kind == "trace" and j.state not in FINAL}
     if out.with_suffix(".json").exists() or str(out) in waiting:
@@ -129,7 +129,7 @@ def _place(graph: Graph, node: int) -> dict[str, int]:
 
 @router.post("/jobs/activations")
 async def activations(request: Request, asked: Activations) -> dict[str, int]:
-    """Look at the features of a text."""
+    """Compute the features of a text."""
     run = library(request).find("run", asked.run)
     if (asked.layer is None) != (asked.index is None):
         raise ConfigError("a feature has a layer and an index; give both, or neither for all features")
@@ -146,14 +146,14 @@ def _run_of(request: Request, entry: Entry) -> Path:
 
 @router.get("/jobs/{number}")
 async def job(request: Request, number: int) -> dict[str, Any]:
-    """The state of a job."""
+    """Return the state of a job."""
     found = _jobs(request).job(number)
     return {"job": number, "kind": found.kind, **found.events[-1]}
 
 
 @router.get("/jobs/{number}/events")
 async def events(request: Request, number: int) -> StreamingResponse:
-    """Server-sent events: every state and stage, the last with the result or the error."""
+    """Stream server-sent events: every state and stage, the last with the result or the error."""
     jobs: Jobs = _jobs(request)
     found = jobs.job(number)
     if jobs.streams >= MOST_STREAMS:
@@ -162,7 +162,7 @@ async def events(request: Request, number: int) -> StreamingResponse:
     async def lines() -> AsyncIterator[str]:
         jobs.streams += 1
         try:
-            async for event in found.told():
+            async for event in found.all_events():
                 yield f"data: {json.dumps(event)}\n\n"
         finally:
             jobs.streams -= 1

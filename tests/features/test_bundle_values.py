@@ -1,4 +1,4 @@
-"""Every figure of a bundle equals a computation by brute force on the same tokens."""
+"""Every value of a bundle equals a brute-force computation on the same tokens."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_counts_histograms_and_densities(made: Made):
 
 
 def peaks_of(f_BT: np.ndarray) -> list[tuple[float, int]]:
-    """(value, position) of the first maximum of each row on which the feature fires, the highest first."""
+    """Return (value, position) of the first maximum of each row on which the feature fires, in descending order."""
     rows = f_BT.max(1).nonzero()[0]
     found = [(float(f_BT[r].max()), int(r * CONTEXT + f_BT[r].argmax())) for r in rows]
     return sorted(found, key=lambda p: (-p[0], p[1]))
 
 
-def test_top_examples_are_the_highest_peaks_one_a_row(made: Made):
+def test_top_activations_are_the_highest_peaks_one_per_row(made: Made):
     f = made.activations()
     for n in range(f.shape[2]):
         examples = [e for e in made.bundle.examples(n) if e.bin == 0]
@@ -52,7 +52,7 @@ def test_top_examples_are_the_highest_peaks_one_a_row(made: Made):
         assert found == peaks_of(f[:, :, n])[: SETTINGS.n_top]
 
 
-def test_examples_show_their_window_with_its_activations_in_eight_bits(made: Made):
+def test_examples_hold_their_window_with_8_bit_activations(made: Made):
     f = made.activations()
     flat, tokens = f.reshape(-1, f.shape[2]), made.rows_BT.reshape(-1)
     for n in range(f.shape[2]):
@@ -68,7 +68,7 @@ def test_examples_show_their_window_with_its_activations_in_eight_bits(made: Mad
             assert [a > 0 for a in e.activations] == (exact > 0).tolist()
 
 
-def test_samples_are_an_even_draw_each_within_its_bin(made: Made):
+def test_samples_are_uniform_within_each_bin(made: Made):
     f = made.activations()
     for n in range(f.shape[2]):
         peaks = peaks_of(f[:, :, n])
@@ -130,7 +130,7 @@ def test_coactivation(made: Made):
 
 
 def written_and_read(made: Made) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, L, D) written at each layer, and (N, D) read, with the norm's gain."""
+    """Return (N, L, D) writes per layer, and (N, D) read directions, with the norm's gain."""
     n_layers, d = made.clt.config.n_layers, made.clt.config.d_model
     writes = torch.zeros(n_layers * N_FEATURES, n_layers, d)
     reads = []
@@ -189,7 +189,7 @@ def check_virtual(made: Made, n: int, writes: torch.Tensor, reads: torch.Tensor)
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2", "gpt_neox"])
 @pytest.mark.parametrize("hooks", [("mlp.hook_in", "mlp.hook_out"), ("hook_resid_mid", "hook_mlp_out")])
 def test_virtual_weights_are_gradients_through_the_norms(family: str, hooks: tuple[str, str]):
-    """What a feature adds to the stream, and what another reads of it, with every norm's scale held at 1."""
+    """Compare with gradients from a feature's write to another's pre-activation, with every norm scale held at 1."""
     if family == "gpt_neox" and hooks[0] == "hook_resid_mid":
         pytest.skip("parallel blocks have no hook_resid_mid")
     pair = make_pair(family, hooks=hooks, n_features=6)
@@ -226,8 +226,8 @@ def test_reach_and_ranks(made: Made):
     share = writes.square().sum(-1).sort(dim=1, descending=True).values
     share = share.cumsum(1) / share.sum(1, keepdim=True)
     reach = ((share < 0.9).sum(1) + 1).tolist()
-    assert [index.figures(n)["reach"] for n in range(len(reach))] == reach
+    assert [index.metrics(n)["reach"] for n in range(len(reach))] == reach
     auroc = [
-        index.figures(n)["auroc"] or 0.0 for n in index.page("rank", descending=False, limit=99, offset=0, filters={})
+        index.metrics(n)["auroc"] or 0.0 for n in index.page("rank", descending=False, limit=99, offset=0, filters={})
     ]
     assert auroc == sorted(auroc, reverse=True)
