@@ -23,7 +23,7 @@ import tiny
 from crosslayer.cli.main import VERBS, main
 
 QUICK = [
-    *("--tokens", "3000", "--batch", "200", "--ring", "512", "--context", "33", "--rows-per-harvest", "8"),
+    *("--tokens", "3000", "--batch", "200", "--buffer-tokens", "512", "--context", "33", "--rows-per-forward", "8"),
     *(
         "--scale-tokens",
         "500",
@@ -141,7 +141,7 @@ BAD = {
     "no tokenizer": (["--model", "{bare}"], "has no tokenizer that can be read"),
     "beta": (["--beta1", "1"], "beta1=1.0 must be at least 0 and below 1"),
     "no thresholds": (["--activation", "relu", "--sparsity", "l0"], "sparsity=l0 works through thresholds"),
-    "one token": (["--batch", "200", "--accumulate", "200"], "leaves one token in each"),
+    "one token": (["--batch", "200", "--accumulate", "200"], "leaves one token per micro-batch"),
 }
 
 

@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from crosslayer.core.errors import SourceError
-from crosslayer.data.rows import Cursor, Documents, RowStream, dealt_anew, held_out_rows
+from crosslayer.data.rows import Cursor, Documents, RowStream, held_out_rows, redistribute
 from crosslayer.data.sources import open_sources
-from crosslayer.data.stream import ActivationStream, StreamState, harvest
+from crosslayer.data.stream import ActivationStream, StreamState, collect_activations
 from crosslayer.host.host import Host
 
 CONTEXT = 17
@@ -68,14 +68,14 @@ def test_held_out_rows_hold_no_trained_text(host: Host, text_folder: Path):
 
 
 def unique_stream(host: Host, rows: RowStream, **kwargs) -> ActivationStream:
-    return ActivationStream(rows, size=200, rows_per_harvest=4, dtype=torch.float32, **kwargs)
+    return ActivationStream(rows, size=200, rows_per_forward=4, dtype=torch.float32, **kwargs)
 
 
 def test_every_harvested_token_is_served_exactly_once(host: Host, text_folder: Path):
     stream = unique_stream(host, make_rows(host, text_folder))
     served = torch.cat([stream.batch(n).x_BLD for n in (64, 100, 236, 200)])
     rows = make_rows(host, text_folder)
-    harvested = torch.cat([harvest(host, rows.rows(4)).x_BLD for _ in range(16)])
+    harvested = torch.cat([collect_activations(host, rows.rows(4)).x_BLD for _ in range(16)])
     key = lambda x: sorted(map(tuple, x[:, -1].round(decimals=4).tolist()))  # noqa: E731
     first_turns = torch.cat([harvested[:600]])
     assert key(served) == key(first_turns)
@@ -118,7 +118,7 @@ def test_text_dealt_anew_leaves_no_document_out(text_folder: Path, before: int, 
     left = list[str]()
     for rank in range(after):
         documents = Documents(sources, "train", 3, rank, after)
-        documents.move(dealt_anew(cursors, rank, after).places)
+        documents.move(redistribute(cursors, rank, after).places)
         while True:
             text = documents.read(0).text
             if documents.places[0].epoch:

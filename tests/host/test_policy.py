@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import tiny
-from crosslayer.data.stream import harvest
+from crosslayer.data.stream import collect_activations
 from crosslayer.host.host import Host
 from crosslayer.schemas.policy import FirstPosition
 
@@ -26,6 +26,6 @@ def test_harvest_leaves_out_exactly_the_first_positions(host: Host):
     everything = host.tap(rows_BT)
     for n_skip in (0, 1, 4):
         policy_host = Host(host.model, host.tokenizer, "skip", policy=FirstPosition(n_skip=n_skip))
-        x_BLD, y_BLD = harvest(policy_host, rows_BT)
+        x_BLD, y_BLD = collect_activations(policy_host, rows_BT)
         torch.testing.assert_close(x_BLD, everything.x_BTLD[:, n_skip:].flatten(0, 1))
         torch.testing.assert_close(y_BLD, everything.y_BTLD[:, n_skip:].flatten(0, 1))

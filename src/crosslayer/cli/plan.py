@@ -79,7 +79,7 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
         hours = tried.seconds(replace(config, tokens=plan.tokens)) / 3600
         table.add_row(
             "time, by some steps tried here",
-            f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / tried.harvest_s:,.0f} tokens/s of harvest,"
+            f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / tried.collect_s:,.0f} tokens/s of harvest,"
             f" {1 / tried.step_s:,.0f} of training",
         )
     Console().print(table)

@@ -88,7 +88,7 @@ class Documents:
         self._open = [None] * len(self.places)
 
 
-def dealt_anew(cursors: Sequence[Cursor], rank: int, ranks: int) -> Cursor:
+def redistribute(cursors: Sequence[Cursor], rank: int, ranks: int) -> Cursor:
     """Where one rank of `ranks` takes up text that as many ranks as there are cursors have read.
 
     In each source, at the first document that one of them had not finished: none is left out, some are read again by

@@ -42,7 +42,7 @@ class StreamState(NamedTuple):
         return json.loads(json.dumps(self))
 
 
-def harvest(host: Host, rows_BT: Tensor) -> Activations:
+def collect_activations(host: Host, rows_BT: Tensor) -> Activations:
     """Activations of every position of the rows but the first `n_skip`, flattened row by row."""
     tapped = host.tap(rows_BT)
     n = host.policy.n_skip
@@ -55,7 +55,7 @@ class ActivationStream:
     Args:
         rows: where tokens come from.
         size: slots of the ring.
-        rows_per_harvest: rows that go through the host at once; part of what a resume must keep.
+        rows_per_forward: rows that go through the host at once; part of what a resume must keep.
         dtype: of what the ring holds.
         reuse: turns that a token stays in the ring, being served once in each.
         state: where to go on, of a stream with the same arguments.
@@ -65,12 +65,12 @@ class ActivationStream:
         self,
         rows: RowStream,
         size: int,
-        rows_per_harvest: int,
+        rows_per_forward: int,
         dtype: torch.dtype = torch.bfloat16,
         reuse: int = 1,
         state: StreamState | None = None,
     ) -> None:
-        self.rows, self.size, self.rows_per_harvest, self.dtype, self.reuse = rows, size, rows_per_harvest, dtype, reuse
+        self.rows, self.size, self.rows_per_forward, self.dtype, self.reuse = rows, size, rows_per_forward, dtype, reuse
         self.host = rows.host
         shape = (size, self.host.n_layers, self.host.d_model)
         self._x = torch.empty(shape, dtype=dtype)
@@ -110,7 +110,7 @@ class ActivationStream:
         while at < len(slots):
             if self._pending_used == self._pending.x_BLD.shape[0]:
                 self._pending_cursor = self.rows.cursor
-                fresh = harvest(self.host, self.rows.rows(self.rows_per_harvest))
+                fresh = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
                 self._pending = Activations(*(a.to(self._x.device, self.dtype) for a in fresh))
                 self._pending_used = 0
             n = min(len(slots) - at, self._pending.x_BLD.shape[0] - self._pending_used)
@@ -157,7 +157,7 @@ class ActivationStream:
         self._served = state.served - state.served % (self.size * self.reuse)
         if state.skipped:
             self._pending_cursor = self.rows.cursor
-            fresh = harvest(self.host, self.rows.rows(self.rows_per_harvest))
+            fresh = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
             self._pending = Activations(fresh.x_BLD.to(self.dtype), fresh.y_BLD.to(self.dtype))
             self._pending_used = state.skipped
         self._fill()

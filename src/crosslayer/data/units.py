@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.core.errors import HostError
-from crosslayer.data.stream import harvest
+from crosslayer.data.stream import collect_activations
 from crosslayer.host.host import Host
 
 MASSIVE = 20.0
@@ -93,7 +93,7 @@ def estimate_units(
     """Units from `n_tokens` tokens of the rows that `rows(n)` gives."""
     moments, done = Moments(host), 0
     while done < n_tokens:
-        taken = harvest(host, rows(rows_at_once))
+        taken = collect_activations(host, rows(rows_at_once))
         moments.add(taken.x_BLD, taken.y_BLD)
         done += taken.x_BLD.shape[0]
         on_progress(done)

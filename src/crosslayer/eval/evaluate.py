@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
-from crosslayer.data.stream import harvest
+from crosslayer.data.stream import collect_activations
 from crosslayer.eval.measures import DENSITY_EDGES, Firing, Reconstruction
 from crosslayer.eval.replacement import Replace, Zero
 from crosslayer.host.host import Host, Visitor
@@ -50,7 +50,7 @@ def evaluate_rows(
     n_replaced = min(len(batches), -(-replacement_tokens // (rows_at_once * rows_BT.shape[1])))
     work = len(batches) + 3 * n_replaced
     for done, batch in enumerate(batches, 1):
-        x_BLD, y_BLD = harvest(host, batch)
+        x_BLD, y_BLD = collect_activations(host, batch)
         active = clt.encode_sparse(x_BLD)
         fit.add(clt.decode(active, x_BLD), y_BLD)
         firing.add(active)
