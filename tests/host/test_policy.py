@@ -21,7 +21,7 @@ def test_without_prepend_the_text_stands_alone(host: Host):
     assert bare.encode("def name").tolist()[0] == host.encode("def name").tolist()[0][1:]
 
 
-def test_harvest_leaves_out_exactly_the_first_positions(host: Host):
+def test_collected_activations_exclude_exactly_the_first_positions(host: Host):
     rows_BT = torch.arange(20).view(2, 10)
     everything = host.tap(rows_BT)
     for n_skip in (0, 1, 4):

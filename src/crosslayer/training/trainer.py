@@ -220,7 +220,7 @@ class Trainer:
             " unchanged, remaining text is redistributed".format(*restored.mesh, *self.mesh.shape),
             highlight=False,
         )
-        cursors = [Cursor.of(state.begun_at) for state in restored.streams]
+        cursors = [Cursor.of(state.start) for state in restored.streams]
         self.rows.cursor = redistribute(cursors, self.mesh.world.rank, self.mesh.world.size)
         return None
 
