@@ -134,7 +134,7 @@ BAD = {
     "no such choice": (["--activation", "gelu"], "'gelu' is not one of"),
     "out in use": (["--out", "{filled}"], "is not empty; give another --out"),
     "out is a file": (["--out", "{empty}"], "is a file; give a folder"),
-    "context": (["--context", "9999"], "context=9999 exceeds that of"),
+    "context": (["--context", "9999"], "context=9999 exceeds the context of"),
     "device": (["--device", "tpu"], "device=tpu"),
     "out below a file": (["--out", "{empty}/run"], "cannot be made"),
     "not a number": (["--l0-per-layer", "nan"], "a target L0 of nan"),

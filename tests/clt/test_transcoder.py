@@ -1,4 +1,4 @@
-"""Sparse and dense give the same numbers and gradients; the sum over layers is the one written down."""
+"""Sparse and dense encodings give the same numbers and gradients; decode is the sum over layers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_small_parameters_stay_float32_when_weights_are_bfloat16():
     assert y.isfinite().all()
 
 
-def test_bias_by_quantile_makes_each_feature_fire_as_often_as_asked():
+def test_bias_by_quantile_gives_each_feature_the_requested_density():
     clt, x_BLD = make(), inputs(400)
     set_bias_for_density(clt, x_BLD, 0.05)
     for f_BF in clt.encode(x_BLD):
@@ -134,7 +134,7 @@ def test_initial_weights_lie_within_their_bounds():
     assert 0.9 * 24**-0.5 < clt.W_dec[0].abs().max() <= (3 * 8) ** -0.5
 
 
-def test_parameters_are_counted_as_they_are():
+def test_n_parameters_counts_all_parameters():
     for kwargs in ({}, {"cross_layer": False}, {"skip": True}):
         clt = make(**kwargs)
         assert clt.config.n_parameters == sum(p.numel() for p in clt.parameters())

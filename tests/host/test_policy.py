@@ -1,4 +1,4 @@
-"""The first-position policy: what is put in front, and what is left out."""
+"""The first-position policy: prepended tokens and skipped positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_text_begins_with_a_special_token_once(host: Host):
     assert host.encode("<|endoftext|>def name").tolist()[0] == ids
 
 
-def test_without_prepend_the_text_stands_alone(host: Host):
+def test_without_prepend_text_gets_no_special_token(host: Host):
     bare = Host(host.model, host.tokenizer, "bare", policy=FirstPosition(prepend=False))
     assert bare.encode("def name").tolist()[0] == host.encode("def name").tolist()[0][1:]
 

@@ -74,7 +74,7 @@ def test_a_killed_rank_is_reported_and_the_resumed_run_is_bitwise_identical(
     ]
     torchrun(*settings, "--out", tmp_path / "whole")
     error = torchrun(*settings, "--out", tmp_path / "cut", expect=1, kill_one_after=tmp_path / "cut" / "checkpoints")
-    assert "crosslayer: rank 0 waited for another, which ended or cannot be reached" in error
+    assert "crosslayer: rank 0 lost another rank, which ended or cannot be reached" in error
     assert f"with --resume {tmp_path / 'cut'}, on any number of ranks" in error
     assert not (tmp_path / "cut" / "clt").exists()
     torchrun("--resume", tmp_path / "cut")

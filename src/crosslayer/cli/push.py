@@ -30,7 +30,7 @@ def command(folder: str, repo: str, revision: str | None, private: bool, dry_run
     path = clt_folder(Path(folder))
     open_format(path)
     if not (path / "README.md").is_file():
-        raise FormatError(f"{path} has no model card, README.md; write one first")
+        raise FormatError(f"{path} has no README.md (the model card); write one first")
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     for file in files:
         click.echo(f"{file.stat().st_size / 2**20:10,.1f} MiB  {file.relative_to(path).as_posix()}")
