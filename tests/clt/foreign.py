@@ -33,12 +33,12 @@ def activate(pre_LBF: Tensor, activation: str, k: int, theta_LF: Tensor) -> Tens
         case "jumprelu":
             return pre_LBF * (pre_LBF > theta_LF[:, None])
         case "topk":
-            kept = pre_LBF.topk(k, dim=2)
-            return torch.zeros_like(pre_LBF).scatter(2, kept.indices, kept.values.relu())
+            top = pre_LBF.topk(k, dim=2)
+            return torch.zeros_like(pre_LBF).scatter(2, top.indices, top.values.relu())
     n_layers, n_tokens, n_features = pre_LBF.shape
     flat_BX = pre_LBF.permute(1, 0, 2).reshape(n_tokens, -1)
-    kept = flat_BX.topk(k, dim=1)
-    out_BX = torch.zeros_like(flat_BX).scatter(1, kept.indices, kept.values.relu())
+    top = flat_BX.topk(k, dim=1)
+    out_BX = torch.zeros_like(flat_BX).scatter(1, top.indices, top.values.relu())
     return out_BX.view(n_tokens, n_layers, n_features).permute(1, 0, 2)
 
 

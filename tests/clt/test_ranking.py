@@ -59,8 +59,8 @@ def test_batch_top_equals_sorting(kind: str, seed: int, tokens: int, features: i
     scores = torch.cat([(z * n).flatten() for z, n in zip(pre, norms, strict=True)])
     positive = scores[scores > 0].sort(descending=True).values
     found = batch_top(finder, norms, k)
-    kept = torch.cat([z_K * n[e.feature_K] for (e, z_K), n in zip(found, norms, strict=True)])
-    torch.testing.assert_close(kept.sort(descending=True).values, positive[: min(k * tokens, len(positive))])
+    found_scores = torch.cat([z_K * n[e.feature_K] for (e, z_K), n in zip(found, norms, strict=True)])
+    torch.testing.assert_close(found_scores.sort(descending=True).values, positive[: min(k * tokens, len(positive))])
     for e, _ in found:
         assert torch.equal((e.token_K * features + e.feature_K).sort().values, e.token_K * features + e.feature_K)
 

@@ -101,12 +101,12 @@ def test_topk_keeps_k_and_batchtopk_k_on_average():
 def test_ranking_is_by_activation_times_decoder_norm():
     clt, x_BLD = make("topk", "all"), inputs(1)
     before = clt.encode(x_BLD)
-    silent = next(
+    inactive = next(
         (i, int(f)) for i in range(3) for f in (before[i][0] == 0).nonzero()[:, 0] if clt.pre(x_BLD[:, i], i)[0, f] > 0
     )
     with torch.no_grad():
-        clt.W_dec[silent[0]][silent[1]] *= 1e6
-    assert clt.encode(x_BLD)[silent[0]][0, silent[1]] > 0
+        clt.W_dec[inactive[0]][inactive[1]] *= 1e6
+    assert clt.encode(x_BLD)[inactive[0]][0, inactive[1]] > 0
 
 
 def test_small_parameters_stay_float32_when_weights_are_bfloat16():

@@ -28,9 +28,9 @@ def top_mask(score_XSF: Float[Tensor, "X S F"], k: int, group: Group = ALONE.fea
     # One more than needed, to detect ties with the last.
     best, index = flat.topk(min(k + 1, flat.shape[1]), dim=1)
     cut_X = kth_largest(best, k, group)
-    kept = (best >= cut_X[:, None]) & (best > 0)
-    if not (group.sum_(kept.sum(1)) > k).any():
-        return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, kept).view_as(score_XSF)
+    mask = (best >= cut_X[:, None]) & (best > 0)
+    if not (group.sum_(mask.sum(1)) > k).any():
+        return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, mask).view_as(score_XSF)
     above = score_XSF > cut_X[:, None, None]
     tied = (score_XSF == cut_X[:, None, None]) & (cut_X > 0)[:, None, None]
     every_XSR = torch.stack(group.gather(tied.sum(2)), dim=2)
@@ -122,8 +122,8 @@ def _cut(ranked: list[Found], norms: Sequence[Tensor], n_tokens: int, k: int, gr
     column_K[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[bin_K[order]]
     table = score_K.new_zeros(n_tokens * segments, max(1, int(count.max())))
     table[bin_K, column_K] = score_K
-    kept_K = top_mask(table.view(n_tokens, segments, -1), k, group).view_as(table)[bin_K, column_K]
-    return [r.those(kept) for r, kept in zip(ranked, kept_K.split(sizes), strict=True)]
+    mask_K = top_mask(table.view(n_tokens, segments, -1), k, group).view_as(table)[bin_K, column_K]
+    return [r.those(mask) for r, mask in zip(ranked, mask_K.split(sizes), strict=True)]
 
 
 def _sampled_bound(finder: Finder, norms: Sequence[Tensor], per_token: float) -> float:
@@ -160,10 +160,12 @@ def _reaching(finder: Finder, layer: int, norm_F: Tensor, least: float) -> Found
 
 def _still_reaching(finder: Finder, layer: int, parts: list[tuple[Entries, Tensor, Tensor]], least_B: Tensor) -> Found:
     """Return the candidates of a layer that reach the final bound."""
-    kept = [upper >= least_B[entries.token_K].to(upper.dtype) for entries, upper, _ in parts]
-    entries = Entries(*(torch.cat([e[axis][m] for (e, _, _), m in zip(parts, kept, strict=True)]) for axis in range(2)))
+    masks = [upper >= least_B[entries.token_K].to(upper.dtype) for entries, upper, _ in parts]
+    entries = Entries(
+        *(torch.cat([e[axis][m] for (e, _, _), m in zip(parts, masks, strict=True)]) for axis in range(2))
+    )
     if finder.look(layer, slice(0, 1)).margin_F is None:
-        return Found(entries, torch.cat([z[m] for (_, _, z), m in zip(parts, kept, strict=True)]))
+        return Found(entries, torch.cat([z[m] for (_, _, z), m in zip(parts, masks, strict=True)]))
     return Found(entries, finder.exact(layer, entries))
 
 

@@ -36,7 +36,7 @@ def share_of(whole: CLTConfig, mesh: Mesh, *, dtype: torch.dtype, device: str) -
 
 
 def by_feature(name: str) -> bool:
-    """Whether a parameter of this name has one row per feature, and so is sharded."""
+    """Return whether a parameter of this name has one row per feature, and so is sharded."""
     return name.startswith(("W_enc", "b_enc", "W_dec", "threshold"))
 
 

@@ -26,7 +26,7 @@ NUMBERS_AT_ONCE = 1 << 20
 
 
 def by_kernels(tensor: Tensor) -> bool:
-    """Whether Triton kernels handle this tensor."""
+    """Return whether Triton kernels handle this tensor."""
     return tensor.is_cuda
 
 

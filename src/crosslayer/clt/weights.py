@@ -50,7 +50,7 @@ class Weights(nn.ParameterList):
         return super().__getitem__(0).dtype
 
     def here(self, layer: int) -> bool:
-        """Whether the layer's weights are in memory or memory-mapped."""
+        """Return whether the layer's weights are in memory or memory-mapped."""
         return not super().__getitem__(layer).is_meta
 
     def shape(self, layer: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from crosslayer.training.config import TrainConfig
 
 
 def stdlib() -> TrainConfig:
-    """The quickstart: the shipped host on the standard library, a few minutes on two cores."""
+    """Return the settings of the quickstart: the bundled host, a few minutes on two cores."""
     return TrainConfig(
         model="stdlib-qwen3",
         host_precision="bf16",
@@ -41,7 +41,7 @@ def stdlib() -> TrainConfig:
 
 
 def gpt2_32k() -> TrainConfig:
-    """GPT-2 small with 32,768 features per layer, on one GPU."""
+    """Return settings for GPT-2 small with 32,768 features per layer, on one GPU."""
     return TrainConfig(
         model="openai-community/gpt2",
         text=("hf:Skylion007/openwebtext",),
@@ -62,7 +62,7 @@ def gpt2_32k() -> TrainConfig:
 
 
 def qwen3_0_6b_20k() -> TrainConfig:
-    """Qwen3-0.6B at the size and target L0 of the reference."""
+    """Return settings for Qwen3-0.6B at the size and target L0 of the reference."""
     return TrainConfig(
         model="Qwen/Qwen3-0.6B-Base",
         text=(

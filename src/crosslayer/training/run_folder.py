@@ -78,8 +78,8 @@ class Log:
         """Remove lines after `step`; the resumed run logs those steps again."""
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            lines_before = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            write_text(self.path, "".join(f"{line}\n" for line in lines_before))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""

@@ -121,7 +121,7 @@ def identity(host_name: str, whole: CLTConfig, config: TrainConfig) -> dict[str,
 
 
 def _by_feature(name: str) -> bool:
-    """Whether a tensor of a checkpoint has one row per feature."""
+    """Return whether a tensor of a checkpoint has one row per feature."""
     kind, _, rest = name.partition(".")
     if kind == "moments":
         key, _, rest = rest.partition(".")

@@ -59,7 +59,7 @@ class ModelConfig(NamedTuple):
 
 
 def recognises(folder: Folder) -> bool:
-    """Whether the folder has this format."""
+    """Return whether the folder has this format."""
     return CONFIG in folder.names
 
 

@@ -25,7 +25,7 @@ PATTERN = "params_layer_{}.safetensors"
 
 
 def recognises(folder: Folder) -> bool:
-    """Whether the folder has this format."""
+    """Return whether the folder has this format."""
     return bool(folder.numbered(PATTERN))
 
 

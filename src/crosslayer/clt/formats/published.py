@@ -37,7 +37,7 @@ CONFIG = "config.yaml"
 
 
 def recognises(folder: Folder) -> bool:
-    """Whether the folder has this format."""
+    """Return whether the folder has this format."""
     return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
 
 

@@ -27,7 +27,7 @@ THRESHOLD = "activation_function.threshold"
 
 
 def recognises(folder: Folder) -> bool:
-    """Whether the folder has this format."""
+    """Return whether the folder has this format."""
     return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
 
 
