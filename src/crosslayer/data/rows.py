@@ -80,7 +80,7 @@ class Documents:
             self._open[i] = None
             self.places[i] = self.places[i]._replace(epoch=self.places[i].epoch + 1, document=0)
         name = self.sources[i].name
-        raise SourceError(f"{name} has too little {self.side} text for {self.ranks} ranks; add more text")
+        raise SourceError(f"{name} has too little {self.side} text for {self.ranks} ranks; give more text")
 
     def move(self, places: Sequence[Place]) -> None:
         """Continue from these places."""
@@ -179,7 +179,7 @@ def held_out_rows(host: Host, sources: Sequence[Weighted], context: int, n_token
         flat.extend(tokens)
     n_rows = min(len(flat) // body, -(-n_tokens // body))
     if n_rows == 0:
-        raise SourceError(f"the held-out text has {len(flat)} tokens, less than one row of {body}; add more text")
+        raise SourceError(f"the held-out text has {len(flat)} tokens, less than one row of {body}; give more text")
     return _rows(host, flat[: n_rows * body], body)
 
 
