@@ -1,23 +1,28 @@
-# Two commands for everyone: `make quickstart` and `make test`. Both set up .venv themselves.
+# Two commands for everyone: `make quickstart` and `make test`. Both set up .venv themselves, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test check install docs clean
+# What runs at both ends of the versions that pyproject.toml allows. TORCH=2.13.0 takes that version of torch at either end.
+QUICK := tests/test_house.py tests/host tests/clt tests/data tests/eval tests/graphs tests/attribution tests/bundles tests/training/test_run.py
+TORCH ?=
 
-$(VENV)/.installed: pyproject.toml
+.PHONY: quickstart test check install docs constraints test-lowest test-latest clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "crosslayer needs Python 3.11 or newer; set PYTHON=python3.12, say"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable .
+	$(PIP) --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --group dev
+	$(PIP) --group dev
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --group docs
+	$(PIP) --group docs
 	touch $@
 
 install: $(VENV)/.installed-dev
@@ -37,5 +42,15 @@ test: check
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Names and versions of what is installed in .venv now, for the next `make`.
+constraints: $(VENV)/.installed-dev $(VENV)/.installed-docs
+	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' | sed 's/+cpu$$//' > constraints.txt
+
+test-lowest: $(VENV)/.installed-dev
+	$(BIN)/python scripts/at_versions.py lowest --torch "$(TORCH)" -- $(QUICK)
+
+test-latest: $(VENV)/.installed-dev
+	$(BIN)/python scripts/at_versions.py latest --torch "$(TORCH)" -- $(QUICK)
+
 clean:
-	rm -rf $(VENV) build dist site
+	rm -rf $(VENV) .venv-lowest .venv-latest build dist site

@@ -86,7 +86,7 @@ def brute_force(pair: Pair, graph: Graph) -> np.ndarray:
         embedded.append(out.detach().requires_grad_())
         return embedded[0]
 
-    hook = local.anatomy.embedding.register_forward_hook(keep_embedding)
+    hook = host.model.get_input_embeddings().register_forward_hook(keep_embedding)
     with frozen(local, "both"):
         logits = host.run(torch.tensor([TOKENS]), visit)
     hook.remove()

@@ -84,7 +84,10 @@ def test_bad_input_is_one_sentence(made: Made, tmp_path: Path, host_folder: Path
         (("top", "--prompt", "", "--bundle", bundle, "--clt", made.folder), "the prompt is empty"),
         (("build", "--clt", made.folder, "-o", tmp_path / "b"), "no text was given"),
         (("build", "--clt", made.folder, "--text", made.text), "no output folder was given"),
-        (("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "no" / "where"), "there is no folder"),
+        (
+            ("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "file" / "where"),
+            "is a file and no folder",
+        ),
         (
             ("build", "--clt", made.folder, "--text", tmp_path / "nothing", "-o", tmp_path / "b"),
             "no such file or folder",

@@ -111,8 +111,9 @@ def test_missing_files_and_folders(saved: Path, tmp_path: Path, graph: xl.Graph)
     shutil.copy(saved, tmp_path / "one.json")
     with pytest.raises(FormatError, match=r"one\.safetensors is missing"):
         xl.Graph.load(tmp_path / "one")
-    with pytest.raises(ConfigError, match="there is no folder"):
-        graph.save(tmp_path / "no" / "where")
+    assert graph.save(tmp_path / "made" / "with parents" / "one").is_file()
+    with pytest.raises(ConfigError, match=r"one\.json is a file and no folder"):
+        graph.save(tmp_path / "one.json" / "where")
 
 
 def test_an_export_holds_the_pruned_graph(graph: xl.Graph, tmp_path: Path):

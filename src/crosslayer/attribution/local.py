@@ -31,7 +31,7 @@ class Kept(NamedTuple):
     tokens_T: Int[Tensor, " T"]
     logits_TV: Float[Tensor, "T V"]
     token_TD: Float[Tensor, "T D"]
-    """Token embeddings as they enter the stream."""
+    """Token embeddings as they enter the stream: what the first layer reads, less learned positions."""
     start_TD: Float[Tensor, "T D"]
     """The stream below the first layer: tokens, and learned positions where there are any."""
     patterns: list[Float[Tensor, "H T T"]]
@@ -48,7 +48,6 @@ def keep(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> Kept:
     """
     patterns: list[Tensor] = []
     starts: list[Tensor] = []
-    embeddings: list[Tensor] = []
     xs: list[Tensor] = []
     ys: list[Tensor] = []
 
@@ -64,11 +63,12 @@ def keep(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> Kept:
             hook(block.attention.module.register_forward_hook(keep_pattern))
         first: Any = anatomy.blocks[0].attention_norm.module
         hook(first.register_forward_pre_hook(lambda _m, inputs: starts.append(inputs[0][0])))
-        hook(anatomy.embedding.register_forward_hook(lambda _m, _i, out: embeddings.append(out[0])))
         logits = host.run(tokens_T[None], visit)
     assert logits is not None
     x_LTD, y_LTD = torch.stack(xs), torch.stack(ys)
-    return Kept(tokens_T.to(host.device), logits[0], embeddings[0], starts[0], patterns, x_LTD, y_LTD)
+    positions_TD = anatomy.positions_TD(len(tokens_T))
+    token_TD = starts[0] if positions_TD is None else starts[0] - positions_TD
+    return Kept(tokens_T.to(host.device), logits[0], token_TD, starts[0], patterns, x_LTD, y_LTD)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from crosslayer.bundles.schema import ARRAYS, REBUILD
 from crosslayer.core.errors import FormatError
-from crosslayer.core.files import replacing
+from crosslayer.core.files import PositionalFile, replacing
 
 
 def save_array(folder: Path, name: str, array: NDArray) -> None:
@@ -40,26 +39,25 @@ class RowFile:
     """Rows of a `.npy` file, read without mapping it."""
 
     def __init__(self, path: Path) -> None:
-        self.file = -1
-        mapped = mapped_array(path)
-        self.dtype, self.shape, self.begin = mapped.dtype, mapped.shape[1:], int(mapped.offset)  # type: ignore[attr-defined]
+        mapped: Any = mapped_array(path)
+        self.dtype, self.shape, self.begin = mapped.dtype, mapped.shape[1:], int(mapped.offset)
         self.n, self.path = len(mapped), path
         self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
-        self.file = os.open(path, os.O_RDONLY)
+        self.file = PositionalFile(path)
 
     def rows(self, first: int, last: int | None) -> Any:
+        """Row `first`, or rows from `first` to `last`.
+
+        Raises:
+            FormatError: for rows that the file does not have.
+        """
         n = 1 if last is None else last - first
-        raw = os.pread(self.file, n * self.row_bytes, self.begin + first * self.row_bytes)
-        if len(raw) != n * self.row_bytes or first < 0:
+        rows = np.empty((n, *self.shape), self.dtype)
+        raw = rows.reshape(-1).view(np.uint8).data
+        if first < 0 or self.file.read_into(raw, self.begin + first * self.row_bytes) != len(raw):
             raise FormatError(f"{self.path} ended at row {first} of {self.n}; {REBUILD}")
-        rows = np.frombuffer(raw, self.dtype).reshape(n, *self.shape)
         return rows[0] if last is None else rows
 
     def close(self) -> None:
-        """Also when nobody holds it any more, as where a bundle was built anew."""
-        if self.file >= 0:
-            os.close(self.file)
-        self.file = -1
-
-    def __del__(self) -> None:
-        self.close()
+        """Close the file; more than once is fine."""
+        self.file.close()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crosslayer.clt.sparse import Entries, sampled_products, where
 
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
 """Tokens per block of pre-activations of one layer; on CPU, a block fits the processor's cache."""
 SLACK = 2.0**-5
 

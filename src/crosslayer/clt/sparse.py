@@ -30,6 +30,11 @@ def by_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def by_compressed_rows(tensor: Tensor) -> bool:
+    """Whether PyTorch has products over compressed rows for this tensor; elsewhere rows are gathered."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+
+
 class Entries(NamedTuple):
     """Entries of a (B, F) matrix, sorted by token, then feature."""
 
@@ -103,6 +108,11 @@ def add_rows(
         return
     if not len(row_K):
         return
+    if not by_compressed_rows(out_XD):
+        at_K = torch.repeat_interleave(torch.arange(len(out_XD), device=out_XD.device), start_R1.diff())
+        for at, row, scale in zip(*(t.split(ENTRIES_AT_ONCE) for t in (at_K, row_K, scale_K)), strict=True):
+            out_XD.index_add_(0, at, (rows_YD[row].to(out_XD.dtype) * scale[:, None]).to(out_XD.dtype))
+        return
     if rows_YD.dtype != out_XD.dtype:
         used, row_K = row_K.unique(return_inverse=True)
         rows_YD = rows_YD[used].to(out_XD.dtype)
@@ -132,7 +142,7 @@ def sampled_products(
 
         return kernels.sampled_products(a_BD, b_FD, token_K, feature_K)
     wide = torch.promote_types(a_BD.dtype, b_FD.dtype)
-    if wide not in (torch.float32, torch.float64) or a_BD.dtype != b_FD.dtype:
+    if not by_compressed_rows(a_BD) or a_BD.dtype != b_FD.dtype:
         parts = zip(token_K.split(ENTRIES_AT_ONCE), feature_K.split(ENTRIES_AT_ONCE), strict=True)
         return torch.cat(
             [torch.linalg.vecdot(a_BD[token].to(wide), b_FD[feature].to(wide)) for token, feature in parts]

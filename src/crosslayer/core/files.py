@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
 
 
 def require_writable(path: Path) -> None:
-    """Refuse, before any work is done, a file that could not be written.
+    """Refuse, before any work is done, an output file that could not be written. Missing folders are fine.
 
     Raises:
-        ConfigError: for a folder, a device, a name that is too long, and a folder that is not there or that takes no
-            files.
+        ConfigError: for a folder, a device, a name that is too long, and a place that takes no files.
     """
-    remedy = "give the name of a file in a folder that you may write to"
     try:
         if path.is_dir() or (path.exists() and not path.is_file()):
-            raise ConfigError(
-                f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name"
-                " of a file"
-            )
-        if not path.absolute().parent.is_dir():
-            raise ConfigError(
-                f"{path} cannot be written: there is no folder {path.absolute().parent}; make it, or give another name"
-            )
-        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            kind = "a folder" if path.is_dir() else "no ordinary file"
+            raise ConfigError(f"{path} cannot be written: it is {kind}; give the name of a file")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise ConfigError(f"{path} cannot be written: {above} is a file and no folder; give another name")
+        # The name itself is tried where its folder exists, any name where the folder is still to be made.
+        probe = above / (
+            f".{path.name}.{os.getpid()}.tmp" if above == path.absolute().parent else f".{os.getpid()}.tmp"
+        )
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{str(path)[:200]} cannot be written ({said}); {remedy}") from error
+        raise ConfigError(
+            f"{str(path)[:200]} cannot be written ({said}); give the name of a file in a folder that you may write to"
+        ) from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` if the block ends well and removed if it does not."""
+    """A temporary path to write to, renamed to `path` if the block succeeds and removed if not; makes the folders."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ConfigError(f"{path} is no ordinary file, and would be put out of the way by one; give another name")
+        raise ConfigError(f"{path} is no ordinary file and would be replaced by one; give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -99,21 +102,62 @@ def require_free_disk(folder: Path, needed_bytes: int, remedy: str) -> None:
 
 @contextmanager
 def locked(folder: Path, remedy: str = "wait for it, or give another --out") -> Iterator[None]:
-    """Hold the folder for this process.
+    """Lock the folder, which is made where it is missing, for this process.
 
     Args:
-        remedy: what to do where another process holds it.
+        remedy: what to do where another process has locked it.
 
     Raises:
-        RunError: for a folder that another process holds.
+        RunError: for a folder that another process has locked, or that cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder} cannot be made ({error.strerror}); give another --out") from error
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder} is in use by another process; {remedy}") from error
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(f"{folder} is in use by another process; {remedy}") from error
+    try:
         yield
+    finally:
+        lock.release()
+
+
+class PositionalFile:
+    """A file of which parts are read by offset, from any thread, without mapping it.
+
+    A mapped page brings its neighbours into memory, which costs more than it is worth where single rows are read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._turn = Lock()
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer from `offset` on; gives the number of bytes read, fewer only where the file ends."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], offset)
+        # Windows, and macOS before 11, have no positional read: one thread moves the file's position at a time.
+        with self._turn:
+            self._file.seek(offset)
+            done = 0
+            while done < len(buffer) and (n := self._file.readinto(buffer[done:])):
+                done += n
+            return done
+
+    def close(self) -> None:
+        """Close the file; more than once is fine."""
+        self._file.close()
+
+    def __del__(self) -> None:
+        # A bundle is often left open to the end.
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def __enter__(self) -> PositionalFile:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()

@@ -32,7 +32,7 @@ from crosslayer.bundles.settings import LINEAR_BINS, LOG_BINS, ScanSettings
 from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError, RunError
-from crosslayer.core.files import locked, read_json, replacing, require_free_disk, write_json
+from crosslayer.core.files import locked, read_json, replacing, require_free_disk, require_writable, write_json
 from crosslayer.core.progress import track
 from crosslayer.data.rows import held_out_rows
 from crosslayer.data.sources import open_sources
@@ -139,6 +139,7 @@ def refuse_unless_new(out: Path) -> None:
         raise RunError(f"{out} holds a feature bundle already; remove it, or give another -o")
     if out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} is not empty; give another -o")
+    require_writable(out / MANIFEST)
 
 
 def rows_of(host: Host, names: Sequence[str], context: int, n_tokens: int) -> Text:

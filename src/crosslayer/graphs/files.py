@@ -21,7 +21,7 @@ def write(header: GraphHeader, arrays: GraphArrays, path: str | Path) -> Path:
     """Write both files, whole or not at all; gives the path of the header.
 
     Raises:
-        ConfigError: for a folder that is not there.
+        ConfigError: for a path that cannot be written.
     """
     header_path, tensors = files_of(path)
     for file in (header_path, tensors):

@@ -237,7 +237,7 @@ class Graph:
         """Write `PATH.safetensors` and `PATH.json`, whole or not at all; gives the path of the second.
 
         Raises:
-            ConfigError: for a folder that is not there.
+            ConfigError: for a path that cannot be written.
         """
         return files.write(self.header, self.arrays, path)
 

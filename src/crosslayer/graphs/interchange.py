@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from crosslayer.core.errors import ConfigError, FormatError
-from crosslayer.core.files import read_json, write_text
+from crosslayer.core.files import read_json, require_writable, write_text
 from crosslayer.graphs.arrays import GraphArrays
 from crosslayer.graphs.graph import Graph
 from crosslayer.graphs.influence import Pruned
@@ -174,12 +174,10 @@ def write_graph_file(file: GraphFile, path: str | Path) -> None:
     """Write the interchange format, whole or not at all.
 
     Raises:
-        ConfigError: for a folder that is not there.
+        ConfigError: for a path that cannot be written.
     """
     path = Path(path)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "it is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent}"
-        raise ConfigError(f"{path} cannot be written: {what}; give the name of a JSON file")
+    require_writable(path)
     write_text(path, json.dumps(_as_said(file), indent=1, ensure_ascii=False) + "\n")
 
 

@@ -101,10 +101,12 @@ class Anatomy:
         self.blocks = [self._block(layer) for layer in layers]
         self.final_norm = self._norm(model.get_submodule(self._family.final_norm))
 
-    @property
-    def embedding(self) -> nn.Module:
-        model: Any = self.host.model
-        return model.get_input_embeddings()
+    def positions_TD(self, n_positions: int) -> Float[Tensor, "T D"] | None:
+        """Learned positions as they enter the stream; None for a family without them."""
+        if self._family.positions is None:
+            return None
+        table: Any = self.host.model.get_submodule(self._family.positions)
+        return table.weight.detach()[:n_positions]
 
     @cached_property
     def unembedding_VD(self) -> Float[Tensor, "V D"]:

@@ -25,6 +25,8 @@ class Family(NamedTuple):
     after_mlp_norm: str | None = None
     gain_plus_one: bool = False
     """Whether norms multiply by one plus their weight."""
+    positions: str | None = None
+    """Module path, from the model, of learned position embeddings."""
     parallel_when: str | None = None
     """Config attribute that is true if attention and MLP run in parallel."""
 
@@ -43,7 +45,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
     "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers", final_norm="model.language_model.norm"),
-    "gpt2": Family("transformer.h", "transformer.ln_f", "ln_1", "attn", "ln_2"),
+    "gpt2": Family("transformer.h", "transformer.ln_f", "ln_1", "attn", "ln_2", positions="transformer.wpe"),
     "gpt_neox": Family(
         "gpt_neox.layers",
         "gpt_neox.final_layer_norm",

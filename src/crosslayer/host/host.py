@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -63,6 +64,9 @@ class Host:
         config: Any = model.config
         text_config = config.get_text_config()
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        if getattr(text_config, "attn_logit_softcapping", None):
+            # PyTorch's fused attention has no soft-cap, and transformers before 5.24 left it out without a word.
+            model.set_attn_implementation("eager")  # type: ignore[operator]
         self.model_type: str = config.model_type
         self.family: Family = family_of(config.model_type, name)
         self.layers: list[nn.Module] = list(model.get_submodule(self.family.layers))  # type: ignore[arg-type]
@@ -115,7 +119,8 @@ class Host:
                 for layer, block in enumerate(self.layers):
                     self._hook(hooks, layer, block, visit)
             runner: Any = self.model if logits else self.model.base_model
-            output = runner(tokens_BT.to(self.device), use_cache=cache is not None, past_key_values=cache)
+            known = {} if cache is None else {_cache_argument(runner): cache}
+            output = runner(tokens_BT.to(self.device), use_cache=cache is not None, **known)
         return output.logits if logits else None
 
     def cache(self) -> Any:
@@ -223,6 +228,11 @@ def load_host(
     return Host(model, tokenizer, shown, input_hook=input_hook, output_hook=output_hook, policy=policy, layers=layers)
 
 
+def _cache_argument(model: nn.Module) -> str:
+    """What a model calls its cache of keys and values: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
 def _check_sites(host: Host, input_hook: str, output_hook: str, policy: FirstPosition) -> None:
     found = (short_hook(host.input_hook), short_hook(host.output_hook), host.policy)
     asked = (short_hook(input_hook), short_hook(output_hook), policy)
@@ -235,16 +245,25 @@ def _check_sites(host: Host, input_hook: str, output_hook: str, policy: FirstPos
 
 
 def choose_device(name: str) -> str:
-    """`auto` is cuda where there is one and cpu elsewhere; anything else must be there.
+    """The device to use: `auto` is cuda where there is one and cpu elsewhere.
 
     Raises:
         ConfigError: for a device that PyTorch does not know or does not find.
     """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda") or (name != "cpu" and not torch.cuda.is_available()):
-        raise ConfigError(f"device={name} is not to be had here; give cpu{', or cuda' * torch.cuda.is_available()}")
+        return "cuda" if there["cuda"] else "cpu"
+    kind, _, number = name.partition(":")
+    if not there.get(kind) or (number and not (number.isdecimal() and int(number) < _count(kind))):
+        found = ", ".join(
+            f"{kind}:{i}" if kind == "cuda" else kind for kind in there if there[kind] for i in range(_count(kind))
+        )
+        raise ConfigError(f"device={name} is not available; give one of auto, {found}")
     return name
+
+
+def _count(kind: str) -> int:
+    return torch.cuda.device_count() if kind == "cuda" else 1
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from crosslayer.clt.sparse import add_rows
 from crosslayer.clt.transcoder import CLT
 from crosslayer.parallel import Group
 
-NUMBERS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
+NUMBERS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27, "mps": 1 << 25}
 """Elements of a gradient that are materialised at once."""
 
 

@@ -32,7 +32,7 @@ from crosslayer.training import losses
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import Gradients, Outer, Scaled, Some
 
-SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006}
+SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006, "mps": 0.006}
 """Density of a layer below which the sparse path is faster (benchmarks/bench_step.py)."""
 
 

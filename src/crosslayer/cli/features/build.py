@@ -106,8 +106,6 @@ def command(
         if not run:
             raise ConfigError("no output folder was given; give one with -o")
         out = Path(clt) / "features"
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {out.absolute().parent} for {out.name}; create it, or give another -o")
     settings = ScanSettings(
         n_top=top,
         n_quantiles=quantiles,

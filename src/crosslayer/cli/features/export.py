@@ -34,6 +34,7 @@ def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> Non
     from crosslayer.bundles.packed import write_packed
     from crosslayer.bundles.parquet import write_parquet
     from crosslayer.core.errors import ConfigError
+    from crosslayer.core.files import require_writable
     from crosslayer.core.progress import track
 
     opened = load_features(bundle_path(bundle))
@@ -43,9 +44,7 @@ def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> Non
                 raise ConfigError(f"-o {out} is a file; give the transcoder's folder")
             click.echo(f"written to {write_packed(opened, out, update)}")
         else:
-            if out.is_dir() or not out.absolute().parent.is_dir():
-                what = "it is a folder" if out.is_dir() else f"there is no folder {out.absolute().parent}"
-                raise ConfigError(f"-o {out} cannot be written: {what}; give a file name")
+            require_writable(out)
             if out.exists():
                 raise ConfigError(f"{out} already exists; remove it, or give another -o")
             click.echo(f"written to {write_parquet(opened, out, examples=examples, on_progress=update)}")

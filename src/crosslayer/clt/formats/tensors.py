@@ -7,7 +7,6 @@ if the kernel caches files in huge pages, touching one mapped row makes two mega
 from __future__ import annotations
 
 import json
-import os
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crosslayer.core.errors import FormatError
+from crosslayer.core.files import PositionalFile
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -92,14 +92,11 @@ class TensorFile:
         out = torch.empty(len(rows), *entry.shape[1:], dtype=DTYPES[entry.dtype])
         row_bytes = prod(entry.shape[1:]) * out.element_size()
         buffer = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
-        file = os.open(self.path, os.O_RDONLY)
-        try:
+        with PositionalFile(self.path) as file:
             for at, first, n in _runs(rows.tolist(), max(1, _MAX_RUN_BYTES // max(1, row_bytes))):
                 part = buffer[at * row_bytes : (at + n) * row_bytes]
-                if os.preadv(file, [part], entry.begin + first * row_bytes) != len(part):
+                if file.read_into(part, entry.begin + first * row_bytes) != len(part):
                     raise FormatError(f"{self.path} ended while {name} was read; download or write it again")
-        finally:
-            os.close(file)
         return self.finite(name, out)
 
     def finite(self, name: str, tensor: Tensor) -> Tensor:
