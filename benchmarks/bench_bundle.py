@@ -187,7 +187,7 @@ def pass_cost(host, clt, rows_BT, *, repeats: int) -> dict[str, float]:
     """Compare the seconds of batches of the pass with those of host and encoder products alone, alternating."""
     import torch
 
-    from crosslayer.data.stream import harvest
+    from crosslayer.data.stream import collect_activations
     from crosslayer.features.scan import Batch, Seen, take
 
     clt.W_enc.read_all()
@@ -197,7 +197,7 @@ def pass_cost(host, clt, rows_BT, *, repeats: int) -> dict[str, float]:
         for i in range(repeats + 1):
             rows = rows_BT[16 * i : 16 * (i + 1)]
             began = time.perf_counter()
-            x_BLD, _ = harvest(host, torch.from_numpy(rows.astype(np.int64)))
+            x_BLD, _ = collect_activations(host, torch.from_numpy(rows.astype(np.int64)))
             for layer in range(clt.config.n_layers):
                 clt.pre(x_BLD[:, layer], layer)
             bare.append(time.perf_counter() - began)

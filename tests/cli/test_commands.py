@@ -1,6 +1,4 @@
-"""The commands as a stranger types them: they work on any folder of a model and of text, and bad input ends in one
-sentence.
-"""
+"""The commands on any folder of a model and of text; bad input ends in one sentence."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ import tiny
 from crosslayer.cli.main import VERBS, main
 
 QUICK = [
-    *("--tokens", "3000", "--batch", "200", "--ring", "512", "--context", "33", "--rows-per-harvest", "8"),
+    *("--tokens", "3000", "--batch", "200", "--buffer-tokens", "512", "--context", "33", "--rows-per-forward", "8"),
     *(
         "--scale-tokens",
         "500",
@@ -45,7 +43,7 @@ def crosslayer(*args: str | Path, env: dict[str, str] | None = None) -> subproce
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_a_llama_and_a_folder_of_text_give_a_transcoder_with_no_code(tmp_path: Path, text_folder: Path):
+def test_a_llama_and_a_folder_of_text_give_a_transcoder(tmp_path: Path, text_folder: Path):
     model = tiny.write_host(tmp_path / "llama", "llama")
     done = crosslayer("train", "--model", model, "--text", text_folder, *QUICK, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -90,7 +88,12 @@ def test_help_explains_every_flag(here):
         assert [o.name for o in options if not o.help] == []
         assert all(o.opts[0] in done.stdout for o in options)
     text = " ".join(here("train", "--help").stdout.split())
-    for words in ("target: active features a token", "Adam's", "steps between checkpoints", "--no-cross-layer"):
+    for words in (
+        "target L0: active features per token",
+        "Adam's beta1",
+        "steps between checkpoints",
+        "--no-cross-layer",
+    ):
         assert words in text
 
 
@@ -102,7 +105,7 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """The command in this process, without the seconds that importing torch takes."""
+    """Runs a command in this process, which saves importing torch."""
 
     def run(*args: str | Path) -> Ended:
         monkeypatch.setattr(sys, "argv", ["crosslayer", *map(str, args)])
@@ -131,7 +134,7 @@ BAD = {
     "no such choice": (["--activation", "gelu"], "'gelu' is not one of"),
     "out in use": (["--out", "{filled}"], "is not empty; give another --out"),
     "out is a file": (["--out", "{empty}"], "is a file; give a folder"),
-    "context": (["--context", "9999"], "context=9999 exceeds that of"),
+    "context": (["--context", "9999"], "context=9999 exceeds the context of"),
     "device": (["--device", "tpu"], "device=tpu"),
     "out below a file": (["--out", "{empty}/run"], "cannot be made"),
     "not a number": (["--l0-per-layer", "nan"], "a target L0 of nan"),
@@ -141,7 +144,7 @@ BAD = {
     "no tokenizer": (["--model", "{bare}"], "has no tokenizer that can be read"),
     "beta": (["--beta1", "1"], "beta1=1.0 must be at least 0 and below 1"),
     "no thresholds": (["--activation", "relu", "--sparsity", "l0"], "sparsity=l0 works through thresholds"),
-    "one token": (["--batch", "200", "--accumulate", "200"], "leaves one token in each"),
+    "one token": (["--batch", "200", "--accumulate", "200"], "leaves one token per micro-batch"),
 }
 
 
@@ -186,7 +189,7 @@ def test_other_verbs_name_what_is_wrong(tmp_path: Path, here):
         (["inspect", tmp_path / "no"], "no folder"),
         (["eval", tmp_path, "--text", "stdlib", "-o", tmp_path / "no" / "x.json"], "there is no folder"),
         (["convert", tmp_path, tmp_path / "out"], "no config.yaml"),
-        (["push", tmp_path, "nobody"], "is no repository of the hub"),
+        (["push", tmp_path, "nobody"], "is not a Hub repository"),
         (["train", "--resume", tmp_path], "no run.json"),
         (["train", "--text", "stdlib", "--l0", "5"], "give --out"),
         (["plan", "--model", tmp_path, "--text", "x", "--l0", "5"], "cannot be read as a Hugging Face"),
@@ -197,7 +200,7 @@ def test_other_verbs_name_what_is_wrong(tmp_path: Path, here):
         assert words in done.stderr, done.stderr
 
 
-def test_ctrl_c_saves_says_so_and_the_run_goes_on(host_folder: Path, text_folder: Path, tmp_path: Path):
+def test_ctrl_c_saves_and_the_run_resumes(host_folder: Path, text_folder: Path, tmp_path: Path):
     args = [
         "train",
         "--model",
@@ -219,8 +222,8 @@ def test_ctrl_c_saves_says_so_and_the_run_goes_on(host_folder: Path, text_folder
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "go on with --resume" in err.splitlines()[-1]
+    assert "resume with --resume" in err.splitlines()[-1]
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
     refused = crosslayer("train", "--resume", tmp_path / "run", "--lr", "0.5")
     assert refused.returncode == 2
-    assert "begun with lr=" in refused.stderr
+    assert "started with lr=" in refused.stderr

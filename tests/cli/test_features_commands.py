@@ -1,4 +1,4 @@
-"""`features` as a stranger types it."""
+"""The commands of `features`."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ def test_build_show_search_top_and_exchange(made: Made, tmp_path: Path):
         "-o",
         out,
     )
-    code, said, error = run("features", "build", *common)
+    code, printed, error = run("features", "build", *common)
     assert (code, error) == (0, "")
-    assert "features fire, rules name" in said
+    assert "labelled by rules" in printed
     bundle = xl.load_features(out)
     assert bundle.manifest.context == CONTEXT
-    code, said, _ = run("features", "show", "L2/7", "--bundle", out)
+    code, printed, _ = run("features", "show", "L2/7", "--bundle", out)
     assert code == 0
     for words in ("L2/7", "fires on", "promotes", "writes to", "encoder", "upstream"):
-        assert words in said
+        assert words in printed
     assert run("features", "show", "1/5", "--bundle", out)[1].startswith("L1/5  dead: did not fire")
-    code, said, _ = run("features", "search", "fires:def", "--bundle", out)
+    code, printed, _ = run("features", "search", "fires:def", "--bundle", out)
     assert code == 0
     assert "no feature matches" in run("features", "search", "qqqqqq", "--bundle", out)[1]
-    code, said, error = run("features", "top", "--prompt", "def class return", "--bundle", out, "--clt", made.folder)
+    code, printed, error = run("features", "top", "--prompt", "def class return", "--bundle", out, "--clt", made.folder)
     assert (code, error) == (0, "")
-    assert "L2/7" in said
+    assert "L2/7" in printed
     assert run("features", "label", "2/7", "always on", "--bundle", out)[1] == "L2/7: always on\n"
     assert "always on" in run("features", "top", "--prompt", "def", "--bundle", out, "--clt", made.folder)[1]
-    code, said, error = run("features", "export", "--bundle", out, "-o", tmp_path / "packed")
+    code, printed, error = run("features", "export", "--bundle", out, "-o", tmp_path / "packed")
     assert (code, error) == (0, "")
-    code, said, error = run("features", "import", tmp_path / "packed", "-o", tmp_path / "back")
+    code, printed, error = run("features", "import", tmp_path / "packed", "-o", tmp_path / "back")
     assert (code, error) == (0, "")
     assert "q" in run("features", "show", "L2/7", "--bundle", tmp_path / "back")[1]
     assert run("features", "export", "--to", "parquet", "--bundle", out, "-o", tmp_path / "t.parquet")[0] == 0
 
 
-def test_the_only_bundle_here_is_meant(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_only_bundle_is_the_default(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     code, _, error = run("features", "show", "L0/0")
     assert code == 2
@@ -72,9 +72,9 @@ def test_bad_input_is_one_sentence(made: Made, tmp_path: Path, host_folder: Path
     other = write_clt(tmp_path / "other", host_folder, seed=4)
     (tmp_path / "file").write_text("x")
     cases = [
-        (("show", "nonsense", "--bundle", bundle), "'nonsense' names no feature; write LAYER/INDEX"),
-        (("show", "L-1/2", "--bundle", bundle), "names no feature"),
-        (("show", "L²/3", "--bundle", bundle), "names no feature"),
+        (("show", "nonsense", "--bundle", bundle), "'nonsense' is not a feature; write LAYER/INDEX"),
+        (("show", "L-1/2", "--bundle", bundle), "is not a feature"),
+        (("show", "L²/3", "--bundle", bundle), "is not a feature"),
         (("show", "L9/0", "--bundle", bundle), "there is no layer 9"),
         (("show", f"L0/{N_FEATURES}", "--bundle", bundle), f"there is no feature L0/{N_FEATURES}"),
         (("show", "L0/0", "--bundle", tmp_path / "no"), "no feature bundle at"),
@@ -83,7 +83,7 @@ def test_bad_input_is_one_sentence(made: Made, tmp_path: Path, host_folder: Path
         (("top", "--prompt", "def", "--bundle", bundle), "does not lie in a run; give its transcoder with --clt"),
         (("top", "--prompt", "", "--bundle", bundle, "--clt", made.folder), "the prompt is empty"),
         (("build", "--clt", made.folder, "-o", tmp_path / "b"), "no text was given"),
-        (("build", "--clt", made.folder, "--text", made.text), "no place for the bundle was given"),
+        (("build", "--clt", made.folder, "--text", made.text), "no output folder was given"),
         (
             ("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "file" / "where"),
             "is a file and no folder",

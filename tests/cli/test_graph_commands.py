@@ -1,4 +1,4 @@
-"""`graph`, `intervene` and `graph-diff` as a stranger types them."""
+"""The commands `graph`, `intervene` and `graph-diff`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def clt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    """Exit code, standard output, and what `main` would print of an error."""
+    """Return the exit code, standard output, and the error message of `main`."""
     result = CliRunner().invoke(app, [str(a) for a in args], standalone_mode=False, env={"COLUMNS": "160"})
     if isinstance(result.exception, CrosslayerError):
         return 2, result.output, str(result.exception)
@@ -42,8 +42,8 @@ def run(*args: object) -> tuple[int, str, str]:
 
 def test_a_prompt_is_traced_saved_exported_and_compared(clt_folder: Path, tmp_path: Path):
     out, export = tmp_path / "g", tmp_path / "g view.json"
-    code, said, wrong = run("graph", "--clt", clt_folder, "--prompt", PROMPT, "-o", out, "--export", export)
-    assert code == 0, wrong
+    code, printed, error = run("graph", "--clt", clt_folder, "--prompt", PROMPT, "-o", out, "--export", export)
+    assert code == 0, error
     for words in (
         "most influential features",
         "replacement score",
@@ -51,19 +51,19 @@ def test_a_prompt_is_traced_saved_exported_and_compared(clt_folder: Path, tmp_pa
         "influence accounted for",
         "sum to pre-activations",
     ):
-        assert words in said
+        assert words in printed
     graph = xl.Graph.load(out)
     assert graph.header.prompt == PROMPT
     assert graph.unexpanded <= 0.02
     assert json.loads(export.read_text())["metadata"]["slug"] == "g-view"
     run("graph", "--clt", clt_folder, "--prompt", PROMPT + " value", "-o", tmp_path / "h", "--tolerance", "0.1")
-    code, said, wrong = run("graph-diff", out, tmp_path / "h")
-    assert code == 0, wrong
-    assert "features carry influence in both" in said
+    code, printed, error = run("graph-diff", out, tmp_path / "h")
+    assert code == 0, error
+    assert "features carry influence in both" in printed
 
 
 def test_targets_and_precision(clt_folder: Path):
-    code, said, wrong = run(
+    code, printed, error = run(
         "graph",
         "--clt",
         clt_folder,
@@ -78,13 +78,13 @@ def test_targets_and_precision(clt_folder: Path):
         "--max-nodes",
         "20",
     )
-    assert code == 0, wrong
-    assert "bf16" in said
-    assert " - " in said
+    assert code == 0, error
+    assert "bf16" in printed
+    assert " - " in printed
 
 
 def test_an_intervention_prints_before_and_after(clt_folder: Path):
-    code, said, wrong = run(
+    code, printed, error = run(
         "intervene",
         "--clt",
         clt_folder,
@@ -103,9 +103,9 @@ def test_an_intervention_prints_before_and_after(clt_folder: Path):
         "--hold",
         "0-1",
     )
-    assert code == 0, wrong
+    assert code == 0, error
     for words in ("before", "after", "KL(before || after)"):
-        assert words in said
+        assert words in printed
 
 
 @pytest.mark.parametrize(
@@ -130,25 +130,25 @@ def test_an_intervention_prints_before_and_after(clt_folder: Path):
     ],
 )
 def test_bad_input_is_one_sentence(clt_folder: Path, args: tuple[str, ...], words: str):
-    code, _, wrong = run(args[0], "--clt", clt_folder, *args[1:])
+    code, _, error = run(args[0], "--clt", clt_folder, *args[1:])
     assert code == 2
-    assert words in wrong
-    assert "\n" not in wrong
+    assert words in error
+    assert "\n" not in error
 
 
 def test_a_graph_is_not_exported_over_itself(clt_folder: Path, tmp_path: Path):
-    code, _, wrong = run(
+    code, _, error = run(
         "graph", "--clt", clt_folder, "--prompt", PROMPT, "-o", tmp_path / "g", "--export", tmp_path / "g.json"
     )
     assert code == 2
-    assert "would write the same file" in wrong
+    assert "write the same file" in error
     assert not list(tmp_path.iterdir())
 
 
-def test_graphs_that_are_not_there(tmp_path: Path):
-    code, _, wrong = run("graph-diff", tmp_path / "a", tmp_path / "b")
+def test_missing_graphs_are_reported(tmp_path: Path):
+    code, _, error = run("graph-diff", tmp_path / "a", tmp_path / "b")
     assert code == 2
-    assert "there is no graph" in wrong
+    assert "there is no graph" in error
 
 
 @pytest.mark.parametrize(
@@ -164,21 +164,21 @@ def test_graphs_that_are_not_there(tmp_path: Path):
         (("--ablate", "L0/1", "--scale", "L0/1=3"), "is changed twice"),
     ],
 )
-def test_changes_that_are_not_understood(clt_folder: Path, change: tuple[str, ...], words: str):
+def test_invalid_changes_are_refused(clt_folder: Path, change: tuple[str, ...], words: str):
     code, _, error = run("intervene", "--clt", clt_folder, "--prompt", PROMPT, *change)
     assert (code, words in error) == (2, True), error
 
 
-def test_more_tokens_than_there_are_can_be_asked_for(clt_folder: Path):
+def test_top_may_exceed_the_vocabulary(clt_folder: Path):
     assert run("intervene", "--clt", clt_folder, "--prompt", PROMPT, "--ablate", "L0/1", "--top", 100_000)[0] == 0
 
 
-def test_outputs_that_would_meet_or_cannot_be_written(clt_folder: Path, tmp_path: Path):
+def test_outputs_that_coincide_or_cannot_be_written(clt_folder: Path, tmp_path: Path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "folder.json").mkdir()
     for arguments, words in (
-        (("-o", tmp_path / "g", "--export", tmp_path / "x" / ".." / "g.json"), "would write the same file"),
-        (("-o", tmp_path / "g", "--export", f"{tmp_path}/../{tmp_path.name}/g.json"), "would write the same file"),
+        (("-o", tmp_path / "g", "--export", tmp_path / "x" / ".." / "g.json"), "write the same file"),
+        (("-o", tmp_path / "g", "--export", f"{tmp_path}/../{tmp_path.name}/g.json"), "write the same file"),
         (("-o", tmp_path / "run"), "is no saved graph"),
         (("-o", tmp_path / "folder"), "it is a folder"),
         (("--export", tmp_path / ("x" * 300)), "cannot be written"),

@@ -1,4 +1,4 @@
-"""Tiny folders in the formats of others, written to the letter, and what they mean by the formulas of their authors."""
+"""Tiny folders in published formats, and their features and reconstructions by the authors' formulas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ L, D, F = 3, 8, 24
 
 
 class Meaning(NamedTuple):
-    """From MLP inputs (B, L, D) to features (L lists of (B, F)) and reconstruction (B, L, D)."""
+    """Maps MLP inputs (B, L, D) to features (L lists of (B, F)) and reconstruction (B, L, D)."""
 
     features: Callable[[Tensor], list[Tensor]]
     reconstruct: Callable[[Tensor], Tensor]
@@ -33,19 +33,19 @@ def activate(pre_LBF: Tensor, activation: str, k: int, theta_LF: Tensor) -> Tens
         case "jumprelu":
             return pre_LBF * (pre_LBF > theta_LF[:, None])
         case "topk":
-            kept = pre_LBF.topk(k, dim=2)
-            return torch.zeros_like(pre_LBF).scatter(2, kept.indices, kept.values.relu())
+            top = pre_LBF.topk(k, dim=2)
+            return torch.zeros_like(pre_LBF).scatter(2, top.indices, top.values.relu())
     n_layers, n_tokens, n_features = pre_LBF.shape
     flat_BX = pre_LBF.permute(1, 0, 2).reshape(n_tokens, -1)
-    kept = flat_BX.topk(k, dim=1)
-    out_BX = torch.zeros_like(flat_BX).scatter(1, kept.indices, kept.values.relu())
+    top = flat_BX.topk(k, dim=1)
+    out_BX = torch.zeros_like(flat_BX).scatter(1, top.indices, top.values.relu())
     return out_BX.view(n_tokens, n_layers, n_features).permute(1, 0, 2)
 
 
 def bluelight(
     folder: Path, version: int, sharded: bool, layout: str, activation: str, layers: list[int] | None = None
 ) -> Meaning:
-    """BluelightAI's own format."""
+    """Write BluelightAI's format."""
     folder.mkdir()
     k = 4
     W_LDF, b_LF, c_LD = _random(L, D, F, seed=1), _random(L, F, seed=2) * 0.1, _random(L, D, seed=3)
@@ -128,7 +128,7 @@ def bluelight(
 
 
 def transcoder_set(folder: Path, activation: str, skip: bool) -> Meaning:
-    """circuit-tracer's set of per-layer transcoders."""
+    """Write circuit-tracer's set of per-layer transcoders."""
     folder.mkdir()
     k = 4
     layers = []
@@ -165,7 +165,7 @@ def transcoder_set(folder: Path, activation: str, skip: bool) -> Meaning:
 
 
 def gemma_scope(folder: Path, skip: bool) -> Meaning:
-    """Gemma Scope 2's CLTs; the slots below a layer hold what must not be read."""
+    """Write Gemma Scope 2's format; slots below a layer hold values that must not be read."""
     folder.mkdir()
     layers = []
     for i in range(L):

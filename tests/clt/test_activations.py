@@ -9,7 +9,7 @@ from crosslayer.clt.activations.straight_through import jumprelu, step
 
 EPS = 0.5
 THETA_F = torch.tensor([1.0, 0.2], dtype=torch.float64)
-# Per feature: far under, inside the window from below, exactly at the threshold, inside from above, far above.
+# Per feature: far below, in the window below, exactly at the threshold, in the window above, far above.
 Z_BF = torch.stack([THETA_F - 0.6, THETA_F - 0.2, THETA_F, THETA_F + 0.2, THETA_F + 0.6])
 GRAD_BF = torch.arange(1.0, 11.0, dtype=torch.float64).view(5, 2)
 INSIDE_BF = torch.tensor([0.0, 1, 1, 1, 0], dtype=torch.float64)[:, None]

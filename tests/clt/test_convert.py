@@ -1,4 +1,4 @@
-"""`convert` and `push`: exact, resumable, never half a folder."""
+"""`convert` and `push`: exact, resumable, atomic."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_same_format_and_dtype_gives_the_same_bytes(folder: Path, tmp_path: 
     assert bytes_of(tmp_path / "again") == bytes_of(folder)
 
 
-def test_a_dtype_is_that_of_every_tensor_and_rounds_once(folder: Path, tmp_path: Path):
+def test_dtype_applies_to_every_tensor_and_rounds_once(folder: Path, tmp_path: Path):
     done = CliRunner().invoke(convert_command, [str(folder), str(tmp_path / "half"), "--dtype", "bf16"])
     assert done.exit_code == 0, done.output
     for file in sorted(folder.glob("*.safetensors")):
@@ -55,7 +55,9 @@ convert(sys.argv[1], Path(sys.argv[2]), on_progress=lambda what, share: os._exit
 """
 
 
-def test_killed_half_way_it_leaves_no_folder_and_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_conversion_leaves_no_folder_and_resumes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     target = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(target)], check=False)
     assert done.returncode == 9
@@ -72,7 +74,7 @@ def test_killed_half_way_it_leaves_no_folder_and_goes_on(folder: Path, tmp_path:
     assert not partial.exists()
 
 
-def test_what_was_begun_from_another_source_is_not_gone_on_with(folder: Path, tmp_path: Path):
+def test_a_partial_folder_of_another_source_is_discarded(folder: Path, tmp_path: Path):
     partial = tmp_path / ".out.partial"
     partial.mkdir()
     (partial / "plan").write_text("another")
@@ -81,7 +83,9 @@ def test_what_was_begun_from_another_source_is_not_gone_on_with(folder: Path, tm
     assert bytes_of(tmp_path / "out") == bytes_of(folder)
 
 
-def test_a_tensor_that_reads_back_otherwise_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tensor_that_reads_back_differently_is_reported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     check_written = writing.check_written
 
     def spoil(written: Path, *rest: Any) -> None:
@@ -97,7 +101,7 @@ def test_a_tensor_that_reads_back_otherwise_is_found(folder: Path, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
-def test_what_does_not_fit_a_dtype_leaves_nothing(folder: Path, tmp_path: Path):
+def test_values_beyond_the_dtype_are_refused(folder: Path, tmp_path: Path):
     tensors = load_file(folder / "W_dec_1.safetensors")
     tensors["W_dec_1"][0, 0, 0] = 1e6
     big = tmp_path / "big"
@@ -109,7 +113,7 @@ def test_what_does_not_fit_a_dtype_leaves_nothing(folder: Path, tmp_path: Path):
     convert(big, tmp_path / "out", dtype=torch.bfloat16)
 
 
-def test_a_target_that_holds_something_is_left_alone(folder: Path, tmp_path: Path):
+def test_a_target_that_is_not_empty_is_refused(folder: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(FormatError, match="not empty"):
@@ -117,7 +121,7 @@ def test_a_target_that_holds_something_is_left_alone(folder: Path, tmp_path: Pat
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_push_lists_what_would_go(folder: Path):
+def test_push_dry_run_lists_the_files(folder: Path):
     done = CliRunner().invoke(push_command, [str(folder), "owner/name", "--dry-run"])
     assert isinstance(done.exception, FormatError)
     assert "no README.md" in str(done.exception)

@@ -1,4 +1,4 @@
-"""The fold is exact; a converted transcoder has the L0 asked for and fires where the ranking did."""
+"""The fold is exact; a converted transcoder has the target L0 and the active features of the ranking."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_conversion_lands_on_the_l0_within_two_percent(activation: str, scope: s
     assert abs(sum(float((f > 0).sum()) for f in jump.encode(fresh)) / len(fresh) - l0) < 0.05 * l0
 
 
-def test_a_converted_batchtopk_fires_where_the_ranking_did():
+def test_a_converted_batchtopk_has_the_active_features_of_the_ranking():
     clt, x_BLD = make("batchtopk", "all"), inputs(2000)
     jump = to_jumprelu(clt, [x_BLD], 4.0)
     same = [torch.equal(a > 0, b > 0) for a, b in zip(jump.encode(x_BLD), clt.encode(x_BLD), strict=True)]

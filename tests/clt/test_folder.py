@@ -1,4 +1,4 @@
-"""Names of folders and of repositories, against a stand-in of the hub: a cache in its layout, without network."""
+"""Names of folders and repositories, against a Hub cache on disk, without network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`owner/name` at main and at v1, the second with a subfolder and without one decoder."""
+    """A cache of `owner/name` at main and at v1; v1 has a subfolder without one decoder."""
     root = tmp_path_factory.mktemp("hub")
     repo = root / "models--owner--name"
     published.save(make(dtype=torch.float32), PROVENANCE, repo / "snapshots" / COMMITS["main"])
@@ -56,34 +56,34 @@ def test_a_repository_in_the_cache_is_opened_without_network(hub: Path):
         ("owner/name@v1//small", "owner/name@v1//small: W_dec_2.safetensors is missing"),
         ("owner/name@v1//large", "owner/name has no files under large; its folders are small"),
         ("owner/name@v2", "owner/name at revision 'v2' is not in its cache"),
-        ("owner/other", "the hub cannot be reached"),
-        ("no/such/folder", "no folder no/such/folder; give a local folder, or a repository"),
+        ("owner/other", "the Hub cannot be reached"),
+        ("no/such/folder", "no folder no/such/folder; give a local folder, or a Hub repository"),
         ("./nowhere", "no folder ./nowhere; give a local folder"),
-        ("nowhere", "no folder nowhere; give a local folder, or a repository of the hub as owner/name"),
+        ("nowhere", "no folder nowhere; give a local folder, or a Hub repository as owner/name"),
     ],
 )
-def test_what_cannot_be_opened_is_one_sentence(hub: Path, name: str, words: str):
+def test_errors_of_names_are_one_sentence(hub: Path, name: str, words: str):
     done = crosslayer(hub, "inspect", name)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence(hub: Path):
-    """Nobody listens on the endpoint: the HTTP library's own errors, which are no OSErrors, come through."""
+def test_errors_of_an_unreachable_hub_are_one_sentence(hub: Path):
+    """Nothing listens on the endpoint; errors of the HTTP library are not OSErrors."""
     nobody = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     cached = crosslayer(hub, "inspect", "owner/name", **nobody)
     assert cached.returncode == 0, cached.stderr
     done = crosslayer(hub, "inspect", "owner/other", **nobody)
     assert done.returncode == 2
-    assert "the hub cannot be reached (ConnectError)" in done.stderr or "ConnectionError" in done.stderr
+    assert "the Hub cannot be reached (ConnectError)" in done.stderr or "ConnectionError" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     (hub / "clt").mkdir()
     published.save(make(dtype=torch.float32), PROVENANCE, hub / "clt")
     (hub / "clt" / "README.md").write_text("card")
     done = crosslayer(hub, "push", str(hub / "clt"), "me/mine", **nobody)
     assert done.returncode == 2
-    assert "the hub did not take me/mine" in done.stderr
+    assert "the Hub refused me/mine" in done.stderr
 
 
 def test_a_relative_path_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -94,7 +94,7 @@ def test_a_relative_path_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_clt("some/clt/config.yaml")
 
 
-def test_files_of_the_hub_are_fetched_when_they_are_needed(hub: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_of_the_hub_are_downloaded_when_used(hub: Path, monkeypatch: pytest.MonkeyPatch):
     from types import SimpleNamespace
 
     import huggingface_hub

@@ -1,4 +1,4 @@
-"""Every format gives the features and the reconstruction that its authors' formulas give."""
+"""Every format has the features and the reconstruction of its authors' formulas."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_bluelight_on_some_layers(tmp_path: Path, sharded: bool):
         convert(tmp_path / "x", tmp_path / "ours")
 
 
-def test_bluelight_as_its_loader_takes_topk_all(tmp_path: Path):
+def test_bluelight_topk_all_as_in_its_loader(tmp_path: Path):
     foreign.bluelight(tmp_path / "x", 1, False, "input_layer", "topk_all")
     own, as_loader = load_clt(tmp_path / "x"), load_clt(tmp_path / "x", as_loader=True)
     x_BLD = inputs()

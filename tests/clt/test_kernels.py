@@ -1,4 +1,4 @@
-"""Triton kernels against plain PyTorch: on CUDA where there is one, under Triton's interpreter everywhere else."""
+"""Triton kernels against PyTorch: on CUDA if available, otherwise under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_sampled_products_are_entries_of_the_product(dtype: torch.dtype, width: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bound", [-100.0, 1.0, 100.0])
-def test_encode_above_finds_what_the_product_has(dtype: torch.dtype, bound: float):
-    """All of it, so that there is not room for it at first, some, and nothing."""
+def test_encode_above_finds_the_entries_of_the_product(dtype: torch.dtype, bound: float):
+    """Bounds that all, some and no entries exceed; all of them exceed the initial capacity."""
     x, W, b = random(70, 40, dtype=dtype), random(90, 40, dtype=dtype, seed=1), random(90, seed=2)
     bound_F = bound + random(90, seed=3)
     token_K, feature_K, z_K = kernels.encode_above(x, W, b, bound_F)
@@ -70,7 +70,7 @@ def test_encode_above_finds_what_the_product_has(dtype: torch.dtype, bound: floa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adam_is_the_plain_one(dtype: torch.dtype):
+def test_adam_equals_the_reference(dtype: torch.dtype):
     wide = torch.promote_types(dtype, torch.float32)
     weight, mean, square = random(50, 30, dtype=dtype), torch.zeros(50, 30, dtype=wide), torch.zeros(50, 30, dtype=wide)
     mean, square = mean.to(DEVICE), square.to(DEVICE)
@@ -86,12 +86,12 @@ def test_adam_is_the_plain_one(dtype: torch.dtype):
     torch.testing.assert_close(weight.to(wide), plain, rtol=4 * close(dtype), atol=4 * close(dtype))
 
 
-def test_rounding_is_right_on_average_and_depends_on_the_place():
+def test_rounding_is_right_on_average_and_depends_on_the_index():
     weight = torch.full((20_000,), 1.0, dtype=torch.bfloat16, device=DEVICE)
     mean, square, grad = (torch.zeros(20_000, device=DEVICE) for _ in range(3))
     mean += 1.0
     settings = {"lr": 1 / 1024, "beta1": 1.0, "beta2": 0.0, "eps": 1.0, "scale": 1.0, "seed": 5}
-    # A step of 1/1024, an eighth of what bfloat16 can tell apart under 1.
+    # A step of 1/1024, an eighth of bfloat16's resolution below 1.
     kernels.adam(weight, grad, mean, square, **(settings | {"beta1": 0.0, "lr": 0.0}), t=1, first=0)
     assert torch.equal(weight.float(), torch.ones(20_000, device=DEVICE))
     grad += 1.0
@@ -114,7 +114,7 @@ def test_rounding_is_right_on_average_and_depends_on_the_place():
 
 @pytest.fixture
 def by_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Everything that CUDA tensors go through, on whatever device."""
+    """Use the code path of CUDA tensors on any device."""
     for module in (sparse, transcoder, optimiser):
         monkeypatch.setattr(module, "by_kernels", lambda tensor: True)
     monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: False)
@@ -122,7 +122,7 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("activation", "scope"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_step_by_kernels_is_the_plain_step(
+def test_a_step_by_kernels_equals_the_pytorch_step(
     activation: str, scope: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ):
     kind = torch.promote_types(dtype, torch.float32)
@@ -144,7 +144,7 @@ def test_a_step_by_kernels_is_the_plain_step(
     torch.testing.assert_close(found.total.cpu(), expected.total, rtol=tolerance, atol=tolerance)
     for name, slope in slopes.items():
         if name.startswith("threshold") and dtype == torch.bfloat16:
-            continue  # whether an entry at the window's edge lies in it is a matter of rounding
+            continue  # entries at the edge of the window depend on rounding
         torch.testing.assert_close(
             mine[name].cpu(), slope, rtol=tolerance, atol=tolerance * max(1e-3, slope.abs().max().item())
         )
@@ -161,7 +161,7 @@ def test_a_step_by_kernels_is_the_plain_step(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("activation", "scope"), KINDS)
-def test_a_step_on_cuda_is_the_step_on_the_processor(activation: str, scope: str):
+def test_a_step_on_cuda_equals_the_step_on_cpu(activation: str, scope: str):
     clt, c = make(activation, scope), config(activation=activation, scope=scope)
     x, y = inputs(40), inputs(80)[40:]
     expected, slopes = by_parts(clt, x, y, c, some_dead(), True)

@@ -1,4 +1,4 @@
-"""The published format: back bit-equal, and every damage named."""
+"""The published format: a bitwise identical round trip, and an error for every kind of damage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def all_tensors(clt: CLT) -> dict[str, torch.Tensor]:
     skip=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_comes_back_bit_equal(tmp_path_factory, activation: str, cross_layer: bool, skip: bool, dtype: torch.dtype):
+def test_round_trip_is_bitwise_identical(
+    tmp_path_factory, activation: str, cross_layer: bool, skip: bool, dtype: torch.dtype
+):
     clt = make(activation, dtype=dtype, cross_layer=cross_layer, skip=skip)
     folder = tmp_path_factory.mktemp("clt") / "one"
     published.save(clt, PROVENANCE, folder)
@@ -50,7 +52,7 @@ def test_comes_back_bit_equal(tmp_path_factory, activation: str, cross_layer: bo
     assert not describe(folder, deep=True).faults
 
 
-def test_opening_reads_no_matrix_and_rows_read_no_more(folder: Path):
+def test_matrices_are_loaded_lazily_and_rows_read_alone(folder: Path):
     clt = load_clt(folder).clt
     rows = clt.decoder_rows(1, torch.tensor([5, 6, 7, 2, 23]))
     f = clt.encode_sparse(inputs(3).float())
@@ -68,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "clt"
 
 
-def test_files_are_those_circuit_tracer_reads(folder: Path):
+def test_files_are_those_that_circuit_tracer_loads(folder: Path):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["model_kind"], config["model_name"]) == ("cross_layer_transcoder", "some/model")
     assert (config["feature_input_hook"], config["feature_output_hook"]) == ("mlp.hook_in", "mlp.hook_out")
@@ -89,8 +91,8 @@ def cut_short(path: Path) -> None:
 
 def config(folder: Path, **changes: object) -> None:
     path = folder / "config.yaml"
-    said = yaml.safe_load(path.read_text()) | changes
-    path.write_text(yaml.safe_dump({k: v for k, v in said.items() if v is not None}))
+    settings = yaml.safe_load(path.read_text()) | changes
+    path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
 
 
 def long_header(path: Path) -> None:
@@ -109,17 +111,20 @@ DAMAGES = {
         lambda d: rewrite(d / "W_dec_1.safetensors", W_dec_1=torch.zeros(24, 3, 8)),
         r"W_dec_1 has shape \(24, 3, 8\), expected \(24, 2, 8\)",
     ),
-    "another number of features": (
+    "different number of features": (
         lambda d: rewrite(d / "W_enc_1.safetensors", W_enc_1=torch.zeros(23, 8)),
         r"W_enc_1 has shape \(23, 8\), expected \(24, 8\)",
     ),
     "nan": (lambda d: rewrite(d / "W_enc_1.safetensors", b_enc_1=nan), "b_enc_1 holds NaN"),
-    "negative threshold": (lambda d: rewrite(d / "W_enc_1.safetensors", threshold_1=-torch.ones(24)), "none below 0"),
+    "negative threshold": (
+        lambda d: rewrite(d / "W_enc_1.safetensors", threshold_1=-torch.ones(24)),
+        "no negative values",
+    ),
     "integers": (lambda d: rewrite(d / "W_enc_1.safetensors", b_enc_1=torch.ones(24, dtype=torch.int32)), "I32"),
     "no tensor": (lambda d: rewrite(d / "W_enc_1.safetensors", threshold_1=None), "no tensor threshold_1"),
     "kind": (lambda d: config(d, model_kind="sae"), "expected 'cross_layer_transcoder' or 'transcoder_set'"),
     "no hook": (lambda d: config(d, feature_input_hook=None), "no feature_input_hook; name one of mlp.hook_in"),
-    "unknown hook": (lambda d: config(d, feature_output_hook="attn.z"), "'attn.z' is not known; known: mlp.hook_out"),
+    "unknown hook": (lambda d: config(d, feature_output_hook="attn.z"), "'attn.z' is unknown; known: mlp.hook_out"),
     "policy": (lambda d: config(d, crosslayer={"policy": {"n_skip": -1}}), "expected prepend and n_skip"),
     "not yaml": (lambda d: (d / "config.yaml").write_text("{:"), "not YAML"),
     "a list": (lambda d: (d / "config.yaml").write_text("[1]"), "holds list, expected a mapping"),
@@ -136,14 +141,14 @@ def test_damage_is_named(folder: Path, name: str):
         load_clt(folder)
 
 
-def test_a_file_is_no_folder(folder: Path):
+def test_a_file_is_refused(folder: Path):
     with pytest.raises(FormatError, match="is a file; give the folder"):
         load_clt(folder / "config.yaml")
 
 
 @pytest.mark.parametrize(("file", "tensor"), [("W_enc_1", "W_enc_1"), ("W_dec_0", "W_dec_0")])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_matrix_that_is_not_finite_is_named_when_it_is_used(folder: Path, file: str, tensor: str, bad: float):
+def test_a_matrix_with_nan_is_named_when_it_is_used(folder: Path, file: str, tensor: str, bad: float):
     path = folder / f"{file}.safetensors"
     weights = load_file(path)[tensor]
     weights[3] = bad
@@ -156,7 +161,7 @@ def test_a_matrix_that_is_not_finite_is_named_when_it_is_used(folder: Path, file
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), whole_file=st.booleans())
-def test_random_damage_ends_in_a_clean_error_or_the_right_answer(tmp_path_factory, seed: int, whole_file: bool):
+def test_random_damage_gives_an_error_or_the_right_result(tmp_path_factory, seed: int, whole_file: bool):
     folder = tmp_path_factory.mktemp("damaged") / "clt"
     clt = make(dtype=torch.float32)
     published.save(clt, PROVENANCE, folder)
@@ -166,7 +171,7 @@ def test_random_damage_ends_in_a_clean_error_or_the_right_answer(tmp_path_factor
     if whole_file:
         del data[chance.randrange(len(data)) :]
     else:
-        # Within the header and the text of the config, where a flipped byte changes what is meant.
+        # In the header or the config, where a flipped byte changes the meaning.
         end = len(data) if victim.suffix == ".yaml" else 8 + int.from_bytes(data[:8], "little")
         data[chance.randrange(end)] = chance.randrange(256)
     victim.write_bytes(bytes(data))
@@ -179,13 +184,13 @@ def test_random_damage_ends_in_a_clean_error_or_the_right_answer(tmp_path_factor
     torch.testing.assert_close(found, clt.decode(clt.encode_sparse(x_BLD)).detach())
 
 
-def test_topk_is_refused_and_nothing_written(tmp_path: Path):
+def test_topk_is_refused_and_nothing_is_written(tmp_path: Path):
     with pytest.raises(ConfigError, match="convert to JumpReLU"):
         published.save(make("topk"), PROVENANCE, tmp_path / "clt")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_something_in_it_is_left_alone(folder: Path):
+def test_a_folder_that_is_not_empty_is_refused(folder: Path):
     before = sorted(folder.iterdir())
     with pytest.raises(FormatError, match="not empty"):
         published.save(make(dtype=torch.float32), PROVENANCE, folder)

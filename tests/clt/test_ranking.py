@@ -1,4 +1,4 @@
-"""Ranks against sorting, whether pre-activations are known exactly or coarsely at first."""
+"""Ranking against sorting, with exact and with bfloat16 pre-activations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosslayer.clt.ranking import batch_top, token_top, top_mask
 
 
 def layers(seed: int, tokens: int, features: int, kind: str) -> tuple[Finder, list[Tensor], list[Tensor]]:
-    """A finder of three layers, what it finds at its best, and norms."""
+    """Return a finder of three layers, exact pre-activations, and norms."""
     generator = torch.Generator().manual_seed(seed)
     norms = [torch.rand(features, generator=generator) + 0.1 for _ in range(3)]
     if kind == "coarse":
@@ -53,21 +53,21 @@ def test_top_mask_takes_the_largest_positive_entries():
 
 @settings(max_examples=60, deadline=None)
 @given(kind=KINDS, **SIZES)
-def test_batch_top_keeps_what_sorting_gives(kind: str, seed: int, tokens: int, features: int, k: int, at_once: int):
+def test_batch_top_equals_sorting(kind: str, seed: int, tokens: int, features: int, k: int, at_once: int):
     finding.TOKENS_AT_ONCE["cpu"] = at_once
     finder, pre, norms = layers(seed, tokens, features, kind)
     scores = torch.cat([(z * n).flatten() for z, n in zip(pre, norms, strict=True)])
     positive = scores[scores > 0].sort(descending=True).values
     found = batch_top(finder, norms, k)
-    kept = torch.cat([z_K * n[e.feature_K] for (e, z_K), n in zip(found, norms, strict=True)])
-    torch.testing.assert_close(kept.sort(descending=True).values, positive[: min(k * tokens, len(positive))])
+    found_scores = torch.cat([z_K * n[e.feature_K] for (e, z_K), n in zip(found, norms, strict=True)])
+    torch.testing.assert_close(found_scores.sort(descending=True).values, positive[: min(k * tokens, len(positive))])
     for e, _ in found:
         assert torch.equal((e.token_K * features + e.feature_K).sort().values, e.token_K * features + e.feature_K)
 
 
 @settings(max_examples=60, deadline=None)
 @given(kind=st.sampled_from(["given", "coarse", "tied"]), **SIZES)
-def test_token_top_keeps_what_sorting_gives(kind: str, seed: int, tokens: int, features: int, k: int, at_once: int):
+def test_token_top_equals_sorting(kind: str, seed: int, tokens: int, features: int, k: int, at_once: int):
     finding.TOKENS_AT_ONCE["cpu"] = at_once
     finder, pre, norms = layers(seed, tokens, features, kind)
     scores = torch.stack([z * n for z, n in zip(pre, norms, strict=True)], dim=1)
@@ -81,9 +81,9 @@ def test_token_top_keeps_what_sorting_gives(kind: str, seed: int, tokens: int, f
         assert torch.equal((entries.token_K * features + entries.feature_K).diff() > 0, torch.ones(len(z_K[1:])) > 0)
 
 
-def test_batch_top_survives_a_sample_that_misleads():
+def test_batch_top_handles_a_misleading_sample():
     pre = torch.zeros(1000, 400)
-    pre[::31] = 5.0  # the tokens that are sampled score highest
+    pre[::31] = 5.0  # the sampled tokens have the top scores
     pre[1::31] = torch.rand(len(pre[1::31]), 400) + 1e-3
     (found,) = batch_top(Given([pre]), [torch.ones(400)], 20)
     assert len(found.z_K) == int((pre > 0).sum().clamp(max=20_000))
@@ -101,6 +101,6 @@ def test_coarse_products_miss_nothing_above_a_bound(seed: int, scale: float, bou
     exact = x @ W.T + b
     mask = torch.zeros(300, 200, dtype=torch.bool).index_put(tuple(entries), torch.tensor(True))
     differ = mask != (exact > bound_F)
-    # Only where float32 itself may round to either side.
+    # Differences only where float32 itself may round either way.
     assert ((exact - bound_F)[differ].abs() <= 1e-5 * scale * 64).all()
     torch.testing.assert_close(z_K, exact[entries], rtol=1e-5, atol=1e-4 * scale)

@@ -1,4 +1,4 @@
-"""Sparse and dense give the same numbers and gradients; the sum over layers is the one written down."""
+"""Sparse and dense encodings give the same numbers and gradients; decode is the sum over layers."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def test_topk_keeps_k_and_batchtopk_k_on_average():
 def test_ranking_is_by_activation_times_decoder_norm():
     clt, x_BLD = make("topk", "all"), inputs(1)
     before = clt.encode(x_BLD)
-    silent = next(
+    inactive = next(
         (i, int(f)) for i in range(3) for f in (before[i][0] == 0).nonzero()[:, 0] if clt.pre(x_BLD[:, i], i)[0, f] > 0
     )
     with torch.no_grad():
-        clt.W_dec[silent[0]][silent[1]] *= 1e6
-    assert clt.encode(x_BLD)[silent[0]][0, silent[1]] > 0
+        clt.W_dec[inactive[0]][inactive[1]] *= 1e6
+    assert clt.encode(x_BLD)[inactive[0]][0, inactive[1]] > 0
 
 
 def test_small_parameters_stay_float32_when_weights_are_bfloat16():
@@ -120,7 +120,7 @@ def test_small_parameters_stay_float32_when_weights_are_bfloat16():
     assert y.isfinite().all()
 
 
-def test_bias_by_quantile_makes_each_feature_fire_as_often_as_asked():
+def test_bias_by_quantile_gives_each_feature_the_requested_density():
     clt, x_BLD = make(), inputs(400)
     set_bias_for_density(clt, x_BLD, 0.05)
     for f_BF in clt.encode(x_BLD):
@@ -134,7 +134,7 @@ def test_initial_weights_lie_within_their_bounds():
     assert 0.9 * 24**-0.5 < clt.W_dec[0].abs().max() <= (3 * 8) ** -0.5
 
 
-def test_parameters_are_counted_as_they_are():
+def test_n_parameters_counts_all_parameters():
     for kwargs in ({}, {"cross_layer": False}, {"skip": True}):
         clt = make(**kwargs)
         assert clt.config.n_parameters == sum(p.numel() for p in clt.parameters())

@@ -1,4 +1,4 @@
-"""Sources of each kind, duplicates, weights, the split; and each way to get them wrong."""
+"""Sources of each kind: duplicates, weights, the split, and invalid input."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_split_is_a_function_of_the_id_with_the_stated_share():
     assert split_of("stdlib:json/decoder.py") == split_of("stdlib:json/decoder.py")
 
 
-def test_a_file_of_a_folder_is_on_one_side_and_a_file_alone_on_both(tmp_path: Path):
+def test_a_file_in_a_folder_has_one_split_and_a_single_file_both(tmp_path: Path):
     for i in range(40):
         text = "\n\n".join(f"paragraph {j} of {i} " + "x" * 900 for j in range(60))
         (tmp_path / f"{i}.txt").write_text(text)
@@ -73,7 +73,7 @@ def test_a_file_of_a_folder_is_on_one_side_and_a_file_alone_on_both(tmp_path: Pa
     assert open_source(str(tmp_path)).digest() == folder.digest() != alone.digest()
 
 
-def test_no_document_is_on_both_sides():
+def test_no_document_is_in_both_splits():
     source = open_source("stdlib")
     sides = [{d.id for d in source.documents_of(side, 0, 0)} for side in ("train", "held_out")]
     assert not sides[0] & sides[1]
@@ -138,7 +138,7 @@ def test_wrong_names_and_weights(tmp_path: Path):
         open_sources(["stdlib=-1"])
     with pytest.raises(SourceError, match="--text"):
         open_sources([])
-    with pytest.raises(SourceError, match="is no data set's name"):
+    with pytest.raises(SourceError, match="is not a dataset name"):
         HubSource("hf:a:b:c:d")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
     with pytest.raises(SourceError, match="found body"):

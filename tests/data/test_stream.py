@@ -1,4 +1,4 @@
-"""Rows and the shuffled stream: every token once, boundaries kept, and an exact resume from any point."""
+"""Rows and the shuffled stream: every token once, document boundaries, and exact resume from any point."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from crosslayer.core.errors import SourceError
-from crosslayer.data.rows import Cursor, Documents, RowStream, dealt_anew, held_out_rows
+from crosslayer.data.rows import Cursor, Documents, RowStream, held_out_rows, redistribute
 from crosslayer.data.sources import open_sources
-from crosslayer.data.stream import ActivationStream, StreamState, harvest
+from crosslayer.data.stream import ActivationStream, StreamState, collect_activations
 from crosslayer.host.host import Host
 
 CONTEXT = 17
@@ -24,7 +24,7 @@ def make_rows(host: Host, text_folder: Path, weights: tuple[float, ...] = (1.0,)
     return RowStream(host, Documents(open_sources(names), "train", seed=3), CONTEXT)
 
 
-def test_rows_begin_with_the_special_token_and_keep_boundaries(host: Host, text_folder: Path):
+def test_rows_start_with_the_special_token_and_mark_boundaries(host: Host, text_folder: Path):
     stream = make_rows(host, text_folder)
     rows_BT = stream.rows(50)
     assert rows_BT.shape == (50, CONTEXT)
@@ -38,7 +38,7 @@ def test_rows_begin_with_the_special_token_and_keep_boundaries(host: Host, text_
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 2.0)])
-def test_rows_go_on_from_any_cursor(host: Host, text_folder: Path, weights: tuple[float, ...]):
+def test_rows_resume_from_any_cursor(host: Host, text_folder: Path, weights: tuple[float, ...]):
     stream = make_rows(host, text_folder, weights)
     for n in (1, 7, 130):
         stream.rows(n)
@@ -68,23 +68,23 @@ def test_held_out_rows_hold_no_trained_text(host: Host, text_folder: Path):
 
 
 def unique_stream(host: Host, rows: RowStream, **kwargs) -> ActivationStream:
-    return ActivationStream(rows, size=200, rows_per_harvest=4, dtype=torch.float32, **kwargs)
+    return ActivationStream(rows, size=200, rows_per_forward=4, dtype=torch.float32, **kwargs)
 
 
-def test_every_harvested_token_is_served_exactly_once(host: Host, text_folder: Path):
+def test_every_collected_token_is_served_exactly_once(host: Host, text_folder: Path):
     stream = unique_stream(host, make_rows(host, text_folder))
     served = torch.cat([stream.batch(n).x_BLD for n in (64, 100, 236, 200)])
     rows = make_rows(host, text_folder)
-    harvested = torch.cat([harvest(host, rows.rows(4)).x_BLD for _ in range(16)])
+    collected = torch.cat([collect_activations(host, rows.rows(4)).x_BLD for _ in range(16)])
     key = lambda x: sorted(map(tuple, x[:, -1].round(decimals=4).tolist()))  # noqa: E731
-    first_turns = torch.cat([harvested[:600]])
+    first_turns = torch.cat([collected[:600]])
     assert key(served) == key(first_turns)
     assert not torch.equal(served, first_turns)
 
 
 @pytest.mark.parametrize("after", [1, 64, 200, 333, 650])
 @pytest.mark.parametrize("reuse", [1, 2, 3])
-def test_stream_resumes_bit_equal(host: Host, text_folder: Path, after: int, reuse: int):
+def test_stream_resumes_bitwise_identical(host: Host, text_folder: Path, after: int, reuse: int):
     stream = unique_stream(host, make_rows(host, text_folder), reuse=reuse)
     stream.batch(after)
     state = StreamState(*json.loads(json.dumps(stream.state)))
@@ -96,7 +96,7 @@ def test_stream_resumes_bit_equal(host: Host, text_folder: Path, after: int, reu
     assert again.state == stream.state
 
 
-def test_reused_tokens_are_served_once_a_turn_in_another_order(host: Host, text_folder: Path):
+def test_reused_tokens_are_served_once_per_turn_in_another_order(host: Host, text_folder: Path):
     stream = unique_stream(host, make_rows(host, text_folder), reuse=2)
     turns = [stream.batch(200).x_BLD[:, 0, 0] for _ in range(4)]
     assert torch.equal(turns[0].sort().values, turns[1].sort().values)
@@ -106,7 +106,7 @@ def test_reused_tokens_are_served_once_a_turn_in_another_order(host: Host, text_
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 4), (4, 1)])
-def test_text_dealt_anew_leaves_no_document_out(text_folder: Path, before: int, after: int):
+def test_redistributed_text_skips_no_document(text_folder: Path, before: int, after: int):
     sources = open_sources([str(text_folder)])
     whole = [d.text for d in sources[0].source.documents_of("train", 3, 0)]
     cursors, finished = [], set[str]()
@@ -118,7 +118,7 @@ def test_text_dealt_anew_leaves_no_document_out(text_folder: Path, before: int, 
     left = list[str]()
     for rank in range(after):
         documents = Documents(sources, "train", 3, rank, after)
-        documents.move(dealt_anew(cursors, rank, after).places)
+        documents.move(redistribute(cursors, rank, after).places)
         while True:
             text = documents.read(0).text
             if documents.places[0].epoch:

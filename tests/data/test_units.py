@@ -1,4 +1,4 @@
-"""Units of training: norms of sqrt(D), inputs along their principal axes, massive activations left out."""
+"""Training units: norms of sqrt(D), inputs along their principal axes, massive activations excluded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_norms_become_sqrt_d_and_inputs_uncorrelated(host: Host, activations: tu
         assert (second_DD.diag().diff() > -1e-3).all()
 
 
-def test_massive_activations_are_left_out(host: Host, activations: tuple[torch.Tensor, torch.Tensor]):
+def test_massive_activations_are_excluded(host: Host, activations: tuple[torch.Tensor, torch.Tensor]):
     x_BLD, y_BLD = activations
     usual = units_of(host, x_BLD, y_BLD)
     x_BLD[7] *= 1e4

@@ -1,4 +1,4 @@
-"""Running sums against the measures written out at once."""
+"""Running sums against the metrics computed at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The replacement model, with a transcoder that is exact by construction, and its measures."""
+"""The replacement model and its metrics, with a transcoder that is exact by construction."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROWS_BT = torch.randint(0, tiny.N_VOCAB, (6, 12), generator=torch.Generator().ma
 
 @pytest.fixture(scope="module")
 def relu_host() -> Host:
-    """GPT-2 with ReLU MLPs, which a ReLU transcoder can be exactly."""
+    """GPT-2 with ReLU MLPs, which a ReLU transcoder can reproduce exactly."""
     return Host(tiny.make_model("gpt2"), None, "gpt2")
 
 
 def perfect(host: Host, *, cross_layer: bool) -> CLT:
-    """The host's own MLPs as a transcoder: what later slots write is nothing."""
+    """The host's MLPs as a transcoder; later slots are zero."""
     n_features = host.layers[0].mlp.c_fc.weight.shape[1]
     config = CLTConfig(
         n_layers=host.n_layers, d_model=host.d_model, n_features=n_features, activation="relu", cross_layer=cross_layer
@@ -50,7 +50,7 @@ def test_a_perfect_transcoder_gives_the_hosts_logits(relu_host: Host, cross_laye
     assert e.replacement.loss_recovered == pytest.approx(1.0, abs=1e-4)
 
 
-def test_what_a_layer_writes_to_later_ones_reaches_them(relu_host: Host):
+def test_features_write_to_later_layers(relu_host: Host):
     clt = perfect(relu_host, cross_layer=True)
     with torch.no_grad():
         clt.W_dec[0][:, 2] = 0.1
@@ -90,7 +90,7 @@ def test_kl_is_from_the_host_to_the_replacement():
     assert not torch.isclose(kl_divergence(p, q), kl_divergence(q, p))
 
 
-def test_measures_are_those_of_the_logits(relu_host: Host):
+def test_metrics_are_those_of_the_logits(relu_host: Host):
     clt = perfect(relu_host, cross_layer=True)
     with torch.no_grad():
         clt.W_dec[1].mul_(0.5)

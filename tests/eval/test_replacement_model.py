@@ -1,4 +1,4 @@
-"""`ReplacementModel`: what it gives is what host and transcoder give apart."""
+"""`ReplacementModel` agrees with host and transcoder used separately."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_reference_cards_snippet(folders: tuple[Path, Path]):
     torch.testing.assert_close(reconstruction[1:], model.clt(x_TLD[1:]).detach())
 
 
-def test_logits_with_errors_are_the_hosts_and_without_are_not(folders: tuple[Path, Path]):
+def test_logits_with_errors_equal_the_hosts(folders: tuple[Path, Path]):
     model = xl.ReplacementModel.from_pretrained(*folders)
     own = model.host.run(model.host.encode(PROMPT))
     assert own is not None
@@ -56,7 +56,7 @@ def test_logits_with_errors_are_the_hosts_and_without_are_not(folders: tuple[Pat
     assert not torch.allclose(last, replaced)
 
 
-def test_token_ids_are_taken_as_they_are(folders: tuple[Path, Path]):
+def test_token_ids_are_unchanged(folders: tuple[Path, Path]):
     model = xl.ReplacementModel.from_pretrained(*folders)
     ids = model.host.encode(PROMPT)[0]
     torch.testing.assert_close(model.logits(ids.tolist()), model.logits(PROMPT))

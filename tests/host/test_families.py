@@ -1,6 +1,4 @@
-"""Each family's table entry against the real class: what is tapped is what the MLP reads and writes, and patching
-works.
-"""
+"""Each family's entry against the real class: taps read MLP inputs and outputs, and patching works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the shipped host can be seen to do."""
+"""Capabilities of the bundled host."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def shipped() -> Host:
 
 
 def probability(host: Host, prompt: str, expected: str) -> float:
-    """Probability of the first token of `expected` after the prompt."""
+    """Return the probability of the first token of `expected` after the prompt."""
     logits = host.run(host.encode(prompt))
     token = host.tokenizer.encode(expected, add_special_tokens=False)[0]
     return logits[0, -1].softmax(-1)[token].item()
 
 
 def continuation(host: Host, prompt: str, n: int) -> str:
-    """`n` tokens, each the most likely."""
+    """Generate `n` tokens greedily."""
     ids = host.encode(prompt)
     for _ in range(n):
         ids = torch.cat([ids, host.run(ids)[:, -1:].argmax(-1)], dim=1)

@@ -1,4 +1,4 @@
-"""The losses of a step written down plainly, on matrices of all features, and differentiated by autograd."""
+"""Reference implementation of a step: the losses on dense features, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import Gradients
 from crosslayer.training.objective import Terms, compute
 
-FIGURES = {"coefficient": 0.7, "running_l0": 9.0, "asked_l0": 4.0}
+NUMBERS = {"coefficient": 0.7, "running_l0": 9.0, "asked_l0": 4.0}
 
 
 def plainly(
@@ -27,7 +27,7 @@ def plainly(
     running_l0: float,
     asked_l0: float,
 ) -> dict[str, Tensor]:
-    """The total and its parts; gradients are left in the parameters."""
+    """Return the total loss and its parts; gradients are left in the parameters."""
     n, kind, eps = len(x), clt.config, c.eps
     clt.zero_grad()
     f = clt.encode(x, eps, asked_l0 / (1 if c.scope == "all" else kind.n_layers) if kind.ranks else None)
@@ -48,8 +48,8 @@ def plainly(
         for i, dead in enumerate(dead_LF):
             z = torch.where(dead, clt.pre(x[:, i], i), 0.0)
             dead_f.append(torch.where(top_mask(z.detach()[:, None], c.auxiliary_k)[:, 0], z, 0.0))
-        written = clt.decode(dead_f, torch.zeros_like(x)) - torch.stack(list(clt.b_dec))
-        revival = c.auxiliary * losses.reconstruction(written, (y - yhat).detach())
+        auxiliary = clt.decode(dead_f, torch.zeros_like(x)) - torch.stack(list(clt.b_dec))
+        revival = c.auxiliary * losses.reconstruction(auxiliary, (y - yhat).detach())
     total = fit + coefficient * sparsity + revival
     total.backward()
     return {"total": total, "reconstruction": fit, "sparsity": sparsity, "revival": revival}
@@ -64,12 +64,12 @@ def by_parts(
     sparse: bool | list[bool],
     share: float = 1.0,
     into: Gradients | None = None,
-    **figures: float,
+    **numbers: float,
 ) -> tuple[Terms, dict[str, Tensor]]:
-    """The same as training computes it, with the gradients by name."""
+    """Return the losses of `compute`, and its gradients by parameter name."""
     into = into or Gradients()
     sparse_L = [sparse] * clt.config.n_layers if isinstance(sparse, bool) else sparse
     terms = compute(
-        clt, x, y, c, into, eps=c.eps, dead_LF=dead_LF, sparse_L=sparse_L, share=share, **(FIGURES | figures)
+        clt, x, y, c, into, eps=c.eps, dead_LF=dead_LF, sparse_L=sparse_L, share=share, **(NUMBERS | numbers)
     )
     return terms, {name: into.of(p) for name, p in clt.named_parameters()}

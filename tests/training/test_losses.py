@@ -1,4 +1,4 @@
-"""Losses are means over tokens; each against its formula."""
+"""The losses against their formulas, and gradients against autograd."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from crosslayer.training import losses
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import NUMBERS_AT_ONCE, Gradients
 from crosslayer.training.objective import Terms, compute
-from training.by_autograd import FIGURES, by_parts, plainly
+from training.by_autograd import NUMBERS, by_parts, plainly
 
 
 def config(**kwargs) -> TrainConfig:
-    values = {"text": ("x",), "l0": 4.0, "batch": 40, "tokens": 400, "ring": 100, "n_features": 24, "eps": 0.3}
+    values = {"text": ("x",), "l0": 4.0, "batch": 40, "tokens": 400, "buffer_tokens": 100, "n_features": 24, "eps": 0.3}
     return TrainConfig(**(values | kwargs))
 
 
@@ -32,7 +32,7 @@ def some_dead(dead: bool = True) -> torch.Tensor:
 
 
 def terms(clt: CLT, x, y, c: TrainConfig, *, sparse: bool = True, dead: bool = False) -> Terms:
-    """The losses, whose gradients are left in the parameters."""
+    """Return the losses; gradients are left in the parameters."""
     found, gradients = by_parts(clt, x, y, c, some_dead(dead), sparse)
     for name, p in clt.named_parameters():
         p.grad = gradients[name].to(p.dtype)
@@ -63,12 +63,12 @@ def test_either_path_gives_the_losses_and_gradients_of_autograd_on_matrices(
     if not clt.config.ranks:
         set_bias_for_density(clt, x, density)
         for b in clt.b_enc:
-            b.data += 1e-3  # a token lies exactly on each threshold, where a rounding decides
+            b.data += 1e-3  # otherwise one token lies exactly on each threshold, where rounding decides
     if kind[0] == "relu":
         sparsity = "tanh"
     c = config(activation=kind[0], scope=kind[1], sparsity=sparsity, cross_layer=cross_layer, skip=skip, eps=eps)
     asked = max(1.0, density * 72)
-    expected = plainly(clt, x, y, c, some_dead(dead), **(FIGURES | {"asked_l0": asked}))
+    expected = plainly(clt, x, y, c, some_dead(dead), **(NUMBERS | {"asked_l0": asked}))
     found, slopes = by_parts(clt, x, y, c, some_dead(dead), sparse, asked_l0=asked)
     close = 1e-12 if dtype == torch.float64 else 1e-5
     for name, loss in expected.items():
@@ -112,9 +112,7 @@ def test_gradients_come_in_blocks_whose_norm_is_that_of_the_whole(monkeypatch: p
 
 
 def test_no_tensor_of_all_layers_features_is_ever_made():
-    """The largest tensor of a step has fewer numbers than tokens x layers x features, and than the weights of two
-    layers.
-    """
+    """The largest tensor is smaller than tokens x layers x features, and than the weights of two layers."""
     clt = CLT(CLTConfig(n_layers=6, d_model=4, n_features=256, activation="jumprelu"))
     initialise(clt, 0)
     x, c = torch.randn(512, 6, 4), config(n_features=256)
@@ -129,13 +127,13 @@ def test_no_tensor_of_all_layers_features_is_ever_made():
                 eps=0.5,
                 dead_LF=torch.ones(6, 256, dtype=torch.bool),
                 sparse_L=[sparse] * 6,
-                **FIGURES,
+                **NUMBERS,
             )
         assert 512 * 256 <= largest.numel < 2 * 512 * 256
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made in the block has."""
+    """Records the size of the largest tensor made in the block."""
 
     numel = 0
 
@@ -172,7 +170,7 @@ def test_l0_target_descends_to_the_target():
         assert torch.sign(theta.grad) == sign  # above the target, descent raises the threshold
 
 
-def test_preactivation_loss_draws_silent_features_up():
+def test_preactivation_loss_revives_inactive_features():
     clt, x = make(), inputs(40)
     for b in clt.b_enc:
         b.data.fill_(-50.0)
@@ -199,7 +197,7 @@ def test_auxiliary_loss_moves_dead_features_only():
             torch.testing.assert_close(moved[others], torch.zeros_like(moved[others]))
 
 
-def test_initial_density_is_the_one_asked_for():
+def test_initial_density_is_the_requested_one():
     clt, x = make(), inputs(400)
     set_bias_for_density(clt, x, 10 / 72)
     assert abs(float(terms(clt, x, x, config()).fired_LF.sum()) / 400 - 10.0) < 0.5

@@ -1,4 +1,4 @@
-"""Every mesh of data x feature ranks computes what one rank computes, saves it, and takes it up again."""
+"""Every mesh of data x feature ranks computes, saves and loads the same as one rank."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHAPES = {2: [1, 2], 4: [1, 2, 4]}
 
 
 def share(whole: CLT, mesh: Mesh) -> CLT:
-    """This rank's part of a whole transcoder."""
+    """Return this rank's part of a whole transcoder."""
     clt = share_of(whole.config, mesh, dtype=whole.dtype, device="cpu")
     for (name, p), (_, q) in zip(clt.named_parameters(), whole.named_parameters(), strict=True):
         p.data.copy_(q.data.chunk(mesh.features.size)[mesh.features.rank] if by_feature(name) else q.data)
@@ -65,7 +65,7 @@ def meshes() -> list[Mesh]:
 
 @contextmanager
 def sizes_reduced():
-    """The sizes of the tensors that are summed over ranks in the block."""
+    """Record the sizes of tensors that are all-reduced in the block."""
     sizes, reduce = [], group.dist.all_reduce
 
     def counting(tensor, *args, **kwargs):
@@ -79,10 +79,10 @@ def sizes_reduced():
 def same_gradients_on(mesh: Mesh, kind: tuple[str, str], dtype: torch.dtype, sparse: bool, sparsity: str) -> None:
     whole, x, y = make(*kind, dtype=dtype), inputs(40).to(dtype), inputs(80)[40:].to(dtype)
     dead_LF = torch.zeros(3, 24, dtype=torch.bool)
-    dead_LF[1, :4] = dead_LF[2, 17] = True  # most ranks have none of some layers
+    dead_LF[1, :4] = dead_LF[2, 17] = True  # most ranks have no dead features in some layers
     settings = losses_config(activation=kind[0], scope=kind[1], sparsity=sparsity)
-    all_of_it, mine = Gradients(), Gradients()
-    expected, slopes = by_parts(whole, x, y, settings, dead_LF, sparse, into=all_of_it, asked_l0=12.0)
+    of_all, mine = Gradients(), Gradients()
+    expected, slopes = by_parts(whole, x, y, settings, dead_LF, sparse, into=of_all, asked_l0=12.0)
 
     clt, tokens = (
         share(whole, mesh),
@@ -92,7 +92,7 @@ def same_gradients_on(mesh: Mesh, kind: tuple[str, str], dtype: torch.dtype, spa
     with sizes_reduced() as sizes:
         found, _ = by_parts(clt, x[tokens], y[tokens], settings, mine_LF, sparse, into=mine, asked_l0=12.0)
     if mesh.features.size > 1 and not whole.config.ranks:
-        # One sum of the reconstruction a step: not one for each pair of layers, and none on the way back.
+        # One all-reduce of the reconstruction per step: not one per pair of layers, and none in the backward pass.
         assert [n for n in sizes if n > 1] == [x[tokens].numel()]
     mine.average(mesh.data)
 
@@ -103,7 +103,7 @@ def same_gradients_on(mesh: Mesh, kind: tuple[str, str], dtype: torch.dtype, spa
         torch.testing.assert_close(
             grad, wanted, rtol=close, atol=close * scale, msg=lambda m, n=name: f"{mesh.shape} {kind} {n}: {m}"
         )
-    torch.testing.assert_close(mine.norm(clt), all_of_it.norm(whole), rtol=10 * close, atol=0.0)
+    torch.testing.assert_close(mine.norm(clt), of_all.norm(whole), rtol=10 * close, atol=0.0)
     fired = mesh.features.cat(mesh.data.sum_(found.fired_LF), dim=1)
     assert torch.equal(fired, expected.fired_LF)
 
@@ -170,7 +170,7 @@ def test_every_mesh_gives_one_ranks_gradients(ranks: int):
 
 
 class Given:
-    """A stream that serves this rank's part of batches that do not depend on the mesh."""
+    """A stream that serves this rank's part of batches that are the same on every mesh."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.world, self.shape = trainer.mesh.world, (trainer.host.n_layers, trainer.host.d_model)
@@ -189,16 +189,16 @@ def fifty_steps(config: TrainConfig, mesh: Mesh, run: Path) -> tuple[dict[str, t
     trainer.prepare(resume=False, step=None)
     trainer.stream = Given(trainer)  # pyright: ignore[reportAttributeAccessIssue]
     for _ in range(50):
-        figures = trainer.one_step()
+        metrics = trainer.one_step()
         trainer.state.step += 1
     weights = {name: gathered(name, p.data, mesh) for name, p in trainer.state.clt.named_parameters()}
-    return weights | {"silent": mesh.features.cat(trainer.state.silent_LF, dim=1)}, figures
+    return weights | {"inactive": mesh.features.cat(trainer.state.inactive_LF, dim=1)}, metrics
 
 
 def same_run(folder: Path, one: Path) -> None:
-    # Weights in float64, so that a rounding does not become another feature chosen.
+    # Weights in float64, so that rounding does not change which features are chosen.
     with mock.patch.dict(precision.DTYPES, fp32=torch.float64):
-        for config, expected, figures in torch.load(one, weights_only=False):
+        for config, expected, metrics in torch.load(one, weights_only=False):
             for mesh in meshes():
                 if parallel.world_size() == 4 and config.activation == "batchtopk":
                     continue
@@ -206,12 +206,12 @@ def same_run(folder: Path, one: Path) -> None:
                 weights, found = fifty_steps(mine, mesh, run)
                 for name, w in expected.items():
                     torch.testing.assert_close(weights[name], w, rtol=1e-6, atol=1e-6)
-                for name, figure in figures.items():
-                    assert found[name] == pytest.approx(figure, rel=1e-5), (mesh.shape, name)
+                for name, metric in metrics.items():
+                    assert found[name] == pytest.approx(metric, rel=1e-5), (mesh.shape, name)
 
 
 def test_every_mesh_trains_to_one_ranks_weights(tiny_config: TrainConfig, tmp_path: Path):
-    jumprelu = replace(tiny_config, batch=160, ring=256, scale_tokens=500, dead_after=1600, clip=0.5)
+    jumprelu = replace(tiny_config, batch=160, buffer_tokens=256, scale_tokens=500, dead_after=1600, clip=0.5)
     batchtopk = replace(jumprelu, activation="batchtopk", accumulate=2, auxiliary_every=10)
     with mock.patch.dict(precision.DTYPES, fp32=torch.float64):
         expected = [(c, *fifty_steps(c, ALONE, tmp_path / c.activation)) for c in (jumprelu, batchtopk)]
@@ -221,12 +221,12 @@ def test_every_mesh_trains_to_one_ranks_weights(tiny_config: TrainConfig, tmp_pa
 
 
 class Killed(Exception):
-    """Stands for a signal that nobody can catch."""
+    """Stands for SIGKILL."""
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, moments and silent counters, whole."""
-    mesh, state = trainer.mesh, {"silent": trainer.mesh.features.cat(trainer.state.silent_LF, dim=1)}
+    """Return weights, moments and counters since last activation, gathered over ranks."""
+    mesh, state = trainer.mesh, {"inactive": trainer.mesh.features.cat(trainer.state.inactive_LF, dim=1)}
     for name, p in trainer.state.clt.named_parameters():
         state[name] = gathered(name, p.data, mesh)
         for key, moment in trainer.state.optimiser.state[p].items():
@@ -246,7 +246,7 @@ def killed_at(step: int):
 
 
 def runs_of_four(config: TrainConfig, folder: Path) -> None:
-    """On 2 x 2 ranks: a whole run, one killed and resumed, and one whose disk is full."""
+    """On 2 x 2 ranks: an uninterrupted run, one killed and resumed, and one with a full disk."""
     config = replace(config, feature_ranks=2)
     published_from = {}
 
@@ -287,8 +287,8 @@ def runs_of_four(config: TrainConfig, folder: Path) -> None:
         pytest.raises(
             ResourceError,
             match=(
-                r"rank 3 could not write the checkpoint of step 20 \(File too large\); that of step 10 stays: make room"
-                r" and go on with --resume"
+                r"rank 3 could not write the checkpoint of step 20 \(File too large\); the checkpoint of step 10 is"
+                r" intact: free disk space and resume with --resume"
             ),
         ),
     ):
@@ -299,7 +299,7 @@ def runs_of_four(config: TrainConfig, folder: Path) -> None:
 
 
 def resumed_elsewhere(config: TrainConfig, run: Path, state: Path) -> None:
-    """On other meshes everything is loaded as it was saved, and the run goes on to its end."""
+    """On other meshes the loaded state equals the saved state, and the run finishes."""
     expected = torch.load(state)
     for mesh in meshes():
         mine = replace(config, feature_ranks=mesh.features.size)
@@ -322,7 +322,7 @@ def test_sharded_runs_save_resume_on_any_mesh_and_merge(tiny_config: TrainConfig
     config = replace(
         tiny_config,
         tokens=6000,
-        ring=512,
+        buffer_tokens=512,
         checkpoint_every=10,
         scale_tokens=500,
         calibration_tokens=2000,
@@ -346,11 +346,11 @@ def test_sharded_runs_save_resume_on_any_mesh_and_merge(tiny_config: TrainConfig
             assert value == pytest.approx(getattr(other, name), rel=1e-4), name
 
     run_on(2, resumed_elsewhere, config, tmp_path / "at-2", tmp_path / "state.pt")
-    said = Console(record=True, stderr=True, width=300)
-    train(config, tmp_path / "at-1", resume=True, console=said)
+    printed = Console(record=True, stderr=True, width=300)
+    train(config, tmp_path / "at-1", resume=True, console=printed)
     assert (
-        "on 2 x 2 ranks (data x features) and goes on on 1 x 1: weights and optimiser as they were, the text dealt out"
-        " anew" in said.export_text()
+        "on 2 x 2 ranks (data x features) and resumes on 1 x 1: weights and optimiser are unchanged, remaining text is"
+        " redistributed" in printed.export_text()
     )
     for run in ("at-2", "at-1"):
         log = [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
@@ -377,7 +377,7 @@ def test_parts_of_different_transcoders_are_not_joined(tmp_path: Path):
 def test_settings_that_ranks_cannot_share_are_refused(tiny_config: TrainConfig):
     with pytest.raises(
         ConfigError,
-        match="n_features=64 cannot be shared out evenly over feature_ranks=3; make --n-features a multiple",
+        match="n_features=64 cannot be divided evenly over feature_ranks=3; make --n-features a multiple",
     ):
         replace(tiny_config, feature_ranks=3)
     shape = HostShape(name="h", n_layers=3, d_model=16, n_parameters=1000, n_matrix_parameters=900)
@@ -388,7 +388,7 @@ def test_settings_that_ranks_cannot_share_are_refused(tiny_config: TrainConfig):
     with pytest.raises(
         ConfigError,
         match=(
-            "batch=200 in accumulate=2 micro-batches cannot be shared out evenly over 8 ranks; make --batch a multiple"
+            "batch=200 in accumulate=2 micro-batches cannot be divided evenly over 8 ranks; make --batch a multiple"
             " of 16"
         ),
     ):

@@ -1,4 +1,4 @@
-"""Under `torchrun`: a run whose rank is killed says how to go on, and going on ends bit-equal."""
+"""Under `torchrun`: a run whose rank is killed prints how to resume, and resumes bitwise identical."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 
 def torchrun(*args: str | Path, expect: int = 0, kill_one_after: Path | None = None) -> str:
-    """What two ranks of `crosslayer train` say; the second may be killed once there is a checkpoint."""
+    """Return stderr of `crosslayer train` on two ranks; optionally kill rank 1 after the first checkpoint."""
     command = [
         sys.executable,
         "-m",
@@ -40,7 +40,7 @@ def torchrun(*args: str | Path, expect: int = 0, kill_one_after: Path | None = N
     return err
 
 
-def test_a_killed_rank_is_told_of_and_the_resumed_run_ends_bit_equal(
+def test_a_killed_rank_is_reported_and_the_resumed_run_is_bitwise_identical(
     host_folder: Path, text_folder: Path, tmp_path: Path
 ):
     settings = [
@@ -61,9 +61,9 @@ def test_a_killed_rank_is_told_of_and_the_resumed_run_ends_bit_equal(
         *(
             "--context",
             "33",
-            "--ring",
+            "--buffer-tokens",
             "512",
-            "--rows-per-harvest",
+            "--rows-per-forward",
             "8",
             "--scale-tokens",
             "500",
@@ -73,9 +73,9 @@ def test_a_killed_rank_is_told_of_and_the_resumed_run_ends_bit_equal(
         *("--eval-tokens", "500", "--checkpoint-every", "10", "--feature-ranks", "2"),
     ]
     torchrun(*settings, "--out", tmp_path / "whole")
-    said = torchrun(*settings, "--out", tmp_path / "cut", expect=1, kill_one_after=tmp_path / "cut" / "checkpoints")
-    assert "crosslayer: rank 0 waited for another, which ended or cannot be reached" in said
-    assert f"with --resume {tmp_path / 'cut'}, on as many ranks or others" in said
+    error = torchrun(*settings, "--out", tmp_path / "cut", expect=1, kill_one_after=tmp_path / "cut" / "checkpoints")
+    assert "crosslayer: rank 0 lost another rank, which ended or cannot be reached" in error
+    assert f"with --resume {tmp_path / 'cut'}, on any number of ranks" in error
     assert not (tmp_path / "cut" / "clt").exists()
     torchrun("--resume", tmp_path / "cut")
     for file in sorted((tmp_path / "whole" / "clt").glob("*.safetensors")):

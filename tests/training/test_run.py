@@ -1,4 +1,4 @@
-"""Whole runs on a tiny host: what they leave, the L0 they reach, and going on after being killed."""
+"""Whole runs on a tiny host: files, the L0 reached, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from crosslayer.schemas.evaluation import Evaluation
 from crosslayer.schemas.policy import FirstPosition
 from crosslayer.schemas.run import RunManifest
 from crosslayer.training import checkpoint, plan
-from crosslayer.training.config import TrainConfig
+from crosslayer.training.config import RENAMED, TrainConfig
 from crosslayer.training.run_folder import read_manifest
 from crosslayer.training.trainer import Stopped, Trainer, train
 
@@ -62,7 +62,7 @@ def finished(tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
-def test_a_run_leaves_what_it_says(finished: Path, tiny_config: TrainConfig):
+def test_a_finished_run_writes_its_files(finished: Path, tiny_config: TrainConfig):
     manifest = RunManifest.model_validate_json((finished / "run.json").read_text())
     assert (manifest.state, manifest.step, manifest.tokens) == ("finished", 60, 12_000)
     assert TrainConfig.from_dict(manifest.config) == tiny_config
@@ -70,14 +70,14 @@ def test_a_run_leaves_what_it_says(finished: Path, tiny_config: TrainConfig):
     assert [r["step"] for r in log] == list(range(5, 61, 5))
     assert log[-1]["fvu"] < log[0]["fvu"]
     for line in log:
-        # The pooled one lies among those of the layers; harvest is part of training.
+        # The pooled FVU lies between those of the layers; activation collection is part of training time.
         assert min(line["fvu_L"]) <= line["fvu"] <= max(line["fvu_L"])
-        assert 0 < line["harvest_s"] < line["train_s"]
+        assert 0 < line["collect_s"] < line["train_s"]
     assert checkpoint.steps(finished) == [40, 60]
     e = Evaluation.model_validate_json((finished / "eval.json").read_text())
     card = (finished / "clt" / "README.md").read_text()
-    for figure in (f"{e.l0:.1f}", f"{e.fvu:.4f}", f"{e.replacement.kl:.4f}", f"{e.dead_share:.1%}"):
-        assert figure in card
+    for value in (f"{e.l0:.1f}", f"{e.fvu:.4f}", f"{e.replacement.kl:.4f}", f"{e.dead_share:.1%}"):
+        assert value in card
 
 
 def test_evaluating_the_saved_folder_again_gives_eval_json(finished: Path, tiny_config: TrainConfig):
@@ -91,7 +91,9 @@ def test_evaluating_the_saved_folder_again_gives_eval_json(finished: Path, tiny_
 @pytest.mark.parametrize(
     "settings", [{}, {"activation": "batchtopk", "reuse": 2, "accumulate": 2}, {"precision": "bf16"}]
 )
-def test_killed_at_a_random_step_and_resumed_is_bit_equal(tiny_config, finished, tmp_path: Path, settings: dict):
+def test_killed_at_a_random_step_and_resumed_is_bitwise_identical(
+    tiny_config, finished, tmp_path: Path, settings: dict
+):
     config = replace(tiny_config, checkpoint_every=7, **settings)
     whole = finished if not settings else tmp_path / "whole"
     if settings:
@@ -125,7 +127,7 @@ def test_signals_save_and_stop(tiny_config, finished, tmp_path: Path, monkeypatc
         return step(self)
 
     monkeypatch.setattr(Trainer, "one_step", interrupted)
-    with pytest.raises(Stopped, match="stopped at step 24 of 60; go on with --resume"):
+    with pytest.raises(Stopped, match="stopped at step 24 of 60; resume with --resume"):
         train(tiny_config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "stopped"
     with pytest.raises(FormatError, match="has not finished"):
@@ -137,7 +139,7 @@ def test_signals_save_and_stop(tiny_config, finished, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("activation", ["jumprelu", "batchtopk", "topk"])
 @pytest.mark.parametrize("l0_per_layer", [2.0, 8.0])
-def test_the_l0_asked_for_is_the_l0_measured(tiny_config, tmp_path: Path, activation: str, l0_per_layer: float):
+def test_the_target_l0_is_reached_on_held_out_text(tiny_config, tmp_path: Path, activation: str, l0_per_layer: float):
     config = replace(tiny_config, activation=activation, l0_per_layer=l0_per_layer, eval_tokens=10_000)
     e = train(config, tmp_path / "run").evaluation
     assert e.l0_per_layer == pytest.approx(l0_per_layer, rel=0.05)
@@ -159,13 +161,13 @@ def test_gradient_accumulation_gives_the_whole_batchs_update(tiny_config, tmp_pa
     one = train(replace(tiny_config, **settings), tmp_path / "one").clt
     four = train(replace(tiny_config, accumulate=4, **settings), tmp_path / "four").clt
     first = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0]) for run in ("one", "four")]
-    # Adam forgives a gradient of the wrong size; its norm does not.
+    # Adam hides a wrong gradient scale; the norm shows it.
     assert first[0]["gradient_norm"] == pytest.approx(first[1]["gradient_norm"], rel=1e-4)
     for (name, a), (_, b) in zip(one.named_parameters(), four.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_run_that_diverges_says_so_and_is_not_finished(tiny_config, tmp_path: Path):
+def test_a_diverging_run_raises_and_is_not_finished(tiny_config, tmp_path: Path):
     with pytest.raises(RunError, match="is not finite; lower --lr"):
         train(replace(tiny_config, lr=1e30, clip=0.0), tmp_path / "run")
     assert read_manifest(tmp_path / "run").state == "training"
@@ -177,18 +179,18 @@ def test_other_text_is_refused_on_resume(tiny_config, text_folder: Path, tmp_pat
     config = replace(tiny_config, text=(str(tmp_path / "text"),), tokens=2000)
     train(config, tmp_path / "run")
     (tmp_path / "text" / "001.txt").write_text("something else\n" * 50)
-    with pytest.raises(RunError, match="has other text than when the run began"):
+    with pytest.raises(RunError, match="has changed since the run started"):
         train(config, tmp_path / "run", resume=True)
 
 
-def test_a_loaded_host_must_be_the_one_asked_for(tiny_config, host_folder: Path, tmp_path: Path):
+def test_a_loaded_host_must_match_the_config(tiny_config, host_folder: Path, tmp_path: Path):
     other = load_host(host_folder, input_hook="hook_resid_mid")
     with pytest.raises(ConfigError, match=r"loaded with input_hook=hook_resid_mid, but mlp\.hook_in is asked for"):
         train(tiny_config, tmp_path / "run", host=other)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_policy_that_puts_nothing_in_front_is_obeyed(tiny_config, host_folder: Path):
+def test_rows_follow_a_policy_without_a_prepended_token(tiny_config, host_folder: Path):
     policy = FirstPosition(prepend=False)
     host = load_host(host_folder, policy=policy)
     rows_BT = held_out_rows(host, open_sources(tiny_config.text), 33, 500)
@@ -196,7 +198,7 @@ def test_a_policy_that_puts_nothing_in_front_is_obeyed(tiny_config, host_folder:
     assert (rows_BT != host.first_token).all()
 
 
-def test_a_sink_that_cannot_be_opened_leaves_nothing(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sink_that_cannot_be_opened_writes_no_files(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install"):
         train(replace(tiny_config, wandb=True), tmp_path / "run")
@@ -204,8 +206,24 @@ def test_a_sink_that_cannot_be_opened_leaves_nothing(tiny_config, tmp_path: Path
 
 
 def test_another_config_is_refused_on_resume(tiny_config, finished: Path):
-    with pytest.raises(RunError, match=r"begun with lr=0\.003, not 0\.1"):
+    with pytest.raises(RunError, match=r"started with lr=0\.003, not 0\.1"):
         train(replace(tiny_config, lr=0.1), finished, resume=True)
+
+
+def test_a_run_saved_with_old_setting_names_resumes(tiny_config, finished: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = json.loads((run / "run.json").read_text())
+    for old, new in RENAMED.items():
+        manifest["config"][old] = manifest["config"].pop(new)
+    (run / "run.json").write_text(json.dumps(manifest))
+    assert TrainConfig.from_dict(read_manifest(run).config) == tiny_config
+    with pytest.raises(RunError, match="started with buffer_tokens=1024, not 2048"):
+        train(replace(tiny_config, buffer_tokens=2048), run, resume=True)
+    train(tiny_config, run, resume=True, step=40)
+    assert same(finished, run)
+    assert read_manifest(run).config["buffer_tokens"] == tiny_config.buffer_tokens
+    assert "ring" not in read_manifest(run).config
 
 
 def test_a_checkpoint_of_another_transcoder_is_refused(tiny_config, finished: Path, tmp_path: Path):
@@ -214,7 +232,7 @@ def test_a_checkpoint_of_another_transcoder_is_refused(tiny_config, finished: Pa
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     shutil.copytree(finished / "checkpoints", tmp_path / "run" / "checkpoints")
     with pytest.raises(
-        RunError, match="is of another transcoder, with n_features=64 and not 32; put back the run's own"
+        RunError, match="belongs to another transcoder, with n_features=64 and not 32; restore the run's own"
     ):
         train(other, tmp_path / "run", resume=True)
 
@@ -228,7 +246,7 @@ def test_a_checkpoint_that_would_run_code_is_not_read(tiny_config, finished: Pat
 
 
 def test_folders_in_use_finished_or_filled_are_refused(tiny_config, finished: Path, tmp_path: Path):
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(RunError, match="already holds a run"):
         train(tiny_config, finished)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty"):
@@ -240,7 +258,7 @@ def test_folders_in_use_finished_or_filled_are_refused(tiny_config, finished: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["busy", "notes.txt"]
 
 
-def test_a_damaged_checkpoint_offers_the_one_before(tiny_config, finished: Path, tmp_path: Path):
+def test_a_damaged_checkpoint_names_an_earlier_one(tiny_config, finished: Path, tmp_path: Path):
     import shutil
 
     run = tmp_path / "run"
@@ -250,7 +268,7 @@ def test_a_damaged_checkpoint_offers_the_one_before(tiny_config, finished: Path,
     raw = bytearray(state.read_bytes())
     raw[len(raw) // 2] ^= 1
     state.write_bytes(raw)
-    with pytest.raises(RunError, match=r"damaged.*go on from the one before with --step 40"):
+    with pytest.raises(RunError, match=r"damaged.*resume from an earlier one with --step 40"):
         train(tiny_config, run, resume=True)
     with pytest.raises(RunError, match="no checkpoint of step 41; there are 40, 60"):
         train(tiny_config, run, resume=True, step=41)
@@ -258,7 +276,7 @@ def test_a_damaged_checkpoint_offers_the_one_before(tiny_config, finished: Path,
     assert same(finished, run)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_config, tmp_path: Path, monkeypatch):
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(tiny_config, tmp_path: Path, monkeypatch):
     with pytest.raises(ResourceError, match=r"GiB are free; most of it, .* GiB, is for .*: lower --"):
         train(replace(tiny_config, n_features=2_000_000_000), tmp_path / "run")
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))

@@ -1,4 +1,4 @@
-"""Schedules at their ends, the controller on a simple plant, stochastic rounding on average."""
+"""Schedules at their ends, the controller on a simple plant, stochastic rounding, Adam."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_l0_asked_falls_to_the_target_and_stays():
 
 
 @pytest.mark.parametrize("exponent", [0.3, 1.0])
-def test_the_controller_settles_on_what_is_asked(exponent: float):
+def test_the_controller_settles_on_the_requested_l0(exponent: float):
     controller, l0 = Controller(integral=-7.0), 500.0
     for _ in range(1500):
-        wish = 500.0 * (1 + 1e3 * controller.coefficient(48.0)) ** -exponent
-        l0 += 0.05 * (wish - l0)  # weights take time to follow
+        equilibrium = 500.0 * (1 + 1e3 * controller.coefficient(48.0)) ** -exponent
+        l0 += 0.05 * (equilibrium - l0)  # weights take time to follow
         controller.observe(l0, 48.0)
     assert l0 == pytest.approx(48.0, rel=0.02)
 
@@ -84,7 +84,7 @@ def test_the_optimiser_is_pytorchs_adam(dtype: torch.dtype, scale: float):
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "fp32"), (torch.float32, "8bit")])
-def test_the_optimiser_goes_on_exactly_from_its_state(dtype: torch.dtype, precision: str):
+def test_the_optimiser_resumes_exactly_from_its_state(dtype: torch.dtype, precision: str):
     def run(n: int, p: torch.nn.Parameter, optimiser: Adam, start: int) -> None:
         for i in range(start, start + n):
             optimiser.step(gradient(p, torch.sin(torch.arange(64.0) + i).view(8, 8).to(p.dtype)))
@@ -102,7 +102,7 @@ def test_the_optimiser_goes_on_exactly_from_its_state(dtype: torch.dtype, precis
     assert math.isfinite(p.float().sum().item())
 
 
-def test_eight_bits_keep_moments_to_within_their_codes():
+def test_8bit_moments_are_accurate_to_their_codes():
     torch.manual_seed(0)
     mean, square = torch.randn(6, 3, 64), torch.randn(6, 3, 64).square() * 10.0 ** torch.randint(-6, 1, (6, 3, 64))
     mean[2], square[3, 1] = 0.0, 0.0
@@ -117,29 +117,29 @@ def test_eight_bits_keep_moments_to_within_their_codes():
     assert sum(t.numel() * t.element_size() for t in state.values()) < 2.2 * mean.numel()
 
 
-def test_eight_bit_moments_find_the_minimum_that_float32_ones_find():
+def test_8bit_moments_reach_the_minimum_of_float32_moments():
     torch.manual_seed(0)
-    data, wish = torch.randn(2000, 32), torch.randn(16, 32)
-    left = {}
+    data, target = torch.randn(2000, 32), torch.randn(16, 32)
+    error = {}
     for precision in ("fp32", "8bit"):
         p = torch.nn.Parameter(torch.zeros(16, 32))
         optimiser = Adam([{"params": [p], "lr": 0.03}], (0.9, 0.999), 0, precision)
         for i in range(400):
             optimiser.param_groups[0]["lr"] = 0.03 * (1 - i / 400)
             x = data[torch.randint(0, 2000, (64,))]
-            optimiser.step(gradient(p, (x @ (p.detach() - wish).T).T @ x / 64))
-        left[precision] = (p.detach() - wish).norm().item() / wish.norm().item()
-    assert left["8bit"] < max(2 * left["fp32"], 1e-3), left
+            optimiser.step(gradient(p, (x @ (p.detach() - target).T).T @ x / 64))
+        error[precision] = (p.detach() - target).norm().item() / target.norm().item()
+    assert error["8bit"] < max(2 * error["fp32"], 1e-3), error
 
 
-def test_the_window_narrows_to_what_can_be_paid_for_and_widens_again():
+def test_the_window_narrows_to_its_cap_and_widens_again():
     window = Window(widest=0.5, cap=4.0, eps=0.5)
     for _ in range(60):
-        window.observe(silent=16_000 * window.eps, fired=64)
+        window.observe(inactive=16_000 * window.eps, active=64)
     assert 16_000 * window.eps == pytest.approx(4 * 64, rel=0.01)
     for _ in range(60):
-        window.observe(silent=100 * window.eps, fired=64)
+        window.observe(inactive=100 * window.eps, active=64)
     assert window.eps == 0.5
     free = Window(widest=0.5, cap=0.0, eps=0.5)
-    free.observe(silent=1e9, fired=1.0)
+    free.observe(inactive=1e9, active=1.0)
     assert free.eps == 0.5

@@ -1,1 +1,1 @@
-"""The command line: one file a verb, each of which wires stages together and holds no logic of its own."""
+"""The command line: one file per command; commands call the library and hold no logic."""

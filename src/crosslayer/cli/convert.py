@@ -1,4 +1,4 @@
-"""`crosslayer convert`: a transcoder in another format or dtype."""
+"""`crosslayer convert`: convert a transcoder to another format or dtype."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     type=click.Choice(["published", "per-layer"]),
     default="published",
     show_default=True,
-    help="format to write",
+    help="target format",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="of all tensors; their own unless given")
-@click.option("--drop-skip", is_flag=True, help="leave an affine skip out, so that circuit-tracer opens the folder")
-@click.option("--keep-skip", is_flag=True, help="keep an affine skip in the published format, for crosslayer alone")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="dtype of all tensors; default: unchanged")
+@click.option(
+    "--drop-skip", is_flag=True, help="drop an affine skip connection, so that circuit-tracer can load the folder"
+)
+@click.option(
+    "--keep-skip", is_flag=True, help="keep an affine skip connection in the published format; only crosslayer loads it"
+)
 def command(source: str, target: Path, to: str, dtype: str | None, drop_skip: bool, keep_skip: bool) -> None:
-    """Write the transcoder SOURCE to the folder TARGET, layer by layer, and read everything back.
+    """Convert the transcoder SOURCE to the folder TARGET, layer by layer, and verify the result.
 
-    SOURCE is a folder, a run, or owner/name[@revision][//subfolder] on the hub, in any format that `inspect` knows.
-    Memory stays small whatever the size. If it is killed, the same command goes on where it was.
+    SOURCE is a folder, a run folder, or owner/name[@revision][//subfolder] on the Hub, in any format that `inspect`
+    supports. Memory use does not depend on the size of the transcoder. Run the same command again to resume an
+    interrupted conversion.
     """
     import torch
 
@@ -36,7 +41,7 @@ def command(source: str, target: Path, to: str, dtype: str | None, drop_skip: bo
     from crosslayer.core.progress import track
 
     if drop_skip and keep_skip:
-        raise ConfigError("--drop-skip and --keep-skip exclude each other; give one of them")
+        raise ConfigError("--drop-skip and --keep-skip are mutually exclusive; give one of them")
     with track(Console(stderr=True), "convert", 2.0) as update:
         convert(
             source,
@@ -46,4 +51,4 @@ def command(source: str, target: Path, to: str, dtype: str | None, drop_skip: bo
             skip="drop" if drop_skip else "keep" if keep_skip else "refuse",
             on_progress=lambda what, share: update(share + (what == "verify"), what),
         )
-    click.echo(f"written to {target} and read back; look closer with: crosslayer inspect {target}")
+    click.echo(f"written to {target} and verified; inspect it with: crosslayer inspect {target}")

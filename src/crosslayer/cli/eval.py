@@ -1,4 +1,4 @@
-"""`crosslayer eval`: measure a saved transcoder."""
+"""`crosslayer eval`: evaluate a saved transcoder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from rich.console import Console
 
 @click.command()
 @click.argument("clt")
+@click.option("--model", help="host model: Hub name, local folder, or stdlib-qwen3; default: the transcoder's host")
 @click.option(
-    "--model", help="host: hub name, local folder, or stdlib-qwen3; the one the transcoder names unless given"
+    "--text",
+    multiple=True,
+    metavar="SOURCE",
+    help="text source: stdlib, PATH or hf:NAME; repeatable; default: text of the run",
 )
 @click.option(
-    "--text", multiple=True, metavar="SOURCE", help="stdlib, PATH or hf:NAME; repeatable; the run's own unless given"
+    "--tokens", type=click.IntRange(min=1), help="number of held-out tokens; default: as in the run, or 131072"
 )
-@click.option("--tokens", type=click.IntRange(min=1), help="held-out tokens; the run's own, or 131072")
-@click.option("--context", type=click.IntRange(min=3), help="tokens of a row; the run's own, or 256")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="also write the measures to this JSON file")
+@click.option(
+    "--context", type=click.IntRange(min=3), help="tokens per row (context length); default: as in the run, or 256"
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="also write the metrics to this JSON file")
 def command(
     clt: str,
     model: str | None,
@@ -29,9 +34,9 @@ def command(
     device: str,
     out: Path | None,
 ) -> None:
-    """Measure the transcoder CLT (a folder, a run, or owner/name on the hub) on text that was held out by hash.
+    """Evaluate the transcoder CLT (a folder, a run folder, or owner/name on the Hub) on held-out text.
 
-    The split is a function of each document, so what is held out here was held out in training too.
+    Documents are split by hash, so text that is held out here was also held out in training.
     """
     from crosslayer.clt.folder import open_folder
     from crosslayer.clt.precision import DTYPES

@@ -1,4 +1,4 @@
-"""`crosslayer graph`: trace a prompt."""
+"""`crosslayer graph`: compute the attribution graph of a prompt."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from crosslayer.cli.texts import prompt_text
 
 
 @click.command()
-@click.option(
-    "--model", help="host: hub name, local folder, or stdlib-qwen3; the one the transcoder names unless given"
-)
-@click.option("--clt", required=True, help="transcoder: folder, run, or owner/name on the hub")
-@click.option("--prompt", required=True, help="text to trace; - reads it from standard input")
+@click.option("--model", help="host model: Hub name, local folder, or stdlib-qwen3; default: the transcoder's host")
+@click.option("--clt", required=True, help="transcoder: folder, run folder, or owner/name on the Hub")
+@click.option("--prompt", required=True, help="prompt text; - reads standard input")
 @click.option(
     "--target",
     "targets",
     multiple=True,
     metavar="TARGET",
     help=(
-        "what to explain: a token (' self'), #ID, TOKEN-minus-TOKEN, or L12/345; @POSITION after it if not the last;"
-        " repeatable; the most probable tokens unless given"
+        "attribution target: a token (' self'), #ID, TOKEN-minus-TOKEN, or a feature (L12/345); append @POSITION for"
+        " another position than the last; repeatable; default: the most probable tokens"
     ),
 )
 @click.option(
@@ -32,30 +30,42 @@ from crosslayer.cli.texts import prompt_text
     type=float,
     default=0.02,
     show_default=True,
-    help="share of influence that may stay unexplained; 0 for every edge",
+    help="fraction of influence that may be left out; 0 computes every edge",
 )
-@click.option("--max-nodes", type=int, help="features that get a row at most")
+@click.option("--max-nodes", type=int, help="maximum number of feature nodes whose incoming edges are computed")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="of the matrix products"
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="precision of the matrix products",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
-@click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="features to print")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
+@click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="number of features to print")
 @click.option(
     "--features",
     type=click.Path(path_type=Path),
-    help="feature bundle to name features from; that of the transcoder's run unless given",
+    help="feature bundle with labels; default: the bundle of the transcoder's run",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="save the graph: FILE.json and FILE.safetensors")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="save the graph as FILE.json and FILE.safetensors")
 @click.option(
     "--export",
     type=click.Path(path_type=Path),
-    help="also write it, pruned, as the JSON that circuit-tracer's and Neuronpedia's viewers read",
+    help="also write the pruned graph as JSON for the viewers of circuit-tracer and Neuronpedia",
 )
 @click.option(
-    "--node-threshold", type=float, default=0.8, show_default=True, help="of influence that exported nodes hold"
+    "--node-threshold",
+    type=float,
+    default=0.8,
+    show_default=True,
+    help="fraction of influence that exported nodes hold",
 )
 @click.option(
-    "--edge-threshold", type=float, default=0.98, show_default=True, help="of influence that exported edges hold"
+    "--edge-threshold",
+    type=float,
+    default=0.98,
+    show_default=True,
+    help="fraction of influence that exported edges hold",
 )
 def command(
     model: str | None,
@@ -73,9 +83,7 @@ def command(
     node_threshold: float,
     edge_threshold: float,
 ) -> None:
-    """Trace PROMPT into an attribution graph: the features that lead to the model's next token, and how they lead
-    there.
-    """
+    """Compute the attribution graph of PROMPT: the features that lead to the next token, and their connections."""
     from crosslayer.attribution.attribute import attribute
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable
@@ -88,7 +96,7 @@ def command(
     if out is not None:
         refuse_other_file(out)
     if out is not None and export is not None and export.resolve() in {p.resolve() for p in files_of(out)}:
-        raise ConfigError(f"--out={out} and --export={export} would write the same file; give --export another name")
+        raise ConfigError(f"--out={out} and --export={export} write the same file; give --export another name")
     for name, value in (("--node-threshold", node_threshold), ("--edge-threshold", edge_threshold)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value} must be between 0 and 1")

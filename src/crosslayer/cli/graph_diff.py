@@ -1,4 +1,4 @@
-"""`crosslayer graph-diff`: two graphs by feature."""
+"""`crosslayer graph-diff`: compare two graphs by feature."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rich.console import Console
 @click.command()
 @click.argument("first")
 @click.argument("second")
-@click.option("--top", type=click.IntRange(min=0), default=15, show_default=True, help="features to print")
+@click.option("--top", type=click.IntRange(min=0), default=15, show_default=True, help="number of features to print")
 def command(first: str, second: str, top: int) -> None:
-    """Compare the saved graphs FIRST and SECOND, of one transcoder: which features both use, and which only one."""
+    """Compare two saved graphs of one transcoder: features that both use, and features that only one uses."""
     from pathlib import Path
 
     from crosslayer.graphs.compare import merge

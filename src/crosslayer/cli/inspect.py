@@ -1,4 +1,4 @@
-"""`crosslayer inspect`: what a transcoder is."""
+"""`crosslayer inspect`: describe a transcoder and check its files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("clt")
-@click.option("--deep", is_flag=True, help="read every weight: norms, shares by distance, NaN and infinity")
-@click.option("--json", "as_json", is_flag=True, help="print JSON in place of tables")
+@click.option("--deep", is_flag=True, help="read all weights: norms, decoder norm by layer distance, NaN and infinity")
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
 def command(clt: str, deep: bool, as_json: bool) -> None:
-    """Print what the transcoder CLT is: a folder, a run, or owner/name[@revision][//subfolder] on the hub.
+    """Describe the transcoder CLT: a folder, a run folder, or owner/name[@revision][//subfolder] on the Hub.
 
-    Reads the published format, per-layer sets, BluelightAI's own and Gemma Scope 2, from file headers and small
-    tensors alone. Ends with exit code 2 if the folder is not whole.
+    Supports the published format, per-layer sets, BluelightAI's format and Gemma Scope 2. Reads only file headers and
+    small tensors unless --deep is given. The exit code is 2 if files are missing or damaged.
     """
     from crosslayer.clt.inspect import describe
     from crosslayer.core.progress import track
@@ -39,37 +39,37 @@ def command(clt: str, deep: bool, as_json: bool) -> None:
     else:
         _print(d)
     if d.faults:
-        raise FormatError(f"{'; '.join(d.faults)}; fetch or write these files again")
+        raise FormatError(f"{'; '.join(d.faults)}; download or write these files again")
 
 
 def _print(d: Description) -> None:
     console = Console()
     table = Table(title=d.name, title_justify="left", show_header=False)
     kind = "cross-layer transcoder" if d.cross_layer else "per-layer transcoder"
-    ranked = f", k = {d.k} {'in all' if d.scope == 'all' else 'a layer'}" if d.k else ""
-    special = "a special token in front; " if d.prepend else ""
+    ranked = f", k = {d.k} {'in total' if d.scope == 'all' else 'per layer'}" if d.k else ""
+    special = "special token prepended; " if d.prepend else ""
     rows = [
-        ("what", f"{kind}, {d.format} format"),
-        ("host", d.model_name or "not said"),
+        ("kind", f"{kind}, {d.format} format"),
+        ("host", d.model_name or "not named"),
         ("reads, writes", f"{d.input_hook}, {d.output_hook}"),
         ("layers × features × width", f"{d.n_layers} × {d.n_features:,} × {d.d_model:,}"),
         ("parameters", f"{d.n_parameters:,}"),
         ("activation", d.activation + ranked + (", with affine skip" if d.skip else "")),
         ("dtype", d.dtype),
         ("size", "on the hub" if d.n_bytes is None else _size(d.n_bytes)),
-        ("first position", f"{special}the first {d.n_skip} without features"),
-        ("whole", "no" if d.faults else "yes, by every weight" if d.layers else "yes, by headers and small tensors"),
+        ("first position", f"{special}first {d.n_skip} without features"),
+        ("complete", "no" if d.faults else "yes, all weights" if d.layers else "yes, by headers and small tensors"),
     ]
     if d.host_layers:
-        rows.insert(4, ("host's layers", ", ".join(map(str, d.host_layers))))
+        rows.insert(4, ("host layers", ", ".join(map(str, d.host_layers))))
     for row in rows:
         table.add_row(*row)
     console.print(table)
     if not d.thresholds and not d.layers:
         return
-    table = Table(title="By layer", title_justify="left")
-    names = ["layer"] + (["threshold: least", "median", "greatest"] if d.thresholds else [])
-    names += ["‖W_enc‖", "‖W_dec‖", "decoder's share at distance 0, 1, 2, …"] if d.layers else []
+    table = Table(title="Per layer", title_justify="left")
+    names = ["layer"] + (["threshold: min", "median", "max"] if d.thresholds else [])
+    names += ["‖W_enc‖", "‖W_dec‖", "share of decoder norm at distance 0, 1, 2, …"] if d.layers else []
     for name in names:
         table.add_column(name, justify="left" if "share" in name else "right")
     for i in range(d.n_layers):

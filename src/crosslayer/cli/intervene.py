@@ -1,4 +1,4 @@
-"""`crosslayer intervene`: change features of a prompt and see what the model does."""
+"""`crosslayer intervene`: change features on a prompt and print the effect on the next token."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from crosslayer.cli.texts import prompt_text
 
 
 @click.command()
-@click.option(
-    "--model", help="host: hub name, local folder, or stdlib-qwen3; the one the transcoder names unless given"
-)
-@click.option("--clt", required=True, help="transcoder: folder, run, or owner/name on the hub")
-@click.option("--prompt", required=True, help="text; - reads it from standard input")
+@click.option("--model", help="host model: Hub name, local folder, or stdlib-qwen3; default: the transcoder's host")
+@click.option("--clt", required=True, help="transcoder: folder, run folder, or owner/name on the Hub")
+@click.option("--prompt", required=True, help="prompt text; - reads standard input")
 @click.option(
     "--set",
     "sets",
     multiple=True,
     metavar="L3/1204@5=2.5",
-    help="give a feature a value; without @POSITION everywhere, @5: from there on; repeatable",
+    help="set a feature to a value; @5 for one position, @5: from there on, default: all positions; repeatable",
 )
 @click.option(
-    "--scale", "scales", multiple=True, metavar="L3/1204@5=2", help="multiply a feature's own value; repeatable"
+    "--scale", "scales", multiple=True, metavar="L3/1204@5=2", help="multiply a feature's activation; repeatable"
 )
 @click.option("--ablate", "ablations", multiple=True, metavar="L3/1204@5", help="set a feature to zero; repeatable")
 @click.option(
@@ -33,25 +31,25 @@ from crosslayer.cli.texts import prompt_text
     type=click.Choice(["none", "attention", "norms", "both"]),
     default="none",
     show_default=True,
-    help="what keeps the prompt's values",
+    help="what stays frozen at the values of the prompt",
 )
 @click.option(
     "--mlps",
     type=click.Choice(["host", "replaced"]),
     default="host",
     show_default=True,
-    help="who reacts to the change: the host's MLPs, or the transcoder's features with the prompt's errors",
+    help="MLPs after the change: the host's, or replaced by the transcoder plus the prompt's errors",
 )
-@click.option("--hold", metavar="FIRST-LAST", help="layers whose MLP outputs keep their values, as 0-5 or all")
+@click.option("--hold", metavar="FIRST-LAST", help="layers whose MLP outputs stay frozen, for example 0-5, or all")
 @click.option(
     "--generate",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="tokens to add, the most probable each time",
+    help="number of tokens to generate, greedily",
 )
-@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="next tokens to print")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
+@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="number of next tokens to print")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
 def command(
     model: str | None,
     clt: str,
@@ -108,7 +106,7 @@ _FEATURE = re.compile(rf"L?([0-9]{{1,9}})/([0-9]{{1,9}})(?:@(?:({_NUMBER})?(:)({
 
 
 def _parse(text: str, kind: str) -> dict[str, Any]:
-    """`L3/1204@5=2.5` as the arguments of an `Intervention`."""
+    """Parse `L3/1204@5=2.5` into the arguments of an `Intervention`."""
     from crosslayer.core.errors import ConfigError
 
     found = _FEATURE.fullmatch(text)
@@ -120,7 +118,7 @@ def _parse(text: str, kind: str) -> dict[str, Any]:
         form, example = ("LAYER/INDEX", "L3/1204") if kind == "ablate" else ("LAYER/INDEX=VALUE", "L3/1204=2")
         raise ConfigError(
             f"--{kind} {text!r} is not understood; write {form}, as {example}, with @5, @5: or @5:9 after the index for"
-            " one position, from there on, or up to another"
+            " one position, all from there on, or a range"
         )
     whole = lambda s: None if s is None else int(s)  # noqa: E731
     positions = slice(whole(found[3]), whole(found[5])) if found[4] else whole(found[6])

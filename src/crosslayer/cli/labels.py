@@ -1,4 +1,4 @@
-"""What the features of a graph are called, from the bundle of their transcoder."""
+"""Labels for the features of a graph, from the feature bundle of the transcoder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def labels_of(graph: Graph, clt: str | Path, bundle: Path | None) -> dict[tuple[int, int], str]:
-    """Labels by layer and index of the features of a graph, none where there is no bundle.
+    """Return labels of the features of a graph, by layer and index; none without a bundle.
 
     Args:
-        bundle: that of the transcoder's run unless given.
+        bundle: feature bundle; default: the bundle of the transcoder's run.
 
     Raises:
         ConfigError: for a bundle of a transcoder of another shape.
@@ -30,8 +30,8 @@ def labels_of(graph: Graph, clt: str | Path, bundle: Path | None) -> dict[tuple[
     a = graph.arrays
     if opened.n_layers != graph.header.n_layers or (graph.n_features and int(a.index_F.max()) >= opened.n_features):
         raise ConfigError(
-            f"the bundle {opened.path} is of a transcoder of {opened.n_layers} layers of {opened.n_features} features,"
-            " another than the graph's; give its own"
+            f"the bundle {opened.path} belongs to another transcoder, of {opened.n_layers} layers of"
+            f" {opened.n_features} features; give the bundle of the graph's transcoder"
         )
     places = {
         (int(layer), int(index)): opened.id(int(layer), int(index))

@@ -1,6 +1,4 @@
-"""`crosslayer`: registers the verbs, loads one when it is asked for, and turns errors into one sentence and exit code
-2.
-"""
+"""`crosslayer`: loads commands on demand, and prints errors as one sentence with exit code 2."""
 
 from __future__ import annotations
 
@@ -13,19 +11,19 @@ from crosslayer import __version__
 from crosslayer.core.errors import CrosslayerError
 
 VERBS = {
-    "quickstart": "Train, measure and save a transcoder of the shipped host, in a few minutes.",
-    "train": "Train a transcoder of any supported model on any text.",
-    "eval": "Measure a saved transcoder on held-out text.",
-    "inspect": "Say what a transcoder is, and whether its files are whole.",
-    "convert": "Write a transcoder in another format or dtype.",
-    "push": "Upload a transcoder with its model card to the Hugging Face hub.",
-    "features": "What each feature means: examples, tokens, labels, neighbours.",
-    "label": "Let a language model label features, and score the labels.",
-    "graph": "Trace a prompt into an attribution graph.",
+    "quickstart": "Train, evaluate and save a transcoder of the bundled model, in a few minutes.",
+    "train": "Train a cross-layer transcoder of any supported model on any text.",
+    "eval": "Evaluate a saved transcoder on held-out text.",
+    "inspect": "Describe a transcoder and check its files.",
+    "convert": "Convert a transcoder to another format or dtype.",
+    "push": "Upload a transcoder and its model card to the Hugging Face Hub.",
+    "features": "Build and read feature bundles: top activations, tokens, labels, neighbours.",
+    "label": "Label features with a language model and score the labels (autointerp).",
+    "graph": "Compute the attribution graph of a prompt.",
     "graph-diff": "Compare two graphs by feature.",
-    "intervene": "Change features of a prompt and see what the model does.",
-    "serve": "Show runs, features and graphs on a page, on this machine only.",
-    "plan": "Say what a training run will take, without allocating it.",
+    "intervene": "Change features on a prompt and print the effect on the next token.",
+    "serve": "Show runs, features and graphs in the browser, on this machine only.",
+    "plan": "Estimate memory, disk and time of a training run.",
 }
 
 
@@ -50,11 +48,11 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="crosslayer")
 def app() -> None:
-    """Cross-layer transcoders: train, measure, save and open them; trace prompts and intervene."""
+    """Train, evaluate and share cross-layer transcoders; compute attribution graphs and intervene."""
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     try:
         app.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -64,11 +62,11 @@ def main() -> None:
     except CrosslayerError as error:
         _fail(str(error), 130 if type(error).__name__ == "Stopped" else 2)
     except OSError as error:
-        # A file that could not be read or written; what was to replace another is not left half-written.
+        # A file could not be read or written; files are replaced atomically.
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on the disk", 2)
+        _fail(f"{where}{error.strerror or error}; check the path, its permissions and free disk space", 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; what was finished before is on disk", 130)
+        _fail("interrupted; finished work is on disk", 130)
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,4 +1,4 @@
-"""`crosslayer plan`: what a run will take."""
+"""`crosslayer plan`: estimate memory, disk and time of a run."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from crosslayer.cli.settings import GroupedHelp, config_flags, config_from
     "--flops",
     type=click.FloatRange(min=0, min_open=True),
     help=(
-        "reckon the time with so many operations a second, of another machine (H200, bf16: 6e14); unless given, some"
-        " steps are tried here"
+        "estimate the time from this number of FLOP/s, for another machine (H200, bf16: 6e14); default: time a few"
+        " steps on this machine"
     ),
 )
 @config_flags
 def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
-    """Print parameters, memory by part, FLOPs a token and estimated time of a run, without allocating it.
+    """Print parameters, memory, FLOPs per token and estimated time of a run, without allocating it.
 
-    The time is that of some steps on random numbers, tried here on a part of the run's size.
+    The time is estimated from a few steps on random inputs, at reduced size, on this machine.
 
-    Ends with exit code 2 where the run would not fit here, naming the setting to change.
+    If the run does not fit this machine, the exit code is 2 and the message names the setting to change.
     """
     from crosslayer.clt.precision import DTYPES
     from crosslayer.core.errors import ResourceError
@@ -40,7 +40,7 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     config = config_from(flags, recipe)
     shape = host_shape(config.model)
     plan = plan_of_one_rank(config, shape)
-    of = f"; what each of {config.feature_ranks} ranks takes" if config.feature_ranks > 1 else ""
+    of = f"; each of {config.feature_ranks} ranks" if config.feature_ranks > 1 else ""
     table = Table(
         title=f"{shape.name}: {shape.n_layers} layers of width {shape.d_model}{of}",
         title_justify="left",
@@ -50,7 +50,7 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     table.add_section()
     for part, size in plan.memory_bytes.items():
         table.add_row(part, f"{size / GIB:.2f} GiB")
-    table.add_row("memory in all", f"{plan.total_bytes / GIB:.2f} GiB")
+    table.add_row("memory in total", f"{plan.total_bytes / GIB:.2f} GiB")
     table.add_row("disk", f"{plan.disk_bytes / GIB:.2f} GiB")
     table.add_section()
     for name, value in (
@@ -58,7 +58,7 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
         ("dense step", plan.dense_flops),
         ("sparse step", plan.sparse_flops),
     ):
-        table.add_row(f"{name}, a token", f"{value / 1e9:.3f} GFLOP")
+        table.add_row(f"{name}, per token", f"{value / 1e9:.3f} GFLOP")
     if flops:
         for name, sparse in (("dense", False), ("sparse", True)):
             hours = plan.seconds(flops, sparse=sparse) / 3600
@@ -69,17 +69,17 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
         Console().print(table)
         raise
     if not flops:
-        tried = trial(
+        timed = trial(
             config.share(1),
             shape,
             choose_device(config.device),
             DTYPES[config.precision],
             DTYPES[config.host_precision],
         )
-        hours = tried.seconds(replace(config, tokens=plan.tokens)) / 3600
+        hours = timed.seconds(replace(config, tokens=plan.tokens)) / 3600
         table.add_row(
-            "time, by some steps tried here",
-            f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / tried.harvest_s:,.0f} tokens/s of harvest,"
-            f" {1 / tried.step_s:,.0f} of training",
+            "time, from steps timed here",
+            f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / timed.collect_s:,.0f} tokens/s collecting activations,"
+            f" {1 / timed.step_s:,.0f} training",
         )
     Console().print(table)

@@ -1,4 +1,4 @@
-"""`crosslayer push`: a transcoder's folder to the Hugging Face hub."""
+"""`crosslayer push`: upload a transcoder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import click
 @click.command()
 @click.argument("folder")
 @click.argument("repo")
-@click.option("--revision", help="branch to push to; main unless given")
-@click.option("--private", is_flag=True, help="make a new repository a private one")
-@click.option("--dry-run", is_flag=True, help="list what would be uploaded, and stop")
+@click.option("--revision", help="branch to push to; default: main")
+@click.option("--private", is_flag=True, help="create a new repository as private")
+@click.option("--dry-run", is_flag=True, help="list the files without uploading them")
 def command(folder: str, repo: str, revision: str | None, private: bool, dry_run: bool) -> None:
-    """Upload the transcoder in FOLDER (or of the run FOLDER), its model card included, to REPO (owner/name) on the hub.
+    """Upload the transcoder in FOLDER (or the run FOLDER) with its model card to REPO (owner/name) on the Hub.
 
-    The token is the one that `hf auth login` stored, or that HF_TOKEN holds.
+    Uses the token of `hf auth login`, or of the environment variable HF_TOKEN.
     """
     import re
     from pathlib import Path
@@ -24,13 +24,13 @@ def command(folder: str, repo: str, revision: str | None, private: bool, dry_run
     from crosslayer.core.errors import ConfigError, FormatError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ConfigError(f"{repo!r} is no repository of the hub; give it as owner/name")
+        raise ConfigError(f"{repo!r} is not a Hub repository; give owner/name")
     if not Path(folder).is_dir():
-        raise FormatError(f"no folder {folder}; give the folder of a transcoder, or a run")
+        raise FormatError(f"no folder {folder}; give the folder of a transcoder, or a run folder")
     path = clt_folder(Path(folder))
     open_format(path)
     if not (path / "README.md").is_file():
-        raise FormatError(f"{path} has no README.md, the model card; write one first")
+        raise FormatError(f"{path} has no README.md (the model card); write one first")
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     for file in files:
         click.echo(f"{file.stat().st_size / 2**20:10,.1f} MiB  {file.relative_to(path).as_posix()}")
@@ -56,6 +56,6 @@ def command(folder: str, repo: str, revision: str | None, private: bool, dry_run
     except hub_errors() as error:
         first_line = str(error).strip().splitlines()[0]
         raise FormatError(
-            f"the hub did not take {repo} ({first_line}); check the name, the network and hf auth whoami"
+            f"the Hub refused {repo} ({first_line}); check the name, the network and hf auth whoami"
         ) from error
     click.echo(f"pushed: {done.commit_url}")

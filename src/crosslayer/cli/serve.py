@@ -1,4 +1,4 @@
-"""`crosslayer serve`: the page."""
+"""`crosslayer serve`: the local web page."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PORT = 8765
     type=click.IntRange(1, 65535),
     default=PORT,
     show_default=True,
-    help="to listen on; the next free one if it is taken",
+    help="port to listen on; if it is in use, the next free one",
 )
 @click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="address to listen on; any but a loopback one asks for a token, which is printed",
+    help="address to listen on; other than loopback requires a token, which is printed",
 )
-@click.option("--open", "show", is_flag=True, help="show the page in the browser")
+@click.option("--open", "show", is_flag=True, help="open the page in the browser")
 def command(paths: tuple[Path, ...], port: int, host: str, show: bool) -> None:
-    """Show the runs, feature bundles and graphs below PATHS (the folder runs/ unless given) on a page at 127.0.0.1.
+    """Show the runs, feature bundles and graphs below PATHS (default: runs/) on a web page at 127.0.0.1.
 
-    Nothing is fetched from elsewhere. What the page shows is JSON under /api, described at /api/openapi.json.
+    The page loads nothing from the network. Its data is JSON under /api, described at /api/openapi.json.
     """
     from crosslayer.serve.listen import listen
 

@@ -1,4 +1,4 @@
-"""Texts from the command line."""
+"""Prompts from the command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from crosslayer.core.errors import ConfigError
 
 
 def prompt_text(given: str) -> str:
-    """A prompt as it was given, or standard input for `-`.
+    """Return the prompt, or standard input for `-`.
 
     Raises:
-        ConfigError: for what is not UTF-8.
+        ConfigError: for text that is not UTF-8.
     """
     try:
         text = sys.stdin.buffer.read().decode() if given == "-" else given
@@ -19,6 +19,6 @@ def prompt_text(given: str) -> str:
     except UnicodeError as error:
         raise ConfigError(
             "the prompt is not UTF-8 text"
-            f" ({error.reason if isinstance(error, UnicodeDecodeError) else 'a byte that is no letter'}); convert it"
+            f" ({error.reason if isinstance(error, UnicodeDecodeError) else 'an invalid byte'}); convert it"
         ) from error
     return text

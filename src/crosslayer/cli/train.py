@@ -1,4 +1,4 @@
-"""`crosslayer train`: settings to a run folder."""
+"""`crosslayer train`: train a transcoder in a run folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from crosslayer.core.errors import ConfigError
 
 
 @click.command(cls=GroupedHelp)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="run folder to make")
-@click.option("--resume", type=click.Path(path_type=Path), help="run folder to go on with, its settings unchanged")
-@click.option("--step", type=int, help="with --resume: go on from this step's checkpoint instead of the last")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="run folder to create")
+@click.option("--resume", type=click.Path(path_type=Path), help="run folder to resume, with its saved settings")
+@click.option("--step", type=int, help="with --resume: resume from the checkpoint of this step; default: the last")
 @config_flags
 def command(out: Path | None, resume: Path | None, step: int | None, recipe: str | None, **flags: Any) -> None:
     """Train a cross-layer transcoder.
@@ -33,7 +33,7 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
     from crosslayer.training.trainer import train
 
     if (out is None) == (resume is None):
-        raise ConfigError("give --out for a new run, or --resume to go on with one")
+        raise ConfigError("give --out for a new run, or --resume for an existing one")
     if resume is not None:
         saved = read_manifest(resume).config
         given = given_flags(flags)
@@ -41,10 +41,10 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
         config = TrainConfig.from_dict(saved | {k: v for k, v in given.items() if k in MAY_CHANGE})
     else:
         if step is not None:
-            raise ConfigError(f"--step={step} goes with --resume; leave it out of a new run")
+            raise ConfigError(f"--step={step} needs --resume; omit it for a new run")
         config = config_from(flags, recipe)
     done = train(config, resume or out or Path(), resume=resume is not None, step=step, console=Console(stderr=True))
     if parallel.is_first():
         print_table(Console(), done.evaluation)
-        click.echo(f"saved in {done.folder}/clt; measures in {done.folder}/eval.json")
+        click.echo(f"saved in {done.folder}/clt; metrics in {done.folder}/eval.json")
     parallel.stop()

@@ -1,4 +1,4 @@
-"""`crosslayer worker`, hidden: does the page's jobs in a process of its own, told and answering in JSON lines."""
+"""`crosslayer worker` (hidden): runs jobs of the page in a separate process; JSON Lines on stdin and stdout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 
 class Worker:
-    """Holds the host and the transcoder of the last job."""
+    """Runs jobs; caches the host and the transcoder of the last job."""
 
     def __init__(self) -> None:
         self.name, self.model = "", None
@@ -97,17 +97,17 @@ class Worker:
 
 @click.command(hidden=True)
 def command() -> None:
-    """Do jobs from standard input, a JSON object a line."""
+    """Run jobs from standard input, one JSON object per line."""
     from crosslayer.core.errors import CrosslayerError
 
-    # What libraries print must not come between the lines.
+    # Output of libraries must not mix with the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     worker = Worker()
     for line in sys.stdin:
         job = json.loads(line)
 
-        def tell(number: int = job["job"], **said: Any) -> None:
-            answers.write(json.dumps({"job": number, **said}) + "\n")
+        def tell(number: int = job["job"], **fields: Any) -> None:
+            answers.write(json.dumps({"job": number, **fields}) + "\n")
             answers.flush()
 
         try:
@@ -115,11 +115,9 @@ def command() -> None:
         except CrosslayerError as error:
             tell(state="failed", error=str(error))
         except (RuntimeError, MemoryError) as error:
-            # PyTorch's word for want of memory; the worker goes on without what it held.
+            # PyTorch raises RuntimeError when out of memory; drop the loaded model and continue.
             worker = Worker()
             tell(
                 state="failed",
-                error=(
-                    f"the model could not do it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                ),
+                error=(f"the model failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"),
             )

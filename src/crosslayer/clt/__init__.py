@@ -1,4 +1,4 @@
-"""The transcoder: config, encode, decode, activations, initialisation, and its formats on disk.
+"""The transcoder: config, encode, decode, activations, initialisation and file formats.
 
-Knows no language model. May import `records`, `dist` and `core`.
+Does not know language models. May import `parallel`, `schemas` and `core`.
 """

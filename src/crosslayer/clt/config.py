@@ -1,4 +1,4 @@
-"""The shape of a transcoder, and what it must say of itself on disk. No torch."""
+"""Config of a transcoder, and its provenance on disk. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ RankBy = Literal["norm", "value"]
 
 @dataclass(frozen=True, kw_only=True)
 class CLTConfig:
-    """Sizes and kind of a cross-layer transcoder.
+    """Sizes and options of a cross-layer transcoder.
 
     Attributes:
-        n_layers, d_model, n_features: layers, width, features a layer.
-        activation: the name of one of `crosslayer.clt.activations`.
-        k: active features a token, per layer or in all as `scope` says; for those that rank only.
-        scope: whether top-k ranks the features of each layer apart or those of all layers together.
-        rank_by: what top-k ranks: the activation times its decoder's norm, or the activation's value alone.
-        k_per_batch: k counts the whole batch in place of each token (batchtopk; as BluelightAI's loader has it).
-        cross_layer: features write to their own and all later layers; if not, to their own only (a PLT).
-        skip: an affine skip, y += x W_skip.
+        n_layers, d_model, n_features: number of layers, width, and features per layer.
+        activation: name of an activation in `crosslayer.clt.activations`.
+        k: active features per token, per layer or in total depending on `scope`; TopK and BatchTopK only.
+        scope: whether top-k ranks features per layer or over all layers.
+        rank_by: whether top-k ranks activation times decoder norm, or the activation.
+        k_per_batch: k counts the whole batch instead of each token (batchtopk, as in BluelightAI's loader).
+        cross_layer: features write to their own and all later layers; otherwise to their own only (PLT).
+        skip: whether there is an affine skip connection, y += x W_skip.
 
     Raises:
-        ConfigError: for values that contradict each other.
+        ConfigError: for contradictory values.
     """
 
     n_layers: int
@@ -44,22 +44,22 @@ class CLTConfig:
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"activation={self.activation} is not known; give one of {', '.join(ACTIVATIONS)}")
+            raise ConfigError(f"activation={self.activation} is unknown; give one of {', '.join(ACTIVATIONS)}")
         for name in ("n_layers", "d_model", "n_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.ranks:
             if self.k is None or self.k < 1:
                 raise ConfigError(f"activation {self.activation} needs k >= 1, not {self.k}; set k")
-            most = self.n_features * (self.n_layers if self.scope == "all" else 1)
-            if self.k > most:
-                raise ConfigError(f"k={self.k} exceeds the {most} features it ranks; lower k or raise n_features")
+            max_k = self.n_features * (self.n_layers if self.scope == "all" else 1)
+            if self.k > max_k:
+                raise ConfigError(f"k={self.k} exceeds the {max_k} features it ranks; lower k or raise n_features")
         elif self.k is not None:
-            raise ConfigError(f"k={self.k} is for topk and batchtopk, not {self.activation}; leave it out")
+            raise ConfigError(f"k={self.k} is for topk and batchtopk, not {self.activation}; omit it")
 
     @property
     def ranks(self) -> bool:
-        """Whether the activation chooses features by rank."""
+        """Whether the activation ranks features (TopK, BatchTopK)."""
         return self.kind.ranks
 
     @property
@@ -68,12 +68,12 @@ class CLTConfig:
         return ACTIVATIONS[self.activation]
 
     def n_slots(self, layer: int) -> int:
-        """Layers that features of `layer` write to."""
+        """Return the number of layers that features of `layer` write to."""
         return self.n_layers - layer if self.cross_layer else 1
 
     @property
     def n_parameters(self) -> int:
-        """Weights, biases and thresholds."""
+        """Number of parameters: weights, biases and thresholds."""
         slots = sum(self.n_slots(i) for i in range(self.n_layers))
         matrices = (self.n_layers + slots) * self.n_features * self.d_model
         thresholds = self.n_layers * self.n_features * self.kind.thresholds
@@ -83,15 +83,15 @@ class CLTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a transcoder's activations come from; written into `config.yaml`.
+    """Host, hooks and policy of a transcoder; written to `config.yaml`.
 
     Attributes:
-        model_name: the host's name.
-        scan: repo id or name under which viewers know the features.
-        input_hook, output_hook: TransformerLens' names of the sites.
-        policy: what was done with first positions.
-        layers: the host's layers that the transcoder's are, where they are not all of them.
-        extra: other keys under `crosslayer:`, kept as they are.
+        model_name: name of the host.
+        scan: repo id or name of the features in viewers.
+        input_hook, output_hook: hook names of TransformerLens.
+        policy: first-position policy.
+        layers: host layers of the transcoder; None for all.
+        extra: other keys under `crosslayer:`, unchanged.
     """
 
     model_name: str

@@ -1,10 +1,9 @@
-"""Where features may fire: pre-activations looked at some tokens at a time, coarsely where that is faster.
+"""Find active features: pre-activations in blocks of tokens, first in bfloat16 if that is faster.
 
-Most of an encoder's product is thrown away: only what passes a bound matters. Where the device multiplies bfloat16 in
-hardware, the product is made so, each entry known to within a margin, and only entries that might pass are computed
-again from the weights as they are. The margin is of the rounding's size: SLACK of the standard deviation that a
-pre-activation would have if input and encoder row pointed anywhere. Rounding errors of 512 products stay well within it
-unless they conspire.
+Most of the encoder's product is discarded: only entries above a bound matter. If the device has bfloat16 hardware, the
+product is computed in bfloat16, with a known error margin, and only entries that may exceed the bound are recomputed
+exactly. The margin is SLACK times the standard deviation of a pre-activation for random directions of input and encoder
+row. Rounding errors of 512 products stay well below it.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from torch import Tensor
 from crosslayer.clt.sparse import Entries, sampled_products, where
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
-"""Tokens whose pre-activations of one layer are looked at together; on CPU few enough to stay in the processor's
-cache.
-"""
+"""Tokens per block of pre-activations of one layer; on CPU, a block fits the processor's cache."""
 SLACK = 2.0**-5
 
 
@@ -31,25 +28,25 @@ class Looked(NamedTuple):
 
     z_BF: Float[Tensor, "B F"]
     margin_F: Float[Tensor, " F"] | None
-    """By how much they may be wrong; none where they are exact."""
+    """Error margin per feature; None if exact."""
 
 
 class Found(NamedTuple):
-    """Entries of one layer, and their pre-activations."""
+    """Entries of one layer and their pre-activations."""
 
     entries: Entries
     z_K: Float[Tensor, " K"]
 
-    def those(self, kept_K: Bool[Tensor, " K"]) -> Found:
-        """Some of them."""
-        return Found(Entries(self.entries.token_K[kept_K], self.entries.feature_K[kept_K]), self.z_K[kept_K])
+    def those(self, mask_K: Bool[Tensor, " K"]) -> Found:
+        """Return the entries of a mask."""
+        return Found(Entries(self.entries.token_K[mask_K], self.entries.feature_K[mask_K]), self.z_K[mask_K])
 
 
 class Given:
-    """Pre-activations that are there already.
+    """Finder for pre-activations that are already computed.
 
-    Like the two below it has `look(layer, tokens)`, those of some tokens; `exact(layer, entries)`, those of some
-    entries as they really are; and `chunks()`, all tokens in parts to be looked at together.
+    All finders have `look(layer, tokens)`, the pre-activations of some tokens; `exact(layer, entries)`, the exact
+    pre-activations of some entries; and `chunks()`, the tokens split into blocks.
     """
 
     def __init__(self, pre: Sequence[Float[Tensor, "B F"]]) -> None:
@@ -66,7 +63,7 @@ class Given:
 
 
 class Exact:
-    """Pre-activations by the encoder's own product."""
+    """Finder that computes exact pre-activations."""
 
     def __init__(self, pre: Callable[[Tensor, int], Tensor], x_LBD: Sequence[Tensor], *, at_once: bool) -> None:
         self.pre, self.x_LBD, self.at_once = pre, x_LBD, at_once
@@ -76,14 +73,14 @@ class Exact:
         return Looked(self.pre(self.x_LBD[layer][tokens], layer), None)
 
     def exact(self, layer: int, entries: Entries) -> Tensor:
-        raise AssertionError("what was looked at is exact")
+        raise AssertionError("these pre-activations are already exact")
 
     def chunks(self) -> list[slice]:
         return [slice(0, self.n_tokens)] if self.at_once else _chunks(self.n_tokens, self.x_LBD[0].device)
 
 
 class Coarse:
-    """Pre-activations by bfloat16 products of float32 inputs and weights."""
+    """Finder that computes bfloat16 pre-activations of float32 inputs and weights, with a margin."""
 
     def __init__(self, x_LBD: Sequence[Tensor], W_enc: Sequence[Tensor], b_enc: Sequence[Tensor]) -> None:
         self.x_LBD, self.W_enc, self.b_enc = x_LBD, W_enc, b_enc
@@ -102,7 +99,7 @@ class Coarse:
         return _chunks(self.n_tokens, self.x_LBD[0].device)
 
     def _of(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs, weights, biases and margins of a layer; those of the last one asked for are kept."""
+        """Return inputs, weights, biases and margins of a layer; the last layer is cached."""
         if self._prepared is None or self._prepared[0] != layer:
             x_BD, W_FD, b_F = self.x_LBD[layer], self.W_enc[layer], self.b_enc[layer]
             length = torch.linalg.vector_norm(x_BD, dim=1).max() / W_FD.shape[1] ** 0.5
@@ -113,7 +110,7 @@ class Coarse:
 
 
 class Fused(Exact):
-    """Pre-activations on CUDA, where one kernel multiplies, compares and compacts."""
+    """Finder for CUDA, where one kernel multiplies, compares and compacts."""
 
     def __init__(
         self,
@@ -126,7 +123,7 @@ class Fused(Exact):
         self.W_enc, self.b_enc = W_enc, b_enc
 
     def above(self, layer: int, bound_F: Tensor) -> Found:
-        """The entries of a layer whose pre-activation exceeds its feature's bound."""
+        """Return the entries of a layer whose pre-activation exceeds the bound of its feature."""
         from crosslayer.clt import kernels
 
         token_K, feature_K, z_K = kernels.encode_above(self.x_LBD[layer], self.W_enc[layer], self.b_enc[layer], bound_F)
@@ -137,15 +134,13 @@ Finder = Given | Exact | Coarse | Fused
 
 
 def above(finder: Finder, layer: int, bound_F: Float[Tensor, " F"]) -> Found:
-    """The entries of a layer whose pre-activation exceeds its feature's bound."""
+    """Return the entries of a layer whose pre-activation exceeds the bound of its feature."""
     found, exact = near(finder, layer, bound_F)
     return found if exact else found.those(found.z_K > bound_F[found.entries.feature_K])
 
 
 def near(finder: Finder, layer: int, bound_F: Float[Tensor, " F"]) -> tuple[Found, bool]:
-    """The same and, unless the second value says otherwise, some that come near; the pre-activations are exact of
-    all.
-    """
+    """Return the entries of `above`, and perhaps some just below, with exact pre-activations; and whether exact."""
     if isinstance(finder, Fused):
         return finder.above(layer, bound_F), True
     found, values = list[Entries](), list[Tensor]()

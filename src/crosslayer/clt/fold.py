@@ -1,13 +1,13 @@
-"""The units of training, folded away.
+"""Fold the normalisation of training into the weights.
 
-While training, layer L sees x_L s_in_L Q_L, with Q_L a rotation, and is asked for y_L s_out_L. Folding puts both into
-the weights, so that the saved transcoder takes and gives the host's own activations, exactly (bfloat16 weights are
-rounded once more):
+In training, layer L reads x_L s_in_L Q_L, with Q_L a rotation, and predicts y_L s_out_L. Folding moves both into the
+weights, so the saved transcoder reads and writes the host's activations exactly (bfloat16 weights are rounded once
+more):
 
     W_enc_L <- s_in_L W_enc_L Q_L^T     W_dec_{L->M} /= s_out_M     b_dec_M /= s_out_M
     W_skip_M <- (s_in_M / s_out_M) Q_M W_skip_M
 
-Encoder biases, thresholds and activations stay as they were.
+Encoder biases, thresholds and activations do not change.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from crosslayer.clt.transcoder import CLT
 
 @torch.no_grad()
 def fold(clt: CLT, x_L: Float[Tensor, " L"], y_L: Float[Tensor, " L"], axes_LDD: Float[Tensor, "L D D"]) -> CLT:
-    """Make a transcoder that was trained in other units take and give the host's own; in place.
+    """Fold training units into the weights of a transcoder, in place, and return it.
 
     Args:
-        clt: trained on `(x_BLD * x_L[:, None]) @ axes_LDD`, by layer, and on `y_BLD * y_L[:, None]`.
-        x_L, y_L: the factors of each layer's MLP inputs and outputs.
-        axes_LDD: the rotation of each layer's inputs.
+        clt: transcoder trained from `(x_BLD * x_L[:, None]) @ axes_LDD`, per layer, to `y_BLD * y_L[:, None]`.
+        x_L, y_L: scale factors of each layer's MLP inputs and outputs.
+        axes_LDD: rotation of each layer's inputs.
     """
     for i in range(clt.config.n_layers):
         s_x, s_y = x_L[i].item(), y_L[i].item()

@@ -1,7 +1,7 @@
 """Initial weights, vectorised: encoder U(-1/sqrt(F), 1/sqrt(F)), decoder U(-1/sqrt(n_layers D), 1/sqrt(n_layers D)).
 
-After Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units. Each layer is drawn whole, and a
-rank that holds some of its features keeps their rows: so any number of ranks begins with the same weights.
+As in Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units. Every rank draws the whole layer
+and keeps the rows of its features, so initial weights do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from crosslayer.clt.transcoder import CLT
 
 @torch.no_grad()
 def initialise(clt: CLT, seed: int, threshold: float = 0.03) -> None:
-    """Draw all weights from `seed`; biases zero, thresholds `threshold`."""
+    """Draw all weights from `seed`; set biases to zero and thresholds to `threshold`."""
     c, group = clt.config, clt.mesh.features
     generator = torch.Generator().manual_seed(seed)
 
@@ -37,7 +37,7 @@ def initialise(clt: CLT, seed: int, threshold: float = 0.03) -> None:
 
 @torch.no_grad()
 def set_bias_for_density(clt: CLT, x_BLD: Float[Tensor, "B L D"], fire: float) -> None:
-    """Set each encoder bias so that its feature fires on a share `fire` of these tokens (JumpReLU and ReLU)."""
+    """Set encoder biases so that each feature is active on a fraction `fire` of these tokens."""
     for i in range(clt.config.n_layers):
         z_BF = x_BLD[:, i].to(clt.W_enc[i].dtype) @ clt.W_enc[i].T
         kth = max(1, min(z_BF.shape[0], round((1.0 - fire) * z_BF.shape[0])))

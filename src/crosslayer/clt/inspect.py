@@ -1,4 +1,4 @@
-"""What a transcoder is, from headers and small tensors; with `deep`, from every weight."""
+"""Describe a transcoder from headers and small tensors; with `deep`, from all weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from crosslayer.core.errors import FormatError
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """Means over the features of one layer, of every weight."""
+    """Statistics of the weights of one layer, as means over features."""
 
     encoder_norm: float
     decoder_norm: float
-    """Over all layers written together."""
+    """Norm over all layers written."""
     share_by_distance: list[float]
-    """Shares of the decoder's squared norm that go to the own layer, the next one, and so on."""
+    """Fractions of the decoder's squared norm that write to the own layer, the next one, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a folder says of itself, and what its weights are like."""
+    """Description of a transcoder folder."""
 
     name: str
     format: str
@@ -53,26 +53,26 @@ class Description:
     dtype: str
     n_parameters: int
     n_bytes: int | None
-    """Of the files, features and card included; None for what is not all here."""
+    """Size of all files, including features and card; None if not local."""
     thresholds: list[tuple[float, float, float]]
-    """Least, median and greatest of each layer."""
+    """Minimum, median and maximum per layer."""
     layers: list[LayerWeights | None]
-    """With `deep` only; None for one that is not whole."""
+    """With `deep` only; None for a damaged layer."""
     faults: list[str]
-    """What `deep` found; without it, a folder that can be described has whole headers and small tensors."""
+    """Damage found with `deep`; headers and small tensors are always checked."""
 
 
 def describe(
     name: str | Path, *, deep: bool = False, on_progress: Callable[[float], None] = lambda share: None
 ) -> Description:
-    """Describe a transcoder of any known format.
+    """Describe a transcoder in any supported format.
 
     Args:
-        deep: read every weight: norms, shares by distance, NaN and infinity.
-        on_progress: told the share of layers read.
+        deep: read all weights: norms, decoder norm by layer distance, NaN and infinity.
+        on_progress: called with the fraction of layers read.
 
     Raises:
-        FormatError: for a folder that is not whole, naming the file and what is wrong with it.
+        FormatError: for an incomplete or damaged folder, with the file and the fault.
     """
     folder = open_folder(name)
     format_name, opened = open_format(name)

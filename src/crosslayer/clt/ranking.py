@@ -1,7 +1,7 @@
-"""Activations by rank, over layers whose pre-activations are seen one after another and never held together.
+"""TopK and BatchTopK over several layers, without holding the pre-activations of all layers at once.
 
-Both kinds first find a bound that at least as many scores reach as are wanted, gather the few entries that may reach
-it, and rank only those, by exact scores. A score is the pre-activation times a norm; only positive ones count.
+Both first find a lower bound of the k-th score, collect the few entries that may reach it, and rank only those by exact
+scores. A score is the pre-activation times a norm; only positive scores count.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from crosslayer.parallel.select import kth_largest
 
 
 def top_mask(score_XSF: Float[Tensor, "X S F"], k: int, group: Group = ALONE.features) -> Bool[Tensor, "X S F"]:
-    """The `k` largest positive entries of each row, over its segments and over the ranks of a group, which hold other
-    columns of each segment.
+    """Mask the `k` largest positive entries per row, over all segments and over the ranks of a group.
 
-    Of equal scores the earlier segment's come first, then the lower rank's, then the earlier column's: the order in
-    which one rank would hold them all.
+    Each rank holds some columns of each segment. Ties go to the earlier segment, then the lower rank, then the earlier
+    column, which is the order on a single rank.
     """
     flat = score_XSF.flatten(1)
-    # One more than wanted, to see whether the last has its equals.
+    # One more than needed, to detect ties with the last.
     best, index = flat.topk(min(k + 1, flat.shape[1]), dim=1)
     cut_X = kth_largest(best, k, group)
-    kept = (best >= cut_X[:, None]) & (best > 0)
-    if not (group.sum_(kept.sum(1)) > k).any():
-        return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, kept).view_as(score_XSF)
+    mask = (best >= cut_X[:, None]) & (best > 0)
+    if not (group.sum_(mask.sum(1)) > k).any():
+        return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, index, mask).view_as(score_XSF)
     above = score_XSF > cut_X[:, None, None]
     tied = (score_XSF == cut_X[:, None, None]) & (cut_X > 0)[:, None, None]
     every_XSR = torch.stack(group.gather(tied.sum(2)), dim=2)
@@ -42,17 +41,16 @@ def top_mask(score_XSF: Float[Tensor, "X S F"], k: int, group: Group = ALONE.fea
 
 
 def batch_top(finder: Finder, norms: Sequence[Float[Tensor, " F"]], k: float, mesh: Mesh = ALONE) -> list[Found]:
-    """BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) over several layers: the `k` B largest positive scores of them
-    all.
+    """Return the `k` B largest positive scores over several layers (BatchTopK, Bussmann et al. 2024).
 
-    The scores of some tokens tell a bound that half as many entries again exceed as are wanted. Where it misled,
-    everything positive is ranked.
+    A sample of the scores gives a bound that about 1.5 times the wanted entries exceed. If too few entries exceed it,
+    all positive entries are ranked.
 
     Args:
         finder: pre-activations of each layer.
-        norms: what they are multiplied by to be ranked.
-        k: entries a token, on average.
-        mesh: the ranks that hold other features, or other tokens of the batch; all are ranked together.
+        norms: factors of the pre-activations in the score.
+        k: entries per token, on average.
+        mesh: ranks with the other features and tokens of the batch; all are ranked together.
     """
     wanted = max(1, round(k * finder.n_tokens * mesh.data.size))
     smallest = 2 * torch.finfo(norms[0].dtype).tiny
@@ -70,19 +68,19 @@ def batch_top(finder: Finder, norms: Sequence[Float[Tensor, " F"]], k: float, me
 def token_top(
     finder: Finder, norms: Sequence[Float[Tensor, " F"]], k: int, group: Group = ALONE.features
 ) -> list[Found]:
-    """TopK (Gao et al. 2024, arXiv:2406.04093) over several layers: the `k` largest positive scores of each token.
+    """Return the `k` largest positive scores per token over several layers (TopK, Gao et al. 2024).
 
-    Features of a layer are seen in some groups; of k groups the largest scores, over the layers seen so far, the least
-    is a bound that k scores reach. It rises from layer to layer.
+    Features are divided into groups. The k-th largest of the group maxima, over the layers so far, is a lower bound of
+    the k-th score. It rises from layer to layer.
 
     Args:
         finder: pre-activations of each layer.
-        norms: what they are multiplied by to be ranked.
-        k: entries a token.
-        group: the ranks that hold other features; those of all of them are ranked together.
+        norms: factors of the pre-activations in the score.
+        k: entries per token.
+        group: ranks with the other features; all are ranked together.
     """
     chunks, device = finder.chunks(), norms[0].device
-    # A token's largest scores so far, each of other features.
+    # Largest group maxima per token so far.
     best = [torch.zeros(t.stop - t.start, 0, device=device) for t in chunks]
     found: list[list[tuple[Entries, Tensor, Tensor]]] = []
     for i, norm in enumerate(norms):
@@ -103,19 +101,19 @@ def token_top(
 
 
 def _least(best_BK: Tensor, k: int) -> Tensor:
-    """What the `k`-th of the best is at least; nothing where there are fewer."""
+    """Return the `k`-th of the best scores; 0 if there are fewer."""
     return best_BK[:, k - 1] if best_BK.shape[1] >= k else best_BK.new_zeros(len(best_BK))
 
 
 def _cut(ranked: list[Found], norms: Sequence[Tensor], n_tokens: int, k: int, group: Group) -> list[Found]:
-    """The top k of each token among candidates, laid out as a table of which a row is a token's."""
+    """Return the top k candidates per token, ranked in a table with one row per token."""
     n_layers, sizes = len(ranked), [len(r.z_K) for r in ranked]
     token_K = torch.cat([r.entries.token_K for r in ranked])
     layer_K = torch.arange(n_layers, device=token_K.device).repeat_interleave(
         torch.tensor(sizes, device=token_K.device)
     )
     score_K = torch.cat([r.z_K * norm[r.entries.feature_K] for r, norm in zip(ranked, norms, strict=True)])
-    # Among equals the order of one rank counts, which takes the layers apart where they lie on several.
+    # Ties follow the order on a single rank, so with several ranks layers are separate segments.
     segments = n_layers if group.size > 1 else 1
     bin_K = token_K * segments + (layer_K if group.size > 1 else 0)
     order = bin_K.argsort(stable=True)
@@ -124,12 +122,12 @@ def _cut(ranked: list[Found], norms: Sequence[Tensor], n_tokens: int, k: int, gr
     column_K[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[bin_K[order]]
     table = score_K.new_zeros(n_tokens * segments, max(1, int(count.max())))
     table[bin_K, column_K] = score_K
-    kept_K = top_mask(table.view(n_tokens, segments, -1), k, group).view_as(table)[bin_K, column_K]
-    return [r.those(kept) for r, kept in zip(ranked, kept_K.split(sizes), strict=True)]
+    mask_K = top_mask(table.view(n_tokens, segments, -1), k, group).view_as(table)[bin_K, column_K]
+    return [r.those(mask) for r, mask in zip(ranked, mask_K.split(sizes), strict=True)]
 
 
 def _sampled_bound(finder: Finder, norms: Sequence[Tensor], per_token: float) -> float:
-    """A score that so many entries a token reach, in some tokens and some features."""
+    """Return a score that about `per_token` entries per token reach, from a sample of tokens and features."""
     tokens = slice(None, None, max(1, finder.n_tokens // 32))
     features = slice(None, None, max(1, sum(map(len, norms)) // (1 << 12)))
     sample = torch.cat(
@@ -141,11 +139,11 @@ def _sampled_bound(finder: Finder, norms: Sequence[Tensor], per_token: float) ->
 
 
 def _scores(looked: Looked, norm_F: Tensor) -> tuple[Tensor, Tensor]:
-    """What the scores are at most, and at least."""
+    """Return upper and lower bounds of the scores."""
     if looked.margin_F is None:
         score_BF = looked.z_BF * norm_F
         return score_BF, score_BF
-    # The score is rounded again here, by as much as a part of 256.
+    # The score is rounded again here, by up to 1/256.
     slack_F = looked.margin_F * norm_F
     z_BF, kind = looked.z_BF, looked.z_BF.dtype
     upper_BF = torch.addcmul(slack_F.to(kind), z_BF, (norm_F * (1 + 2.0**-7)).to(kind))
@@ -154,25 +152,27 @@ def _scores(looked: Looked, norm_F: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reaching(finder: Finder, layer: int, norm_F: Tensor, least: float) -> Found:
-    """The entries of a layer whose score may be `least` or more."""
-    # A little under it, as what comes near is strictly above and a score is rounded.
+    """Return the entries of a layer whose score may reach `least`."""
+    # Slightly lower, because `near` compares strictly and scores are rounded.
     bound_F = (least / norm_F * (1 - 2.0**-7)).to(norm_F.dtype)
     return near(finder, layer, bound_F)[0]
 
 
 def _still_reaching(finder: Finder, layer: int, parts: list[tuple[Entries, Tensor, Tensor]], least_B: Tensor) -> Found:
-    """Of a layer's candidates those that the bound of all layers has left."""
-    kept = [upper >= least_B[entries.token_K].to(upper.dtype) for entries, upper, _ in parts]
-    entries = Entries(*(torch.cat([e[axis][m] for (e, _, _), m in zip(parts, kept, strict=True)]) for axis in range(2)))
+    """Return the candidates of a layer that reach the final bound."""
+    masks = [upper >= least_B[entries.token_K].to(upper.dtype) for entries, upper, _ in parts]
+    entries = Entries(
+        *(torch.cat([e[axis][m] for (e, _, _), m in zip(parts, masks, strict=True)]) for axis in range(2))
+    )
     if finder.look(layer, slice(0, 1)).margin_F is None:
-        return Found(entries, torch.cat([z[m] for (_, _, z), m in zip(parts, kept, strict=True)]))
+        return Found(entries, torch.cat([z[m] for (_, _, z), m in zip(parts, masks, strict=True)]))
     return Found(entries, finder.exact(layer, entries))
 
 
 def _maxima(score_BF: Tensor, groups: int) -> Tensor:
-    """The largest score of each of at least so many groups of features, or of as many as there are features."""
+    """Return the maximum score of each of at least `groups` groups of features, if there are as many features."""
     n_features = score_BF.shape[1]
     size = max(1, n_features // groups)
     whole = n_features - n_features % size
-    # Features far from one another make a group, so that rows are read in order.
+    # Groups are strided, so that memory is read in order.
     return score_BF[:, :whole].unflatten(1, (size, -1)).amax(1)

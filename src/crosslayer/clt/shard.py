@@ -1,7 +1,7 @@
-"""A transcoder whose features are shared out over ranks, and one put together again from what each rank wrote.
+"""Shard a transcoder's features over ranks, and merge the shards.
 
-A rank's share is a transcoder of its own, with F/N features a layer: encoder rows, biases, thresholds and decoder rows.
-The decoder's biases and the affine skip belong to no feature; every rank has them, and keeps them alike.
+A shard is a transcoder with F/N features per layer: encoder rows, biases, thresholds and decoder rows. Decoder biases
+and affine skip are replicated on every rank.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from crosslayer.parallel import Mesh
 
 
 def share_of(whole: CLTConfig, mesh: Mesh, *, dtype: torch.dtype, device: str) -> CLT:
-    """This rank's share of a transcoder, its weights not yet drawn."""
+    """Return this rank's shard of a transcoder, with uninitialised weights."""
     n_features = whole.n_features // mesh.features.size
-    assert n_features * mesh.features.size == whole.n_features, "TrainConfig refuses features that cannot be shared out"
-    most = n_features * (whole.n_layers if whole.scope == "all" else 1)
-    # The k of each step is of all the features, and is given to `encode`; a config must have one that its own can
-    # reach.
-    k = None if whole.k is None else min(whole.k, most)
+    assert n_features * mesh.features.size == whole.n_features, (
+        "TrainConfig refuses features that cannot be divided evenly"
+    )
+    max_k = n_features * (whole.n_layers if whole.scope == "all" else 1)
+    # The k of a step counts all features and is passed to `encode`; the config's k must fit the shard.
+    k = None if whole.k is None else min(whole.k, max_k)
     clt = CLT(replace(whole, n_features=n_features, k=k), dtype=dtype, device=device)
     clt.mesh = mesh
     return clt
 
 
 def by_feature(name: str) -> bool:
-    """Whether a parameter of this name has a row for each feature, so that each rank has its own."""
+    """Return whether a parameter of this name has one row per feature, and so is sharded."""
     return name.startswith(("W_enc", "b_enc", "W_dec", "threshold"))
 
 
 def join(parts: Sequence[Opened]) -> Opened:
-    """One transcoder of the features of several, in their order; read from them when it is itself read, some rows at a
-    time.
+    """Merge shards, in order, into one transcoder that reads rows from them lazily.
 
     Raises:
-        FormatError: for parts that are not of one transcoder.
+        FormatError: for shards of different transcoders.
     """
     first = parts[0].clt
     each = [part.clt.config.n_features for part in parts]

@@ -1,10 +1,10 @@
-"""Sparse arithmetic over active features: gather, scale, add; and its exact gradients.
+"""Sparse operations on active features, with exact gradients.
 
-An encoding of B tokens is K triples (token, feature, value), in order of token. Decoding adds the value-scaled decoder
-rows of each token; the gradient of a value is the product of one row with one token's gradient, that of a row the sum
-over the tokens on which its feature fires. None of the three needs a B x F or F x D product: they are a product of a
-sparse matrix with a dense one, and a product sampled at entries. On CPU both are PyTorch's over compressed rows, which
-write where they are told; on CUDA they are Triton's (`crosslayer.clt.kernels`).
+An encoding of B tokens is K triples (token, feature, value), sorted by token. Decoding sums the decoder rows of each
+token, scaled by value. The gradient of a value is the dot product of a decoder row and a token's gradient. The gradient
+of a row is a sum over the tokens on which its feature is active. All three are a sparse-dense product or a product
+sampled at entries; none needs a dense B x F or F x D product. On CPU they use PyTorch's CSR operations, on CUDA Triton
+(`crosslayer.clt.kernels`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 ENTRIES_AT_ONCE = 1 << 18
-"""Entries whose rows are gathered together where there is no sampled product."""
+"""Entries whose rows are gathered at once if there is no sampled product."""
 NUMBERS_AT_ONCE = 1 << 20
-"""Numbers of a matrix that are copied together."""
+"""Elements of a matrix that are copied at once."""
 
 
 def by_kernels(tensor: Tensor) -> bool:
-    """Whether work on this tensor is Triton's."""
+    """Return whether Triton kernels handle this tensor."""
     return tensor.is_cuda
 
 
@@ -36,14 +36,14 @@ def by_compressed_rows(tensor: Tensor) -> bool:
 
 
 class Entries(NamedTuple):
-    """Places in a (B, F) matrix, in order of token then feature."""
+    """Entries of a (B, F) matrix, sorted by token, then feature."""
 
     token_K: Int[Tensor, " K"]
     feature_K: Int[Tensor, " K"]
 
 
 class Active(NamedTuple):
-    """Features that a decoder or a gradient must see, of one layer on B tokens, in order of token then feature."""
+    """Sparse activations of one layer on B tokens, sorted by token, then feature."""
 
     token_K: Int[Tensor, " K"]
     feature_K: Int[Tensor, " K"]
@@ -52,17 +52,17 @@ class Active(NamedTuple):
     """(B, F)"""
 
     def dense(self) -> Float[Tensor, "B F"]:
-        """The same as a matrix."""
+        """Return the activations as a dense matrix."""
         zeros = self.value_K.new_zeros(self.shape)
         return zeros.index_put((self.token_K, self.feature_K), self.value_K)
 
     def count(self) -> Int[Tensor, " F"]:
-        """How many tokens each feature is active on."""
+        """Return the number of tokens on which each feature is active."""
         return torch.bincount(self.feature_K[self.value_K > 0], minlength=self.shape[1])
 
 
 def where(mask_BF: Bool[Tensor, "B F"]) -> Entries:
-    """The true entries of a mask, found eight at a time: most of it is false."""
+    """Return the true entries of a sparse mask, tested eight at a time."""
     n_features = mask_BF.shape[1]
     if by_kernels(mask_BF) or not n_features or n_features % 8 or not mask_BF.is_contiguous():
         return Entries(*mask_BF.nonzero(as_tuple=True))
@@ -80,26 +80,26 @@ def sparse_pre(
     entries: Entries,
     z_K: Float[Tensor, " K"],
 ) -> Float[Tensor, " K"]:
-    """`z_K`, which are these entries of x W^T + b, with their gradients, which touch them alone."""
+    """Return `z_K`, the given entries of x W^T + b, with their sparse gradients."""
     return _SparsePre.apply(x_BD, W_FD, b_F, z_K, *entries)  # type: ignore[return-value]
 
 
 def sparse_decode(active: Active, W_FD: Float[Tensor, "F D"]) -> Float[Tensor, "B D"]:
-    """Sum of the decoder rows of each token's active features, scaled by their values."""
+    """Return the sum of the decoder rows of each token's active features, scaled by their values."""
     return _SparseDecode.apply(active.value_K, W_FD, active.token_K, active.feature_K, active.shape[0])  # type: ignore[return-value]
 
 
 def starts(at_K: Int[Tensor, " K"], n: int) -> Int[Tensor, " R1"]:
-    """Where each row's entries begin, and the last one's end, of entries that are in order of row."""
+    """Return the CSR row offsets of entries sorted by row."""
     return F.pad(torch.bincount(at_K, minlength=n).cumsum(0), (1, 0))
 
 
 def add_rows(
     out_XD: Tensor, start_R1: Int[Tensor, " R1"], row_K: Int[Tensor, " K"], scale_K: Tensor, rows_YD: Tensor
 ) -> None:
-    """out[x] += sum of scale * rows[row] over the entries from start[x] to start[x + 1], in the dtype of `out`.
+    """Add the sum of scale * rows[row] over entries start[x] to start[x + 1] to out[x], in the dtype of `out`.
 
-    Both matrices may be some columns of wider ones.
+    Both matrices may be column slices of wider ones.
     """
     if by_kernels(out_XD):
         from crosslayer.clt import kernels
@@ -123,9 +123,7 @@ def add_rows(
 def sum_rows(
     into: int, at_K: Int[Tensor, " K"], row_K: Int[Tensor, " K"], rows: Tensor, scale_K: Tensor, *, ordered: bool
 ) -> Tensor:
-    """out[a] = sum of scale * rows[row] over entries whose `at` is a, for a < into; `ordered` says that `at_K`
-    ascends.
-    """
+    """Return out[a] = sum of scale * rows[row] over entries with `at` a < into; `ordered` if `at_K` is sorted."""
     start = starts(at_K, into)
     if not ordered:
         order = at_K.argsort(stable=True)
@@ -138,7 +136,7 @@ def sum_rows(
 def sampled_products(
     a_BD: Tensor, b_FD: Tensor, token_K: Int[Tensor, " K"], feature_K: Int[Tensor, " K"], n_features: int
 ) -> Tensor:
-    """<a[token], b[feature]> for each entry, in order of token."""
+    """Return <a[token], b[feature]> for each entry; entries are sorted by token."""
     if by_kernels(a_BD):
         from crosslayer.clt import kernels
 
@@ -150,7 +148,7 @@ def sampled_products(
             [torch.linalg.vecdot(a_BD[token].to(wide), b_FD[feature].to(wide)) for token, feature in parts]
         )
     start = starts(token_K, len(a_BD))
-    # A matrix whose rows do not follow one another must be copied, a few rows at a time.
+    # A matrix that is not contiguous is copied, a few rows at a time.
     at_once = len(a_BD) if a_BD.is_contiguous() else max(1, NUMBERS_AT_ONCE // a_BD.shape[1])
     bounds = [*start[:-1:at_once].tolist(), len(token_K)]
     b_DF, products = b_FD.contiguous().T, []
@@ -166,13 +164,13 @@ def sampled_products(
 
 
 def _compressed(start: Tensor, column_K: Tensor, value_K: Tensor, shape: tuple[int, int]) -> Tensor:
-    _warned()
+    _silence_beta_warning()
     return torch.sparse_csr_tensor(start, column_K, value_K, shape, check_invariants=False)
 
 
 @cache
-def _warned() -> None:
-    """PyTorch says once that matrices of compressed rows are in beta."""
+def _silence_beta_warning() -> None:
+    """Silence PyTorch's warning, printed once, that CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")
         torch.eye(1).to_sparse_csr()

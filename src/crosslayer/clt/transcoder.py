@@ -4,16 +4,14 @@
     f_L    = activation(pre_L)
     yhat_M = sum_{L<=M} W_dec_{L->M}^T f_L + b_dec_M  (+ x_M W_skip_M)
 
-`W_dec[L]` is (F, n_layers - L, D): all that a feature writes lies together, slot j going to layer L + j. A per-layer
-transcoder has one slot. Nothing here knows of language models, or of normalisation, which is folded in. Of ranks it
-knows that the features of each layer may be shared out: then what all of them write is summed, and all of them are
-ranked together.
+`W_dec[L]` is (F, n_layers - L, D); slot j writes to layer L + j. A per-layer transcoder has one slot. This module does
+not know language models or normalisation, which is folded into the weights. Features of each layer may be sharded over
+ranks: reconstructions are then summed over ranks, and features are ranked over all of them.
 
-Arithmetic is done in the wider of the inputs' and the weights' dtypes, so a bfloat16 file serves float32 inputs in
-float32.
+Arithmetic uses the wider of the dtypes of inputs and weights, so bfloat16 weights serve float32 inputs in float32.
 
-An encoding is dense, a (B, F) matrix a layer, or sparse, an `Active` a layer. Both decode to the same numbers and give
-the same gradients; the second costs what its entries cost.
+An encoding is dense, a (B, F) matrix per layer, or sparse, an `Active` per layer. Both decode to the same numbers and
+have the same gradients; the cost of a sparse one is proportional to its entries.
 """
 
 from __future__ import annotations
@@ -37,11 +35,11 @@ DEFAULT_EPS = 0.5
 
 
 ROWS_AT_ONCE = 256
-"""Rows of a matrix that are brought to another dtype together: few enough to stay in the processor's cache."""
+"""Rows of a matrix that are converted to another dtype at once; they fit the processor's cache."""
 
 
 def _linear(x_BD: Tensor, weights: Weights, layer: int) -> Tensor:
-    """x W^T in the dtype of x; a matrix of another dtype, or still on disk, is never held whole in that one."""
+    """Return x W^T in the dtype of x, converting other dtypes and lazily loaded weights in blocks."""
     if weights.here(layer) and (weights.dtype == x_BD.dtype or x_BD.is_cuda):
         return F.linear(x_BD, weights[layer].to(x_BD.dtype))
     return torch.cat([F.linear(x_BD, part.to(x_BD.dtype)) for part in weights.parts(layer, ROWS_AT_ONCE)], dim=1)
@@ -53,7 +51,7 @@ class CLT(nn.Module):
     Attributes (lists over the layer read):
         W_enc (F, D), b_enc (F), threshold (F; empty unless JumpReLU, always float32 while training),
         W_dec (F, slots, D), b_dec (D), W_skip (D, D; empty without skip).
-        mesh: the ranks that hold the other features of each layer (`crosslayer.clt.shard`); none unless set.
+        mesh: ranks with the other features of each layer (`crosslayer.clt.shard`); by default none.
     """
 
     mesh: Mesh = ALONE
@@ -76,16 +74,16 @@ class CLT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrices."""
+        """Dtype of the matrices."""
         return self.W_enc.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, or will be once read."""
+        """Device of the weights, loaded or not."""
         return self.b_enc[0].device
 
     def pre(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
-        """Pre-activations of one layer's features; float32 at least while training, as biases and thresholds are."""
+        """Return pre-activations of one layer's features; at least float32 in training, like biases and thresholds."""
         b_F, wide = self.b_enc[layer], torch.promote_types(x_BD.dtype, self.dtype)
         z_BF = _linear(x_BD.to(wide), self.W_enc, layer)
         return z_BF.add_(b_F) if z_BF.dtype == torch.promote_types(z_BF.dtype, b_F.dtype) else z_BF + b_F
@@ -93,19 +91,19 @@ class CLT(nn.Module):
     def encode(
         self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
     ) -> list[Float[Tensor, "B F"]]:
-        """Activations of every layer's features, dense.
+        """Return dense activations of all layers.
 
         Args:
             x_BLD: MLP inputs.
-            eps: width of the straight-through window; matters to gradients only.
-            k: in place of the config's, for a schedule; top-k only.
+            eps: width of the straight-through window; affects gradients only.
+            k: replaces the config's k, for a schedule; top-k only.
         """
         return self.activate([self.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))], eps, k)
 
     def activate(
         self, pre: Sequence[Float[Tensor, "B F"]], eps: float = DEFAULT_EPS, k: float | None = None
     ) -> list[Float[Tensor, "B F"]]:
-        """Activations from the pre-activations of every layer, dense."""
+        """Return dense activations, given the pre-activations of all layers."""
         if not self.config.ranks:
             return [self.config.kind.apply(z, self._theta(i), eps) for i, z in enumerate(pre)]
         known = [z.detach() for z in pre]
@@ -116,9 +114,7 @@ class CLT(nn.Module):
         return [torch.zeros_like(z).index_put(e, z[e]) for (e, _), z in zip(found, pre, strict=True)]
 
     def encode_layer(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
-        """Activations of one layer's features, without gradients. Not for top-k over all layers, which needs them
-        all.
-        """
+        """Return dense activations of one layer, without gradients; not for top-k over all layers."""
         assert not (self.config.ranks and self.config.scope == "all"), "top-k over all layers ranks them together"
         with torch.no_grad():
             z = self.pre(x_BD, layer)
@@ -130,10 +126,9 @@ class CLT(nn.Module):
     def encode_sparse(
         self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
     ) -> list[Active]:
-        """Activations of every layer's features as entries: those that fire and, in training, those inside JumpReLU's
-        window.
+        """Return sparse activations of all layers; the gradients are those of `encode`.
 
-        The gradients are those of `encode`.
+        In training, entries inside JumpReLU's straight-through window are included.
         """
         wide = torch.promote_types(x_BLD.dtype, self.dtype)
         x_LBD = [x_BD.to(wide) for x_BD in x_BLD.unbind(1)]
@@ -141,7 +136,7 @@ class CLT(nn.Module):
         return [self._active(x_BD, i, each, eps) for i, (x_BD, each) in enumerate(zip(x_LBD, found, strict=True))]
 
     def encode_layer_sparse(self, x_BD: Float[Tensor, "B D"], layer: int, eps: float = DEFAULT_EPS) -> Active:
-        """Activations of one layer's features as entries; for activations that do not rank over all layers."""
+        """Return sparse activations of one layer; not for top-k over all layers."""
         x_BD = x_BD.to(torch.promote_types(x_BD.dtype, self.dtype))
         window = eps if self._trains(layer) else 0.0
         return self._active(x_BD, layer, self.find_layer(x_BD, layer, window, coarse=self.config.ranks), eps)
@@ -150,7 +145,7 @@ class CLT(nn.Module):
         return torch.is_grad_enabled() and self.b_enc[layer].requires_grad
 
     def _active(self, x_BD: Tensor, layer: int, found: Found, eps: float) -> Active:
-        """Entries as activations, with the gradients of `encode`."""
+        """Convert entries to activations, with the gradients of `encode`."""
         (entries, z_K), shape = found, (x_BD.shape[0], self.config.n_features)
         if torch.is_grad_enabled() and (x_BD.requires_grad or self.b_enc[layer].requires_grad):
             z_K = sparse_pre(x_BD, self.W_enc[layer].to(x_BD.dtype), self.b_enc[layer], entries, z_K)
@@ -159,9 +154,7 @@ class CLT(nn.Module):
         return Active(*entries, z_K, shape)
 
     def finder(self, x_LBD: Sequence[Float[Tensor, "B D"]], first: int = 0, *, coarse: bool = True) -> Finder:
-        """Pre-activations on these inputs of the layers from `first` on; coarse ones first, where that is faster and
-        asked for.
-        """
+        """Return a finder for the layers from `first` on; with `coarse`, in bfloat16 first if that is faster."""
         layers = range(first, first + len(x_LBD))
         x = x_LBD[0]
         here = all(self.W_enc.here(i) for i in layers)
@@ -186,13 +179,13 @@ class CLT(nn.Module):
         *,
         coarse: bool = True,
     ) -> list[Found]:
-        """Where features fire; for JumpReLU also where its window of this width lies.
+        """Return the active entries of all layers; for JumpReLU also those inside its window.
 
         Args:
-            x_LBD: MLP inputs, in the dtype to compute in.
+            x_LBD: MLP inputs, in the dtype of the computation.
             window: width of the straight-through window.
-            k: in place of the config's, for a schedule; top-k only.
-            coarse: find candidates in bfloat16 where that is faster; values may then differ from `pre`'s by a rounding.
+            k: replaces the config's k, for a schedule; top-k only.
+            coarse: find candidates in bfloat16 if that is faster; values may then differ from `pre` by rounding.
         """
         c = self.config
         if c.ranks and c.scope == "all":
@@ -209,14 +202,14 @@ class CLT(nn.Module):
         *,
         coarse: bool = True,
     ) -> Found:
-        """Where one layer's features fire, of activations that do not rank over all layers; see `find`."""
+        """Return the active entries of one layer; not for top-k over all layers. See `find`."""
         return self._firing_layer(self.finder([x_BD], layer, coarse=coarse), layer, window, k)
 
     def _ranked_together(self, finder: Finder, k: float | None) -> list[Found]:
         return self._ranked(finder, [self.rank_norm(i).detach() for i in range(self.config.n_layers)], k)
 
     def _firing_layer(self, finder: Finder, layer: int, window: float, k: float | None = None) -> Found:
-        """Of one layer, which is all that the finder knows."""
+        """Return the active entries of the only layer of the finder."""
         if self.config.ranks:
             return self._ranked(finder, [self.rank_norm(layer).detach()], k)[0]
         theta_F = self._theta(layer)
@@ -224,34 +217,34 @@ class CLT(nn.Module):
         return above(finder, 0, self.config.kind.bound(theta_F, self.b_enc[layer].detach(), window))
 
     def _ranked(self, finder: Finder, norms: Sequence[Tensor], k: float | None) -> list[Found]:
-        """The top k by value times norm, ranked over all these layers together."""
+        """Return the top k by value times norm, over all these layers."""
         chosen = k or self.config.k
         assert chosen is not None
         per_token = chosen / finder.n_tokens if self.config.k_per_batch else chosen
         return self.config.kind.choose(finder, norms, per_token, self.mesh)
 
     def _theta(self, layer: int) -> Tensor | None:
-        """Thresholds of a layer's features, if there are any."""
+        """Return the thresholds of a layer; None if the activation has none."""
         return self.threshold[layer] if self.config.kind.thresholds else None
 
     def rank_norm(self, layer: int) -> Float[Tensor, " F"]:
-        """What activations are multiplied by to be ranked."""
+        """Return the factors of activations in the ranking score."""
         if self.config.rank_by == "value":
             return torch.ones_like(self.b_enc[layer], dtype=torch.float32)
         return self.decoder_norm(layer)
 
     def decoder_norm(self, layer: int) -> Float[Tensor, " F"]:
-        """Norm of all that each feature writes, over all layers together; differentiable."""
+        """Return the norm of each feature's decoder over all layers written; differentiable."""
         return self.W_dec[layer].flatten(1).to(torch.promote_types(self.dtype, torch.float32)).norm(dim=1)
 
     def decode(
         self, f: Sequence[Float[Tensor, "B F"] | Active], x_BLD: Float[Tensor, "B L D"] | None = None
     ) -> Float[Tensor, "B L D"]:
-        """Reconstructed MLP outputs of all layers.
+        """Return the reconstructed MLP outputs of all layers.
 
         Args:
             f: activations of each layer, dense or sparse.
-            x_BLD: MLP inputs, for the affine skip; needed if there is one.
+            x_BLD: MLP inputs; required with an affine skip.
         """
         y_BLD = self.mesh.features.sum(self.written(f)) + torch.stack(list(self.b_dec))
         if self.config.skip:
@@ -260,7 +253,7 @@ class CLT(nn.Module):
         return y_BLD
 
     def written(self, f: Sequence[Float[Tensor, "B F"] | Active]) -> Float[Tensor, "B L D"]:
-        """What the features held here write, without biases."""
+        """Return what the features of this rank write, without biases."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             y: list[Tensor] = [torch.zeros_like(b_D) for b_D in self.b_dec]
             for i, f_BF in enumerate(f):
@@ -275,14 +268,12 @@ class CLT(nn.Module):
         return y_BLD
 
     def columns(self, y_BLD: Float[Tensor, "B L D"], layer: int) -> Float[Tensor, "B X"]:
-        """Of something at all layers, what one layer's features write to, its slots side by side."""
+        """Return the slice of `y_BLD` that one layer's features write to, slots side by side."""
         width = self.config.d_model
         return y_BLD.view(len(y_BLD), -1)[:, layer * width : (layer + self.config.n_slots(layer)) * width]
 
     def add_written(self, out_BX: Float[Tensor, "B X"], f_BF: Float[Tensor, "B F"] | Active, layer: int) -> None:
-        """Add what one layer's features write, its slots side by side. Of a decoder still on disk only rows of active
-        features are read.
-        """
+        """Add what one layer's features write, slots side by side; a lazy decoder reads only active rows."""
         n_features, slots, width = self.W_dec.shape(layer)
         if not isinstance(f_BF, Active):
             rows_FX = self.W_dec[layer].detach().view(n_features, slots * width)
@@ -298,14 +289,12 @@ class CLT(nn.Module):
         add_rows(out_BX, starts(f_BF.token_K, f_BF.shape[0]), row_K, f_BF.value_K, rows_FX)
 
     def skip(self, x_BD: Float[Tensor, "... D"], layer: int) -> Float[Tensor, "... D"]:
-        """What the affine skip of one layer writes."""
+        """Return the output of one layer's affine skip connection."""
         wide = torch.promote_types(x_BD.dtype, self.dtype)
         return x_BD.to(wide) @ self.W_skip[layer].to(wide)
 
     def decode_layer(self, f_BF: Float[Tensor, "B F"] | Active, layer: int) -> Float[Tensor, "B S D"]:
-        """What one layer's features write, by slot. Of a decoder that is not trained, only rows of active features are
-        read.
-        """
+        """Return what one layer's features write, per slot; a lazy decoder reads only active rows."""
         n_features, slots, width = self.W_dec.shape(layer)
         if not isinstance(f_BF, Active):
             rows_FX = self.W_dec[layer].view(n_features, slots * width)
@@ -325,5 +314,5 @@ class CLT(nn.Module):
         return self.decode(self.encode_sparse(x_BLD), x_BLD)
 
     def decoder_rows(self, layer: int, features: Int[Tensor, " K"]) -> Float[Tensor, "K S D"]:
-        """What the given features of a layer write: the one door to decoder weights for everything downstream."""
+        """Return the decoder rows of the given features; all downstream code reads decoders through it."""
         return self.W_dec.rows(layer, features)

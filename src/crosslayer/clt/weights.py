@@ -1,7 +1,7 @@
-"""The weights of all layers, each read when it is first asked for.
+"""Weights of all layers, loaded lazily.
 
-A transcoder that is trained holds ordinary parameters. One that was opened holds promises: the shape of each layer's
-matrix, and how to get it. A published CLT of 18 GB is opened in a second, and a prompt reads the rows of its own
+A transcoder in training holds ordinary parameters. One opened from disk holds the shape of each layer's matrix and a
+reader that loads it. A published CLT of 18 GB opens in a second, and a prompt reads only the rows of its active
 features.
 """
 
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Reader(Protocol):
-    """Gives the matrix of a layer, or these rows of it, as it is on disk or made from that."""
+    """A function that returns the matrix of a layer, or some of its rows."""
 
     def __call__(self, layer: int, rows: Tensor | None = None, /) -> Tensor: ...
 
 
 class Weights(nn.ParameterList):
-    """One parameter a layer; with a reader, one that is read at its first use and kept."""
+    """One parameter per layer; with a reader, loaded at first use and cached."""
 
     reader: Reader | None = None
     by_row = False
-    """Whether the reader gives some rows for their own cost, so that a product need not keep the matrix."""
+    """Whether the reader reads single rows cheaply, so that products need not cache the matrix."""
 
     @classmethod
     def promised(
         cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, reader: Reader, *, by_row: bool = False
     ) -> Weights:
-        """Weights of these shapes that the reader will give."""
+        """Return lazily loaded weights of these shapes."""
         weights = cls(nn.Parameter(torch.empty(s, dtype=dtype, device="meta"), requires_grad=False) for s in shapes)
         weights.reader, weights.by_row = reader, by_row
         return weights
@@ -46,27 +46,27 @@ class Weights(nn.ParameterList):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, read or not."""
+        """Dtype of the weights, loaded or not."""
         return super().__getitem__(0).dtype
 
     def here(self, layer: int) -> bool:
-        """Whether the layer's weights are in memory, or mapped to it."""
+        """Return whether the layer's weights are in memory or memory-mapped."""
         return not super().__getitem__(layer).is_meta
 
     def shape(self, layer: int) -> tuple[int, ...]:
-        """Of a layer's matrix, read or not."""
+        """Return the shape of a layer's matrix, loaded or not."""
         return tuple(super().__getitem__(layer).shape)
 
     def passing(self, layer: int) -> Tensor:
-        """A layer's matrix without keeping it."""
+        """Return a layer's matrix without caching it."""
         return self.reader(layer) if self.reader and not self.here(layer) else self[layer].detach()
 
     def rows(self, layer: int, rows: Tensor) -> Tensor:
-        """Some rows of a layer's matrix; if it was not read yet, only these are."""
+        """Return some rows of a layer's matrix; if it is not loaded, read only these."""
         return self.reader(layer, rows) if self.reader and not self.here(layer) else self[layer].detach()[rows]
 
     def parts(self, layer: int, rows_at_once: int) -> Iterator[Tensor]:
-        """A layer's matrix some rows at a time; what was not read yet is let go again, where that costs no more."""
+        """Yield a layer's matrix in blocks of rows, without caching it if rows can be read cheaply."""
         if self.by_row and not self.here(layer):
             for rows in torch.arange(self.shape(layer)[0]).split(rows_at_once):
                 yield self.rows(layer, rows)
@@ -74,7 +74,7 @@ class Weights(nn.ParameterList):
             yield from self[layer].split(rows_at_once)
 
     def read_all(self) -> None:
-        """Read what was not read yet."""
+        """Load all weights that are not loaded yet."""
         for layer in range(len(self)):
             self[layer]
         self.reader = None

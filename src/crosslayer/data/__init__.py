@@ -1,4 +1,4 @@
-"""Activations: documents from sources, packed into rows, run through the host, shuffled at token level, streamed.
+"""Data: documents from sources, packed into rows, run through the host, shuffled and streamed as activations.
 
-Knows no transcoder. May import `host`, `dist`, `records` and `core`.
+Does not know transcoders. May import `host`, `parallel`, `schemas` and `core`.
 """

@@ -1,8 +1,7 @@
-"""A document, and the split that nothing may cross.
+"""Documents, and their split into train and held-out.
 
-Every source yields `Document`s. Whether one is *held out* is a pure function of its id, so that
-the split is the same in every run, on every rank and on every machine, and is made before any
-text is tokenised. Nothing is ever measured on a document that training could have seen.
+Every source yields `Document`s. The split is a pure function of the document id, so it is the same in every run, on
+every rank and on every machine. It is made before tokenisation. Metrics are computed only on held-out documents.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ PIECE_CHARACTERS = 4_000
 
 
 class Document(NamedTuple):
-    """One text and the name under which it is split.
+    """A text, and the id that decides its split.
 
-    `id` is the hash of the text for most sources, and the module path for the standard library,
-    whose sources differ a little between versions of Python.
+    `id` is the hash of the text for most sources. For the standard library it is the module path, because the sources
+    differ between versions of Python.
     """
 
     id: str
@@ -29,21 +28,21 @@ class Document(NamedTuple):
 
 
 def text_hash(text: str) -> str:
-    """128 bits of BLAKE2b of the text: the default document id, and what deduplication compares."""
+    """Return the 128-bit BLAKE2b hash of a text: the default document id, also used for deduplication."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def split_of(document_id: str, held_out_share: float = HELD_OUT_SHARE) -> Split:
-    """The side of the split that a document is on, from 64 bits of the hash of its id."""
+    """Return the split of a document, from a 64-bit hash of its id."""
     digest = hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "held_out" if int.from_bytes(digest, "big") < held_out_share * 2**64 else "train"
 
 
 def pieces(text: str, n_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """A long text cut at blank lines into pieces of about `n_characters`; joined by blank lines they are the text
-    again.
+    """Split a long text at blank lines into pieces of about `n_characters`.
 
-    Shuffled apart, the pieces of a book or a long module do not crowd a batch.
+    The pieces joined by blank lines are the text again. Pieces are shuffled separately, so that one long document does
+    not fill a batch.
     """
     piece: list[str] = []
     size = 0

@@ -1,9 +1,9 @@
-"""Documents to rows of tokens: a stream with a cursor that can be saved and taken up again.
+"""Documents packed into rows of tokens: a stream whose cursor can be saved and loaded.
 
-A row is the policy's special token and then `context - 1` tokens of text. Documents follow one another, each with the
-special token in front, so that their boundaries can be found again. A policy that puts nothing in front leaves both
-out. Where several sources are mixed, the next document comes from the one whose share of the tokens so far is furthest
-behind its weight: shares come out exactly, without chance.
+A row is the special token of the first-position policy and `context - 1` tokens of text. Documents are concatenated,
+each with the special token in front, which marks its boundary. With `prepend=False` there are no special tokens. With
+several sources, the next document comes from the source whose share of the tokens so far is furthest below its weight.
+This mixes sources deterministically.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crosslayer.host.host import Host
 
 
 class Place(NamedTuple):
-    """How far one source has been read: pass over it, documents of that pass taken, tokens taken in all."""
+    """Position in a source: current pass, documents read in that pass, and tokens read in total."""
 
     epoch: int = 0
     document: int = 0
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """Where a stream stands: the place in each source, and the tokens already used of the document now open."""
+    """Position of a stream: the place in each source, and the tokens used of the open document."""
 
     places: tuple[Place, ...]
     open_source: int = -1
@@ -39,15 +39,15 @@ class Cursor(NamedTuple):
 
     @classmethod
     def of(cls, saved: Sequence) -> Cursor:
-        """From the nested lists that JSON makes of it."""
+        """Return the cursor of the nested lists that JSON makes of it."""
         places, open_source, used = saved
         return cls(tuple(Place(*p) for p in places), open_source, used)
 
 
 class Documents:
-    """The documents of weighted sources, one after another, for one rank of several.
+    """Documents of weighted sources, for one rank.
 
-    Rank r of n takes documents r, r + n, ... of each source.
+    Rank r of n reads documents r, r + n, ... of each source.
     """
 
     def __init__(self, sources: Sequence[Weighted], side: Split, seed: int, rank: int = 0, ranks: int = 1) -> None:
@@ -63,12 +63,12 @@ class Documents:
         return islice(everything, self.rank, None, self.ranks)
 
     def next_source(self) -> int:
-        """The source that is furthest behind its share."""
+        """Return the source whose share of the tokens is furthest below its weight."""
         taken = [p.tokens for p in self.places]
         return max(range(len(taken)), key=lambda i: self.weights[i] * (sum(taken) + 1) - taken[i])
 
     def read(self, i: int) -> Document:
-        """The next document of source `i`, from its next pass where this one is over."""
+        """Return the next document of source `i`; start its next pass if this one is finished."""
         for _ in range(2):
             stream = self._open[i]
             if stream is None:
@@ -83,32 +83,36 @@ class Documents:
         raise SourceError(f"{name} has too little {self.side} text for {self.ranks} ranks; give more text")
 
     def move(self, places: Sequence[Place]) -> None:
-        """Stand at these places."""
+        """Continue from these places."""
         self.places = list(places)
         self._open = [None] * len(self.places)
 
 
-def dealt_anew(cursors: Sequence[Cursor], rank: int, ranks: int) -> Cursor:
-    """Where one rank of `ranks` takes up text that as many ranks as there are cursors have read.
+def redistribute(cursors: Sequence[Cursor], rank: int, ranks: int) -> Cursor:
+    """Return the cursor of one rank when a run resumes on another number of ranks.
 
-    In each source, at the first document that one of them had not finished: none is left out, some are read again by
-    another rank.
+    Each source continues at the first document that any of the previous ranks had not finished. No document is
+    skipped; some are read again.
+
+    Args:
+        cursors: one per previous rank.
+        rank, ranks: this rank, and the new number of ranks.
     """
-    before = len(cursors)
+    ranks_before = len(cursors)
     places = []
     for i, of_source in enumerate(zip(*(c.places for c in cursors), strict=True)):
         unread = [
-            (p.epoch, r + before * (p.document - (c.open_source == i)))
+            (p.epoch, r + ranks_before * (p.document - (c.open_source == i)))
             for r, (c, p) in enumerate(zip(cursors, of_source, strict=True))
         ]
         epoch, document = min(unread)
-        taken = sum(p.tokens for p in of_source) // ranks
-        places.append(Place(epoch, max(0, -(-(document - rank) // ranks)), taken))
+        read = sum(p.tokens for p in of_source) // ranks
+        places.append(Place(epoch, max(0, -(-(document - rank) // ranks)), read))
     return Cursor(tuple(places))
 
 
 class RowStream:
-    """Endless rows of tokens from weighted sources; `cursor` may be read and set between rows."""
+    """An infinite stream of rows from weighted sources; `cursor` can be read and set between rows."""
 
     def __init__(self, host: Host, documents: Documents, context: int) -> None:
         self.host, self.documents, self.context = host, documents, context
@@ -128,7 +132,7 @@ class RowStream:
         self._source, self._tokens, self._used = -1, [], 0
         if cursor.open_source >= 0:
             i = cursor.open_source
-            # Step back onto the document that was open, and read it again.
+            # Step back to the open document, and read it again.
             self.documents.move([p._replace(document=p.document - (j == i)) for j, p in enumerate(places)])
             self._next_document(i)
             self._used = cursor.used
@@ -143,7 +147,7 @@ class RowStream:
         self.documents.places[source] = place._replace(tokens=place.tokens + len(self._tokens))
 
     def rows(self, n: int) -> Int[Tensor, "B T"]:
-        """The next `n` rows; the cursor moves past them."""
+        """Return the next `n` rows, and advance the cursor."""
         body = _body(self.host, self.context)
         flat: list[int] = []
         while len(flat) < n * body:
@@ -156,10 +160,10 @@ class RowStream:
 
 
 def held_out_rows(host: Host, sources: Sequence[Weighted], context: int, n_tokens: int) -> Int[Tensor, "B T"]:
-    """Rows that together hold about `n_tokens` tokens of held-out text, each document at most once.
+    """Return rows with about `n_tokens` tokens of held-out text, each document at most once.
 
     Raises:
-        SourceError: for held-out text that is shorter than one row.
+        SourceError: if the held-out text is shorter than one row.
     """
     body = _body(host, context)
     documents = Documents(sources, "held_out", seed=0)
@@ -180,13 +184,13 @@ def held_out_rows(host: Host, sources: Sequence[Weighted], context: int, n_token
 
 
 def document_tokens(host: Host, document: Document) -> list[int]:
-    """A document's tokens behind the special token that marks its beginning."""
+    """Return the tokens of a document, with the special token in front if the policy prepends it."""
     tokens = host.tokenizer.encode(document.text, add_special_tokens=False)
     return [host.first_token, *tokens] if host.policy.prepend else tokens
 
 
 def _body(host: Host, context: int) -> int:
-    """Tokens of text in a row."""
+    """Return the number of text tokens per row."""
     return context - host.policy.prepend
 
 

@@ -1,11 +1,13 @@
-"""Activations made on the fly and shuffled at token level in a ring, with an exact resume.
+"""Activations collected on the fly and shuffled at token level in an activation buffer, with exact resume.
 
-The ring has `size` slots. Each *turn* a permutation, drawn from the seed and the number of the turn, fixes the order in
-which slots are served; a slot that was served is refilled at once with the next token harvested, to be served in the
-next turn. So tokens of a batch come from a stretch of `size` tokens of text, every token is served exactly once, and
-none waits longer than two turns. With `reuse` above 1, a turn's contents are served that many times, each time in
-another order, before they are replaced; it saves running the host. The state is a few numbers: the ring's contents are
-made again by harvesting that stretch once more.
+The activation buffer has `size` slots. Time is divided into *turns*. In each turn, a permutation drawn from the seed
+and the turn's number fixes the order in which slots are served. A served slot is refilled at once with the next
+collected token, which is served in the next turn. So the tokens of a batch come from `size` consecutive tokens of text,
+every token is served exactly once, and no token waits longer than two turns.
+
+With `reuse` above 1, the contents of a turn are served that many times, each time in another order, before they are
+replaced. This saves forward passes of the host. The saved state is a few numbers: on resume, the contents of the buffer
+are collected again.
 """
 
 from __future__ import annotations
@@ -30,47 +32,47 @@ class Activations(NamedTuple):
 
 
 class StreamState(NamedTuple):
-    """Enough to make the stream again: tokens served, and the cursor at which this turn's contents began."""
+    """State that restores a stream: tokens served, and the cursor at which the contents of this turn start."""
 
     served: int
-    begun_at: Cursor
+    start: Cursor
     skipped: int
-    """Tokens of the first harvest from `begun_at` that belong to the turn before."""
+    """Tokens of the first forward pass from `start` that belong to the previous turn."""
 
     def plain(self) -> list:
-        """As nested lists of numbers; `StreamState(*plain)` is the state again."""
+        """Return the state as nested lists; `StreamState(*plain)` restores it."""
         return json.loads(json.dumps(self))
 
 
-def harvest(host: Host, rows_BT: Tensor) -> Activations:
-    """Activations of every position of the rows but the first `n_skip`, flattened row by row."""
+def collect_activations(host: Host, rows_BT: Tensor) -> Activations:
+    """Return the activations of all positions but the first `n_skip`, flattened row by row."""
     tapped = host.tap(rows_BT)
     n = host.policy.n_skip
     return Activations(tapped.x_BTLD[:, n:].flatten(0, 1), tapped.y_BTLD[:, n:].flatten(0, 1))
 
 
 class ActivationStream:
-    """Shuffled activations, batch after batch, without end.
+    """An infinite stream of shuffled activations.
 
     Args:
-        rows: where tokens come from.
-        size: slots of the ring.
-        rows_per_harvest: rows that go through the host at once; part of what a resume must keep.
-        dtype: of what the ring holds.
-        reuse: turns that a token stays in the ring, being served once in each.
-        state: where to go on, of a stream with the same arguments.
+        rows: rows of tokens.
+        size: size of the activation buffer in tokens.
+        rows_per_forward: rows per forward pass of the host; must be the same on resume.
+        dtype: dtype of the activation buffer.
+        reuse: number of turns that a token stays in the buffer; it is served once per turn.
+        state: state to resume from, of a stream with the same arguments.
     """
 
     def __init__(
         self,
         rows: RowStream,
         size: int,
-        rows_per_harvest: int,
+        rows_per_forward: int,
         dtype: torch.dtype = torch.bfloat16,
         reuse: int = 1,
         state: StreamState | None = None,
     ) -> None:
-        self.rows, self.size, self.rows_per_harvest, self.dtype, self.reuse = rows, size, rows_per_harvest, dtype, reuse
+        self.rows, self.size, self.rows_per_forward, self.dtype, self.reuse = rows, size, rows_per_forward, dtype, reuse
         self.host = rows.host
         shape = (size, self.host.n_layers, self.host.d_model)
         self._x = torch.empty(shape, dtype=dtype)
@@ -90,27 +92,27 @@ class ActivationStream:
         return torch.from_numpy(np.random.default_rng((self.rows.seed, 7, turn)).permutation(self.size))
 
     def _fill(self) -> None:
-        """Fill the ring for the turn that is about to begin, remembering where its text began."""
+        """Fill the buffer for the next turn, and record where its text starts."""
         turn = self._served // self.size
-        self._begun = self._mark()
+        self._turn_start = self._mark()
         self._write(self._permutation(turn - 1))
         self._order = self._permutation(turn)
-        # What refills this turn's slots begins the next turn.
-        self._next = self._mark()
+        # Tokens that refill the slots of this turn belong to the next turn.
+        self._next_start = self._mark()
 
     def _mark(self) -> tuple[Cursor, int]:
-        """Where the next token to be written comes from: a cursor before its harvest, and its place therein."""
+        """Return the source of the next token: the cursor before its forward pass, and its index in that pass."""
         if self._pending_used == self._pending.x_BLD.shape[0]:
             return self.rows.cursor, 0
         return self._pending_cursor, self._pending_used
 
     def _write(self, slots: Tensor) -> None:
-        """Put the next tokens harvested into these slots."""
+        """Write the next collected tokens into these slots."""
         at = 0
         while at < len(slots):
             if self._pending_used == self._pending.x_BLD.shape[0]:
                 self._pending_cursor = self.rows.cursor
-                fresh = harvest(self.host, self.rows.rows(self.rows_per_harvest))
+                fresh = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
                 self._pending = Activations(*(a.to(self._x.device, self.dtype) for a in fresh))
                 self._pending_used = 0
             n = min(len(slots) - at, self._pending.x_BLD.shape[0] - self._pending_used)
@@ -121,7 +123,7 @@ class ActivationStream:
             at += n
 
     def batch(self, n: int) -> Activations:
-        """The next `n` tokens, served once each."""
+        """Return the next `n` tokens."""
         xs, ys = [], []
         while n:
             position = self._served % self.size
@@ -136,28 +138,28 @@ class ActivationStream:
             if self._served % self.size == 0:
                 self._order = self._permutation(self._served // self.size)
                 if last_use:
-                    self._begun, self._next = self._next, self._mark()
+                    self._turn_start, self._next_start = self._next_start, self._mark()
         return Activations(torch.cat(xs), torch.cat(ys)) if len(xs) > 1 else Activations(xs[0], ys[0])
 
     def peek(self, n: int) -> Activations:
-        """The next `n` tokens of this turn, or what is left of it, without serving them."""
+        """Return up to `n` next tokens of this turn without serving them."""
         slots = self._order[self._served % self.size :][:n]
         return Activations(self._x[slots], self._y[slots])
 
     @property
     def state(self) -> StreamState:
-        """What `restore` needs."""
-        return StreamState(self._served, *self._begun)
+        """The state that `restore` takes."""
+        return StreamState(self._served, *self._turn_start)
 
     def restore(self, state: StreamState) -> None:
-        """Make the ring again as it was: harvest this turn's contents and what has refilled them since."""
-        self.rows.cursor = Cursor.of(state.begun_at)
+        """Restore the buffer: collect the contents of this turn, and the tokens that have refilled it since."""
+        self.rows.cursor = Cursor.of(state.start)
         self._pending = Activations(self._x[:0], self._y[:0])
         self._pending_used = 0
         self._served = state.served - state.served % (self.size * self.reuse)
         if state.skipped:
             self._pending_cursor = self.rows.cursor
-            fresh = harvest(self.host, self.rows.rows(self.rows_per_harvest))
+            fresh = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
             self._pending = Activations(fresh.x_BLD.to(self.dtype), fresh.y_BLD.to(self.dtype))
             self._pending_used = state.skipped
         self._fill()

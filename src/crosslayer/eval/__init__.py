@@ -1,4 +1,4 @@
-"""Measures on held-out text: pure functions, the replacement model, the table, `eval.json` and the model card.
+"""Evaluation on held-out text: metrics, replacement model, printed table and model card.
 
-May import `acts`, `host`, `clt`, `dist`, `records` and `core`.
+May import `data`, `host`, `clt`, `parallel`, `schemas` and `core`.
 """

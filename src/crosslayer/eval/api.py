@@ -1,4 +1,4 @@
-"""`xl.evaluate`: a transcoder by path, its host by name, held-out text by source."""
+"""`xl.evaluate`: evaluate a saved transcoder on held-out text."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def evaluate(
     device: str = "cpu",
     console: Console | None = None,
 ) -> Evaluation:
-    """Measure a saved transcoder on the held-out side of the sources.
+    """Evaluate a saved transcoder on held-out text.
 
     Args:
-        clt: a folder in any known format, a run, or a name on the hub.
-        text: sources, as `crosslayer.data.sources` names them.
-        model: the host; the one that the transcoder names unless given.
-        dtype: of the host.
-        tokens, context: how many held-out tokens, in rows of how many; of 256, or the host's context if that is less,
-            unless given.
-        console: where progress goes; quiet by default.
+        clt: folder in any supported format, run folder, or name on the Hub.
+        text: names of text sources; see `crosslayer.data.sources`.
+        model: host model; default: the host that the transcoder names.
+        tokens: number of held-out tokens.
+        context: tokens per row; default: 256, or the host's context if that is less.
+        dtype: dtype of the host.
+        device: cpu, cuda, or auto.
+        console: console for progress; quiet by default.
 
     Raises:
-        CrosslayerError: for a folder, host or source that cannot be used.
+        CrosslayerError: for an invalid folder, host or source.
     """
     device = choose_device(device)
     opened = load_clt(clt, device=device)
@@ -50,7 +51,9 @@ def evaluate(
     sources = open_sources(text)
     context = context or min(256, host.max_positions)
     if context > host.max_positions:
-        raise ConfigError(f"context={context} exceeds that of {host.name}, {host.max_positions}; lower --context")
+        raise ConfigError(
+            f"context={context} exceeds the context of {host.name}, {host.max_positions}; lower --context"
+        )
     rows_BT = held_out_rows(host, sources, context, tokens)
     with track(console or Console(quiet=True), "measure", 1.0) as update:
         return evaluate_rows(host, opened.clt, rows_BT, [s.source.name for s in sources], on_progress=update)

@@ -1,4 +1,4 @@
-"""Measure a transcoder on held-out rows: one pass beside the host, three more for the replacement model."""
+"""Evaluate a transcoder on held-out rows: one pass for FVU and L0, three for the replacement model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
-from crosslayer.data.stream import harvest
+from crosslayer.data.stream import collect_activations
 from crosslayer.eval.measures import DENSITY_EDGES, Firing, Reconstruction
 from crosslayer.eval.replacement import Replace, Zero
 from crosslayer.host.host import Host, Visitor
@@ -32,15 +32,15 @@ def evaluate_rows(
     rows_at_once: int = 16,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Evaluation:
-    """All measures of a transcoder in the host's own units; of one whose features are shared out, on all of its ranks.
+    """Evaluate a transcoder in the host's units; if its features are sharded, call it on all ranks.
 
     Args:
-        rows_BT: held-out rows, each beginning with the policy's special token.
-        sources: what to name as their origin.
-        replacement_tokens: tokens of the replacement model's measures, the first of the rows.
+        rows_BT: held-out rows, each with the special token of the policy.
+        sources: names of the text sources, for the record.
+        replacement_tokens: tokens for the replacement model, from the first rows.
 
     Raises:
-        ConfigError: for a transcoder of another shape than the host.
+        ConfigError: if the shapes of transcoder and host differ.
     """
     check_shape(host, clt)
     began = time.perf_counter()
@@ -50,7 +50,7 @@ def evaluate_rows(
     n_replaced = min(len(batches), -(-replacement_tokens // (rows_at_once * rows_BT.shape[1])))
     work = len(batches) + 3 * n_replaced
     for done, batch in enumerate(batches, 1):
-        x_BLD, y_BLD = harvest(host, batch)
+        x_BLD, y_BLD = collect_activations(host, batch)
         active = clt.encode_sparse(x_BLD)
         fit.add(clt.decode(active, x_BLD), y_BLD)
         firing.add(active)
@@ -79,7 +79,7 @@ def evaluate_rows(
 
 
 def check_shape(host: Host, clt: CLT) -> None:
-    """Refuse a transcoder of another shape than the host."""
+    """Raise ConfigError if the shapes of transcoder and host differ."""
     c = clt.config
     if (c.n_layers, c.d_model) != (host.n_layers, host.d_model):
         raise ConfigError(
@@ -92,7 +92,7 @@ def check_shape(host: Host, clt: CLT) -> None:
 def measure_replacement(
     host: Host, clt: CLT, batches: Sequence[Tensor], on_progress: Callable[[int], None] = lambda n: None
 ) -> Replacement:
-    """Cross-entropies, KL(host || replacement) and top-1 agreement over the positions that features stand at."""
+    """Return cross-entropies, KL(host || replacement) and top-1 agreement over positions with features."""
     n_skip = host.policy.n_skip
     sums = torch.zeros(5, dtype=torch.float64)
     n_tokens = 0
@@ -135,5 +135,5 @@ def measure_replacement(
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum over tokens of KL(p || q), from log-probabilities."""
+    """Return the sum over tokens of KL(p || q), from log-probabilities."""
     return (log_p.exp() * (log_p - log_q)).sum()

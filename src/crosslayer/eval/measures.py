@@ -1,4 +1,4 @@
-"""Running sums that become the measures: FVU, L0, dead share, densities. One pass, float64 sums."""
+"""Metrics as running float64 sums in one pass: FVU, L0, dead features, densities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DENSITY_EDGES = [-6.0 + 0.25 * i for i in range(25)]
 
 
 class Reconstruction:
-    """Squared errors and variances by layer, over any number of batches."""
+    """Accumulates squared errors and variances per layer."""
 
     def __init__(self, n_layers: int, d_model: int) -> None:
         self.n_tokens = 0
@@ -25,7 +25,7 @@ class Reconstruction:
         self.sum_LD = torch.zeros(n_layers, d_model, dtype=torch.float64)
 
     def add(self, yhat_BLD: Float[Tensor, "B L D"], y_BLD: Float[Tensor, "B L D"]) -> None:
-        """Take these tokens in."""
+        """Accumulate a batch of tokens."""
         y = y_BLD.double()
         self.n_tokens += y.shape[0]
         self.error_L += (yhat_BLD.double() - y).square().sum((0, 2)).cpu()
@@ -34,20 +34,20 @@ class Reconstruction:
 
     @property
     def variance_L(self) -> Float[Tensor, " L"]:
-        """sum ||y - mean(y)||^2 with each layer's own mean over the tokens taken in."""
+        """Sum of ||y - mean(y)||^2, with each layer's mean over the accumulated tokens."""
         return self.square_L - self.sum_LD.square().sum(1) / self.n_tokens
 
     def fvu_L(self) -> Float[Tensor, " L"]:
-        """Fraction of variance unexplained of each layer."""
+        """Return the fraction of variance unexplained per layer."""
         return self.error_L / self.variance_L
 
     def fvu(self) -> float:
-        """Pooled over layers in normalised units: each layer's sums divided by its mean squared norm."""
+        """Return the FVU pooled over layers; each layer is divided by its mean squared norm."""
         return float((self.error_L / self.square_L).sum() / (self.variance_L / self.square_L).sum())
 
 
 class Firing:
-    """How often each feature fires."""
+    """Accumulates activation counts per feature."""
 
     def __init__(self, n_layers: int, n_features: int) -> None:
         self.n_tokens = 0
@@ -56,7 +56,7 @@ class Firing:
         self.alive_LF = torch.zeros(n_layers, n_features, dtype=torch.bool)
 
     def add(self, f: Sequence[Active]) -> None:
-        """Take the activations of these tokens in."""
+        """Accumulate the activations of a batch of tokens."""
         n = f[0].shape[0]
         early = max(0, min(n, DEAD_TOKENS - self.dead_tokens))
         for i, active in enumerate(f):
@@ -66,7 +66,7 @@ class Firing:
         self.dead_tokens += early
 
     def joined(self, group: Group) -> Firing:
-        """With the features that the other ranks of a group counted on the same tokens."""
+        """Return the counts of all features, gathered over the ranks of a group."""
         whole = Firing(*self.count_LF.shape)
         whole.n_tokens, whole.dead_tokens = self.n_tokens, self.dead_tokens
         whole.count_LF = group.cat(self.count_LF, dim=1)
@@ -74,15 +74,15 @@ class Firing:
         return whole
 
     def l0_L(self) -> Float[Tensor, " L"]:
-        """Mean number of features that fire on a token, by layer."""
+        """Return the L0 per layer: the mean number of active features per token."""
         return self.count_LF.sum(1).double() / self.n_tokens
 
     def dead_L(self) -> Float[Tensor, " L"]:
-        """Share of features that no token of the first `DEAD_TOKENS` made fire, by layer."""
+        """Return the fraction of features without activation on the first `DEAD_TOKENS` tokens, per layer."""
         return 1.0 - self.alive_LF.double().mean(1)
 
     def density_histogram_L(self) -> list[list[int]]:
-        """Counts of features by log10 density, between `DENSITY_EDGES`."""
+        """Return the histogram of log10 densities per layer, with bins `DENSITY_EDGES`."""
         edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
         rows = []
         for count_F in self.count_LF:

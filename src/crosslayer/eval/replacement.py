@@ -1,4 +1,4 @@
-"""The replacement model: the host with every MLP output replaced by what a transcoder makes of the stream so far."""
+"""The replacement model: the host with MLP outputs replaced by the transcoder's reconstruction."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from crosslayer.host.host import Host
 
 
 class Replace:
-    """A visitor that replaces each MLP's output, bottom to top, in one forward pass.
+    """A visitor that replaces each MLP's output in one forward pass.
 
-    The first `n_skip` positions keep the host's own output. Each pass needs a new one.
+    The first `n_skip` positions keep the host's output. Each forward pass needs a new instance.
 
     Args:
-        layers: whose MLPs are replaced; all unless given. Features of all layers are computed and write to those.
-        errors_BTLD: added to what is replaced; with what the transcoder misses on the host's own stream, logits are the
-            host's.
+        layers: layers whose MLPs are replaced; default: all. Features of all layers are computed and write to these.
+        errors_BTLD: added to the replaced outputs; with the reconstruction errors on the host's residual stream, logits
+            equal the host's.
 
     Raises:
-        ConfigError: for a transcoder that ranks the features of all layers together, which cannot go layer by layer.
+        ConfigError: for a transcoder that ranks features over all layers, which cannot run layer by layer.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Replace:
 
 
 class Zero:
-    """A visitor that sets each MLP's output to zero, but at the first `n_skip` positions."""
+    """A visitor that sets each MLP's output to zero, except at the first `n_skip` positions."""
 
     def __init__(self, n_skip: int) -> None:
         self.n_skip = n_skip
@@ -70,7 +70,7 @@ class Zero:
 
 @torch.no_grad()
 def replaced_logits(host: Host, clt: CLT, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-    """Logits of the replacement model."""
+    """Return the logits of the replacement model."""
     logits = host.run(tokens_BT, Replace(clt, host.policy.n_skip))
     assert logits is not None
     return logits

@@ -1,7 +1,7 @@
 """`ReplacementModel`: a host and a transcoder in one object, for prompts.
 
-model = ReplacementModel.from_pretrained("Qwen/Qwen3-0.6B-Base", "bluelightai/clt-qwen3-0.6b-base-20k",
-dtype=torch.bfloat16) features = model.features("The capital of France is")
+model = ReplacementModel.from_pretrained("Qwen/Qwen3-0.6B-Base", "bluelightai/clt-qwen3-0.6b-base-20k")
+features = model.features("The capital of France is")
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Prompt = str | Sequence[int] | Tensor
 def host_of(
     opened: Opened, model: str | Path | Host | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Host:
-    """The host of a transcoder: the one that it names, or another of the same shape, with a warning.
+    """Load the host that a transcoder names, or another of the same shape, with a warning.
 
     Raises:
-        HostError: for a transcoder that names none where none was given.
-        ConfigError: for one of another shape.
+        HostError: if the transcoder names no host and none is given.
+        ConfigError: if the shapes of host and transcoder differ.
     """
     p = opened.provenance
     if not (model or p.model_name):
@@ -52,10 +52,10 @@ def host_of(
 
 
 def tokens_of(host: Host, prompt: Prompt) -> Int[Tensor, "1 T"]:
-    """Token ids of a prompt, the policy's special token in front of a text; ids are taken as they are.
+    """Return token ids of a prompt; text gets the special token of the policy, token ids are unchanged.
 
     Raises:
-        ConfigError: for no token, or one that the host does not know.
+        ConfigError: for an empty prompt, or an id outside the vocabulary.
     """
     if isinstance(prompt, str):
         return host.encode(prompt)
@@ -66,15 +66,15 @@ def tokens_of(host: Host, prompt: Prompt) -> Int[Tensor, "1 T"]:
     if not tokens_BT.numel():
         raise ConfigError("the prompt has no tokens; give at least one")
     if beyond := [t for t in tokens_BT[0].tolist() if not 0 <= t < host.n_vocab]:
-        raise ConfigError(f"token {beyond[0]} is not among the {host.n_vocab} of {host.name}; give ids below that")
+        raise ConfigError(f"token {beyond[0]} is not among the {host.n_vocab} tokens of {host.name}; give smaller ids")
     return tokens_BT
 
 
 class ReplacementModel:
-    """A host whose MLPs a transcoder can replace, or stand beside with what it misses added.
+    """A host whose MLPs can be replaced by a transcoder, with or without its reconstruction errors.
 
     Attributes:
-        host, clt, provenance: what it is made of.
+        host, clt, provenance: the host, the transcoder, and its provenance.
     """
 
     def __init__(self, host: Host, opened: Opened) -> None:
@@ -90,23 +90,23 @@ class ReplacementModel:
         dtype: torch.dtype = torch.float32,
         device: str | None = None,
     ) -> ReplacementModel:
-        """Open both by name or folder.
+        """Load host and transcoder by name or folder.
 
         Args:
-            dtype: of the host; the transcoder keeps that of its files, and arithmetic takes the wider of the two.
-            device: cuda where there is one, unless given.
+            dtype: dtype of the host; the transcoder keeps its own, and computation uses the wider one.
+            device: default: cuda if available.
         """
         where = choose_device(device or "auto")
         opened = load_clt(clt_name, device=where)
         return cls(host_of(opened, model_name, dtype=dtype, device=where), opened)
 
     def tokens(self, prompt: Prompt) -> Int[Tensor, "1 T"]:
-        """Token ids of a prompt; see `tokens_of`."""
+        """Return token ids of a prompt; see `tokens_of`."""
         return tokens_of(self.host, prompt)
 
     @torch.no_grad()
     def features(self, prompt: Prompt) -> Float[Tensor, "L T F"]:
-        """Activations on the host's own stream, a sparse COO tensor; first positions of the policy have none."""
+        """Return activations as a sparse COO tensor; skipped positions have none."""
         x_TLD = self.host.tap(self.tokens(prompt)).x_BTLD[0]
         n_skip = min(self.host.policy.n_skip, len(x_TLD))
         active = self.clt.encode_sparse(x_TLD[n_skip:])
@@ -120,9 +120,7 @@ class ReplacementModel:
 
     @torch.no_grad()
     def reconstruct(self, prompt: Prompt) -> Float[Tensor, "T L D"]:
-        """MLP outputs as the transcoder makes them from the host's own stream; the host's own at first positions of the
-        policy.
-        """
+        """Return reconstructed MLP outputs; skipped positions have the host's outputs."""
         x_BTLD, y_BTLD = self.host.tap(self.tokens(prompt))
         return self._reconstruct(x_BTLD[0], y_BTLD[0])
 
@@ -135,12 +133,11 @@ class ReplacementModel:
     def logits(
         self, prompt: Prompt, *, replace: bool | Collection[int] = True, errors: bool = False
     ) -> Float[Tensor, "T V"]:
-        """Logits at every position.
+        """Return logits at every position.
 
         Args:
-            replace: all MLPs, none, or those of these layers; features are recomputed on the replaced stream.
-            errors: add to each replaced output what the transcoder misses on the host's own stream, which gives the
-                host's logits.
+            replace: replace all MLPs (True), none (False), or those of these layers.
+            errors: add the reconstruction errors on the host's residual stream, which gives the host's logits.
 
         Raises:
             ConfigError: for a layer that the transcoder does not have.
@@ -151,11 +148,11 @@ class ReplacementModel:
             raise ConfigError(f"the transcoder has {self.clt.config.n_layers} layers and no layer {beyond[0]}")
         visit = None
         if layers:
-            missed_BTLD = None
+            errors_BTLD = None
             if errors:
                 x_BTLD, y_BTLD = self.host.tap(tokens_BT)
-                missed_BTLD = (y_BTLD[0] - self._reconstruct(x_BTLD[0], y_BTLD[0]))[None]
-            visit = Replace(self.clt, self.host.policy.n_skip, layers, missed_BTLD)
+                errors_BTLD = (y_BTLD[0] - self._reconstruct(x_BTLD[0], y_BTLD[0]))[None]
+            visit = Replace(self.clt, self.host.policy.n_skip, layers, errors_BTLD)
         logits = self.host.run(tokens_BT, visit)
         assert logits is not None
         return logits[0]

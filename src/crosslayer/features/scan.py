@@ -22,7 +22,7 @@ from crosslayer.bundles.settings import ScanSettings
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.files import replacing
 from crosslayer.core.progress import Update
-from crosslayer.data.stream import harvest
+from crosslayer.data.stream import collect_activations
 from crosslayer.features.sample import TokenSample
 from crosslayer.features.sketch import LayerSketch
 from crosslayer.host.host import Host
@@ -151,7 +151,7 @@ def scan(
 def take(seen: Seen, host: Host, clt: CLT, tokens_BT: NDArray, batch: Batch, number: int) -> None:
     """Process one batch."""
     rows = slice(batch.first_row, batch.first_row + batch.n_rows)
-    x_BLD, _ = harvest(host, torch.from_numpy(tokens_BT[rows].astype(np.int64)))
+    x_BLD, _ = collect_activations(host, torch.from_numpy(tokens_BT[rows].astype(np.int64)))
     active = clt.encode_sparse(x_BLD)
     n_skip = host.policy.n_skip
     for sketch, a in zip(seen.sketches, active, strict=True):

@@ -1,4 +1,4 @@
-"""The language model: where its MLPs are read and written, tapping and patching them, text to packed tokens.
+"""The host language model: families, loading, hooks on MLP inputs and outputs.
 
-Knows no transcoder. May import `records`, `dist` and `core`.
+Does not know transcoders. May import `parallel`, `schemas` and `core`.
 """

@@ -1,7 +1,7 @@
-"""What is linear in a language model once attention patterns and the scales of its norms are held.
+"""The linear parts of a language model with frozen attention patterns and norm scales.
 
-A norm multiplies by a gain and by a scale of the position; attention is a value projection, a mixing over positions by
-the pattern, and an output projection. `Anatomy` finds these in the modules of any family in `crosslayer.host.families`.
+A norm multiplies by a gain and by a scale per position. Attention is a value projection, a mix over positions by the
+pattern, and an output projection. `Anatomy` finds these in the modules of any family in `crosslayer.host.families`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Norm(NamedTuple):
     eps: float
 
     def scale(self, x_TD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
-        """What each position is multiplied by."""
+        """Return the scale of each position."""
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         if self.centred:
             x_TD = x_TD - x_TD.mean(-1, keepdim=True)
         return (x_TD.square().mean(-1) + self.eps).rsqrt()
 
     def apply(self, x_TD: Float[Tensor, "... T D"], scale_T: Float[Tensor, " T"]) -> Float[Tensor, "... T D"]:
-        """The norm with its scales held."""
+        """Apply the norm with frozen scales."""
         x = x_TD - x_TD.mean(-1, keepdim=True) if self.centred else x_TD
         y = x * scale_T[..., None] * self.gain_D
         return (y if self.bias_D is None else y + self.bias_D).to(x_TD.dtype)
 
     def pull(self, g_ND: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        """Gradients at the input from those at the output, for a scale of one."""
+        """Return gradients at the input, given those at the output, for a scale of one."""
         g_ND = g_ND * self.gain_D.to(g_ND.dtype)
         return g_ND - g_ND.mean(-1, keepdim=True) if self.centred else g_ND
 
@@ -56,7 +56,7 @@ class Attention(NamedTuple):
     n_value_heads: int
 
     def to(self, dtype: torch.dtype) -> Attention:
-        """The same with its weights in another dtype."""
+        """Return a copy with weights in another dtype."""
         wide = lambda t: None if t is None else t.to(dtype)  # noqa: E731
         return self._replace(
             value_XD=self.value_XD.to(dtype),
@@ -66,7 +66,7 @@ class Attention(NamedTuple):
         )
 
     def apply(self, x_BTD: Float[Tensor, "B T D"], pattern_BHTT: Float[Tensor, "... H T T"]) -> Float[Tensor, "B T D"]:
-        """Attention with its patterns held; they are of one row, or of each."""
+        """Apply attention with frozen patterns, of one row or per row."""
         v_BTX = nn.functional.linear(x_BTD, self.value_XD, self.value_bias_X)
         v_BGTE = v_BTX.unflatten(-1, (self.n_value_heads, -1)).transpose(1, 2)
         v_BHTE = v_BGTE.repeat_interleave(self.n_heads // self.n_value_heads, dim=1)
@@ -75,7 +75,7 @@ class Attention(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One layer: what it is made of, and in which order attention and MLP go."""
+    """The norms, attention and MLP of one layer."""
 
     attention_norm: Norm
     attention: Attention
@@ -89,9 +89,9 @@ class Anatomy:
     """The linear parts of a host.
 
     Attributes:
-        blocks: by layer.
-        final_norm: read by the unembedding.
-        parallel: the MLP reads the stream before attention has written to it.
+        blocks: one per layer.
+        final_norm: norm before the unembedding.
+        parallel: whether attention and MLP run in parallel.
     """
 
     def __init__(self, host: Host) -> None:
@@ -120,7 +120,7 @@ class Anatomy:
 
     @property
     def softcap(self) -> float | None:
-        """Logits are this times the hyperbolic tangent of themselves over this."""
+        """Cap c of logits, c tanh(logits / c); None without."""
         model: Any = self.host.model
         return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
@@ -143,7 +143,7 @@ class Anatomy:
 
 
 def _attention(module: Any, host: Host) -> Attention:
-    """Where the families keep values among queries and keys: apart, as the last third, or interleaved by head."""
+    """Find the value projection: separate, the last third of a fused one, or interleaved by head."""
     config = host.model.config.get_text_config()  # type: ignore[operator]
     heads = config.num_attention_heads
     if hasattr(module, "v_proj"):

@@ -1,8 +1,7 @@
-"""Where each family of Hugging Face models keeps the sites that a transcoder reads and writes.
+"""Module paths of the sites that a transcoder reads and writes, per family of Hugging Face models.
 
-A *site* is a module and a side of it; `crosslayer.schemas.hooks` has the names that sites go by.
-
-To support a family, add one entry to `FAMILIES` and a tiny instance of it to `tests/host/test_families.py`.
+A *site* is the input or output of a module; `crosslayer.schemas.hooks` lists their names. To support a family, add an
+entry to `FAMILIES` and a tiny instance to `tests/host/test_families.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from crosslayer.schemas.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
 
 
 class Family(NamedTuple):
-    """Module paths of one family: `layers` and `final_norm` from the model, the others from one of its layers."""
+    """Module paths of one family: `layers` and `final_norm` from the model, others from a layer."""
 
     layers: str
     final_norm: str
@@ -25,11 +24,11 @@ class Family(NamedTuple):
     after_attention_norm: str | None = None
     after_mlp_norm: str | None = None
     gain_plus_one: bool = False
-    """The norms multiply by one plus their weight."""
+    """Whether norms multiply by one plus their weight."""
     positions: str | None = None
-    """Learned positions, from the model: an embedding added to that of the tokens."""
+    """Module path, from the model, of learned position embeddings."""
     parallel_when: str | None = None
-    """Attribute of the config that, if true, says that attention and MLP run in parallel."""
+    """Config attribute that is true if attention and MLP run in parallel."""
 
 
 LLAMA_LIKE = Family("model.layers", "model.norm", "input_layernorm", "self_attn", "post_attention_layernorm")
@@ -59,24 +58,24 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str, name: str) -> Family:
-    """The entry of a model type, or an error that lists those there are."""
+    """Return the family of a model type; raise HostError with the known ones otherwise."""
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise HostError(
-            f"{name} is a {model_type!r} model, a family whose MLPs crosslayer cannot find; known families: {known}"
+            f"{name} is a {model_type!r} model, a family that crosslayer does not support; supported families: {known}"
         )
     return FAMILIES[model_type]
 
 
 class Site(NamedTuple):
-    """A module of a layer and the side of it where activations are taken."""
+    """The input or output of a module of a layer."""
 
     module: str
     side: Literal["input", "output"]
 
 
 def input_site(family: Family, hook: str, *, parallel: bool) -> Site:
-    """Where `hook`, an input hook with or without a `blocks.{i}.` prefix, is taken."""
+    """Return the site of an input hook, with or without a `blocks.{i}.` prefix."""
     match short_hook(hook):
         case "mlp.hook_in":
             return Site(family.mlp, "input")
@@ -90,7 +89,7 @@ def input_site(family: Family, hook: str, *, parallel: bool) -> Site:
 
 
 def output_site(family: Family, hook: str) -> Site:
-    """Where `hook`, an output hook with or without a `blocks.{i}.` prefix, is taken."""
+    """Return the site of an output hook, with or without a `blocks.{i}.` prefix."""
     match short_hook(hook):
         case "mlp.hook_out":
             return Site(family.mlp, "output")

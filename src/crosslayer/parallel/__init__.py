@@ -1,8 +1,7 @@
-"""Ranks, and the groups that they form. In one process everything here does nothing, so that no caller has a second
-code path.
+"""Groups of ranks; in a single process every operation is a no-op, so callers have one code path.
 
-`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; `start` joins the group they describe, `lay_out` arranges it as a mesh
-of data x feature ranks. May import `records` and `core`.
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK. `start` joins the process group, and `lay_out` arranges it as a mesh of
+data x feature ranks. May import `schemas` and `core`.
 """
 
 from __future__ import annotations
@@ -35,21 +34,19 @@ __all__ = [
 ]
 
 PATIENCE = timedelta(hours=1)
-"""How long a rank waits for the others: the first writes a transcoder of many gigabytes alone. One that died is missed
-at once.
-"""
+"""Timeout of collectives: rank 0 alone writes many gigabytes. A rank that dies is noticed at once."""
 
 
 def start() -> None:
-    """Join the process group that `torchrun` describes; without it, do nothing.
+    """Join the process group of `torchrun`; without `torchrun`, do nothing.
 
     Raises:
-        RunError: for ranks of different versions.
+        RunError: if ranks have different package versions.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # Counts and flags travel as CPU tensors, gradients as they are.
+        # Counts and flags are CPU tensors; gradients stay on their device.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
         check_same_versions()
@@ -62,23 +59,23 @@ def stop() -> None:
 
 
 def check_same_versions() -> None:
-    """Refuse ranks that would not compute, or not save, the same.
+    """Refuse ranks with different package versions.
 
     Raises:
-        RunError: naming a package, two ranks and their versions.
+        RunError: with the package, two ranks and their versions.
     """
     found = gather_objects({"crosslayer": version("crosslayer"), "torch": torch.__version__})
-    for number, theirs in enumerate(found):
-        for package, said in theirs.items():
-            if said != found[0][package]:
+    for number, versions in enumerate(found):
+        for package, installed in versions.items():
+            if installed != found[0][package]:
                 raise RunError(
-                    f"rank {number} has {package} {said} and rank 0 has {found[0][package]}; install the same version"
-                    " on every node"
+                    f"rank {number} has {package} {installed} and rank 0 has {found[0][package]}; install the same"
+                    " version on every node"
                 )
 
 
 def world() -> Group:
-    """All ranks."""
+    """Return the group of all ranks."""
     return Group(dist.group.WORLD) if dist.is_initialized() else Group()
 
 
@@ -91,7 +88,7 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Return whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
@@ -100,5 +97,5 @@ def barrier() -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of every rank, in order of rank."""
+    """Return the value of every rank, in order of rank."""
     return world().objects(value)

@@ -1,10 +1,10 @@
-"""Groups of ranks, and the mesh of two kinds of them.
+"""Groups of ranks, and the mesh of data ranks x feature ranks.
 
-    feature ranks -->    Ranks of a row share the features: each holds F/N of every layer, and all see the row's tokens.
-    0  1  2  3           Ranks of a column share the tokens: each holds the same features, and sees other tokens.
-    4  5  6  7           A row's numbers follow one another, so that it lies within a node that has room for it.
+    feature ranks -->    A row shards the features: each rank holds F/N of every layer, and all see the row's tokens.
+    0  1  2  3           A column is data parallel: each rank holds the same features, and sees other tokens.
+    4  5  6  7           Ranks of a row are consecutive, so that a row fits in one node if possible.
 
-A group of one does nothing, and does it without a process group.
+In a group of one rank, every operation is a no-op and needs no process group.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from crosslayer.core.errors import ConfigError, CrosslayerError, RunError
 
 T = TypeVar("T")
 TOGETHER = 1 << 20
-"""Numbers up to which a tensor costs more to send alone than to copy beside others."""
+"""Tensors up to this size are concatenated before an all-reduce."""
 
 
 class LostRank(RunError):
-    """Another rank ended while this one waited for it."""
+    """Another rank ended while this rank waited for it."""
 
 
 class Group:
-    """Some of the ranks, as one of them sees it."""
+    """A group of ranks, as seen by one of them."""
 
     def __init__(self, handle: dist.ProcessGroup | None = None) -> None:
         self.handle = handle
@@ -41,60 +41,59 @@ class Group:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
         if self.size > 1:
-            with _talking():
+            with _collective():
                 dist.all_reduce(tensor, group=self.handle)
         return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of each rank's tensor, whose gradient is, on every rank, that of the sum.
+        """Return the sum over ranks; its gradient on every rank is the gradient of the sum.
 
-        What follows the sum is computed alike by every rank, so its gradient is there already: adding those of all
-        ranks would multiply it by their number.
+        Every rank computes the same function of the sum, so the gradient is not summed over ranks again.
         """
         return _Sum.apply(tensor, self) if self.size > 1 else tensor  # type: ignore[return-value]
 
     def total(self, number: float) -> float:
-        """The sum of each rank's number."""
+        """Return the sum of a number over ranks."""
         return self.sum_(torch.tensor(number, dtype=torch.float64)).item() if self.size > 1 else number
 
     def least(self, number: float) -> float:
-        """The smallest of the ranks' numbers."""
+        """Return the minimum of a number over ranks."""
         if self.size == 1:
             return number
         value = torch.tensor(number, dtype=torch.float64)
-        with _talking():
+        with _collective():
             dist.all_reduce(value, dist.ReduceOp.MIN, group=self.handle)
         return value.item()
 
     def any_(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank."""
         return self.total(flag) > 0
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, all of one shape, in order of rank."""
+        """Return every rank's tensor, in order of rank; all have one shape."""
         if self.size == 1:
             return [tensor]
-        # As bytes, which every backend knows.
+        # As bytes, which every backend supports.
         mine = tensor.contiguous().view(-1).view(torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        with _talking():
+        with _collective():
             dist.all_gather(parts, mine, group=self.handle)
         return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
 
     def cat(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """Every rank's tensor, all of one shape, one after another along an axis."""
+        """Concatenate every rank's tensor along an axis; all have one shape."""
         return torch.cat(self.gather(tensor), dim=dim) if self.size > 1 else tensor
 
     def objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in order of rank."""
+        """Return every rank's value, in order of rank."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            with _talking():
+            with _collective():
                 dist.all_gather_object(values, value, group=self.handle)
         return values
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks; small ones travel together."""
+        """Replace each tensor by its mean over ranks; small tensors are reduced together."""
         if self.size == 1:
             return
         small: dict[torch.dtype, list[Tensor]] = {}
@@ -109,16 +108,14 @@ class Group:
                 tensor.copy_(mean.view_as(tensor))
 
     def copy_from_first(self, parameters: Iterable[Tensor]) -> None:
-        """Overwrite these tensors by the first rank's."""
+        """Overwrite these tensors with those of rank 0."""
         if self.size > 1:
             for p in parameters:
-                with _talking():
+                with _collective():
                     dist.broadcast(p.data, group=self.handle, group_src=0)
 
     def by_first(self, action: Callable[[], T]) -> T | None:
-        """What an action gives on the first rank, and nothing on the others; an error meant for people is raised on
-        all.
-        """
+        """Run `action` on rank 0 and return its result there, None elsewhere; raise its errors on all ranks."""
         result = failure = None
         if self.rank == 0:
             try:
@@ -130,12 +127,12 @@ class Group:
         return result
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait for all ranks."""
         self.total(0)
 
 
 class Mesh:
-    """All ranks, those that share this rank's features, and those that share its tokens."""
+    """The groups of this rank: all ranks, its data ranks and its feature ranks."""
 
     def __init__(
         self,
@@ -153,7 +150,7 @@ class Mesh:
         return self.data.size, self.features.size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mesh:
-        # It belongs to the process, not to what is copied.
+        # A mesh belongs to the process, and is not copied.
         return self
 
 
@@ -161,10 +158,10 @@ ALONE = Mesh()
 
 
 def lay_out(feature_ranks: int, device_type: str = "cpu") -> Mesh:
-    """Arrange all ranks as a mesh whose rows have `feature_ranks`.
+    """Arrange all ranks as a mesh with rows of `feature_ranks` ranks.
 
     Raises:
-        ConfigError: where they do not divide the ranks.
+        ConfigError: if `feature_ranks` does not divide the number of ranks.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks % feature_ranks:
@@ -193,15 +190,15 @@ class _Sum(torch.autograd.Function):
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
-    """What a backend says when the other end is gone becomes an error for people."""
+def _collective() -> Iterator[None]:
+    """Raise LostRank when a collective fails because another rank is gone."""
     try:
         yield
     except RuntimeError as error:
         first_line = re.sub(
             r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]
-        )  # less the place in the backend's source
+        )  # without the source location of the backend
         raise LostRank(
-            f"rank {dist.get_rank()} waited for another, which ended or cannot be reached ({first_line}): see what that"
-            " one said, if it could"
+            f"rank {dist.get_rank()} lost another rank, which ended or cannot be reached ({first_line}): see the"
+            " output of the other rank"
         ) from error

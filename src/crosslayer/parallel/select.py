@@ -1,8 +1,8 @@
-"""The k-th largest of numbers that lie on several ranks, by exchanging counts at thresholds and never the numbers.
+"""Exact k-th largest of numbers on several ranks, by radix selection: ranks exchange counts, not numbers.
 
-The bits of positive floating-point numbers order as the numbers do. So the k-th largest is found from its highest bits
-down, eight at a time: each round counts, on every rank, how many numbers reach each of 255 thresholds, and sums the
-counts. Four rounds for float32, eight for float64; exact.
+The bit patterns of positive floating-point numbers have the order of the numbers. The k-th largest is found eight bits
+at a time: each round counts, on every rank, how many numbers reach each of 255 thresholds, and sums the counts over
+ranks. It takes four rounds for float32 and eight for float64.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ BITS = 8
 
 
 def kth_largest(score_XY: Float[Tensor, "X Y"], k: int, group: Group) -> Float[Tensor, " X"]:
-    """The `k`-th largest positive number of each row, whose columns lie on the ranks of a group; 0 where fewer are
-    positive.
+    """Return the `k`-th largest positive number per row, over the columns of all ranks; 0 if there are fewer.
 
-    Numbers that are not positive are taken for 0. Ranks may have different numbers of columns.
+    Numbers that are not positive count as 0. Ranks may have different numbers of columns.
     """
     assert k > 0
     if group.size == 1:

@@ -1,1 +1,1 @@
-"""What is on disk as JSON or YAML, as pydantic models. Imports no torch, not even indirectly."""
+"""Pydantic models of JSON and YAML files. Does not import torch, not even indirectly."""

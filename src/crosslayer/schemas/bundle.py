@@ -1,4 +1,4 @@
-"""`manifest.json` of a feature bundle, and the record of one feature that it gives out."""
+"""`manifest.json` of a feature bundle, and the record of one feature."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Stream(BaseModel):
     name: str
     n_rows: int
     digest: str
-    """Hash of its tokens."""
+    """Hash of the tokens."""
 
 
 class BundleManifest(BaseModel):
-    """What a bundle is of, and what it holds."""
+    """Manifest of a feature bundle: transcoder, host, text and files."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,48 +40,46 @@ class BundleManifest(BaseModel):
     n_layers: int
     n_features: int
     context: int
-    """Tokens of a row of the token file."""
+    """Tokens per row of the token file."""
     n_tokens: int
-    """Positions at which features were looked at: all but the first `n_skip` of each row."""
+    """Number of scanned positions: all but the first `n_skip` of each row."""
     settings: dict[str, Any]
     sample_tokens: int
-    """Of the sample that co-activation and rules were counted on."""
+    """Tokens in the sample for co-activation and rules."""
     files: dict[str, int]
-    """Bytes of each file."""
+    """Size of each file in bytes."""
     imported: str | None = None
-    """Where it was imported from: packed feature files, which say less."""
+    """Source of an import from packed feature files, which hold less; None for a built bundle."""
     versions: dict[str, str]
     wall_s: float = 0.0
 
 
 class TokenCount(NamedTuple):
-    """A token's text, and how often it was met."""
+    """The text of a token, and its count."""
 
     token: str
     count: int
 
 
 class Example(NamedTuple):
-    """A stretch of text on which a feature fires."""
+    """A window of text on which a feature is active."""
 
     tokens: list[str]
     activations: list[float]
-    """Of each token; in 255ths of the feature's highest."""
+    """Activation per token, in units of 1/255 of the feature's maximum."""
     peak: int
-    """Of the token that the example was chosen for."""
+    """Index of the token that the example was chosen for."""
     value: float
-    """The activation there, exact."""
+    """Exact activation at the peak."""
     bin: int
-    """0 for a top example, else the quantile bin that it was drawn from, from 1."""
+    """0 for a top activation, otherwise the quantile bin, from 1."""
     position: int
-    """Of its first token in the token file."""
+    """Position of the first token in the token file."""
     source: str
 
 
 class Logit(NamedTuple):
-    """A token that a feature promotes or suppresses: the logit for an activation of 1, and its z-score over the
-    vocabulary.
-    """
+    """A promoted or suppressed token: logit for an activation of 1, and z-score over the vocabulary."""
 
     token: str
     value: float | None
@@ -89,7 +87,7 @@ class Logit(NamedTuple):
 
 
 class Neighbour(NamedTuple):
-    """Another feature, and how near or how strongly connected it is."""
+    """Another feature, and its similarity or connection strength."""
 
     layer: int
     index: int
@@ -98,7 +96,7 @@ class Neighbour(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The rule that describes a feature best, measured on tokens that did not choose it."""
+    """The best rule for a feature, scored on held-out tokens."""
 
     kind: str
     values: list[Any]
@@ -108,28 +106,28 @@ class Rule(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Counts of activations between edges."""
+    """Histogram of activations."""
 
     edges: list[float]
     counts: list[int]
 
 
 class Feature(NamedTuple):
-    """All that a bundle knows of one feature."""
+    """The record of one feature in a bundle."""
 
     layer: int
     index: int
     label: str | None
     label_from: str | None
-    """person, a model's name, or rule."""
+    """Source of the label: person, the name of a model, or rule."""
     rule: Rule | None
     n_tokens: int
     count: int
-    """Tokens on which it fires."""
+    """Number of tokens on which the feature is active."""
     density: float
     density_by_source: dict[str, float]
     mean: float
-    """Of its activations where it fires."""
+    """Mean of the nonzero activations."""
     min: float
     max: float
     linear: Histogram
@@ -137,17 +135,17 @@ class Feature(NamedTuple):
     quantile_edges: list[float]
     examples: list[Example]
     at: dict[str, list[TokenCount]]
-    """Most frequent tokens at the peak, just before it, and first and last in the run around it."""
+    """Most frequent tokens at the peak, before it, and at start and end of the active run around it."""
     promotes: list[Logit]
     suppresses: list[Logit]
     decoder_norms: list[float]
-    """By layer written; empty where they are not known."""
+    """Per layer written; empty if unknown."""
     groups: list[int]
     map_xy: tuple[float, float] | None
 
 
 class Found(NamedTuple):
-    """A line of a list of features."""
+    """A row in a list of features."""
 
     layer: int
     index: int
@@ -156,5 +154,5 @@ class Found(NamedTuple):
     max: float
     auroc: float | None
     fires: list[str]
-    """Tokens at its peaks, the most frequent first."""
+    """Tokens at peaks, the most frequent first."""
     promotes: list[str]

@@ -1,7 +1,6 @@
-"""Attribution graphs as JSON: the header of our own files, and the interchange format of Anthropic's viewer.
+"""Attribution graphs as JSON: the header of crosslayer's files, and the format of Anthropic's viewer.
 
-The interchange format is also circuit-tracer's and Neuronpedia's. Unknown keys are kept, so a file read and written
-again says what it said.
+The interchange format is also used by circuit-tracer and Neuronpedia. Unknown keys are preserved.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ SLUG = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 class TargetRecord(BaseModel):
-    """What a graph explains."""
+    """An attribution target of a graph."""
 
     kind: Literal["logit", "difference", "vector", "feature"]
     name: str
     position: int
     layer: int
-    """Of a feature; the number of layers for what reads the top of the stream."""
+    """Layer of a feature; the number of layers for targets at the end of the residual stream."""
     token: int | None = None
     weight: float
-    """Share of the influence that it hands on; a logit's probability."""
+    """Weight of the target in influence; for a logit, its probability."""
     probability: float | None = None
 
 
 class GraphHeader(BaseModel):
-    """Everything of a graph but its arrays."""
+    """Everything in a graph but its arrays."""
 
     format: Literal["crosslayer-graph"] = FORMAT
     version: int = VERSION
@@ -44,11 +43,9 @@ class GraphHeader(BaseModel):
     n_vocab: int
     targets: list[TargetRecord]
     unexpanded: float | None
-    """The bound: share of the targets' influence in features that have no row; none for a pruned file that was
-    imported.
-    """
+    """Bound on the fraction of influence in features whose edges are not computed; None for imported files."""
     kept_share: float = 1.0
-    """At least this share of each row's mass is in the edges kept."""
+    """Minimum fraction of each row's mass in the stored edges."""
     host: str
     clt: str
     scan: str
@@ -58,11 +55,11 @@ class GraphHeader(BaseModel):
     """UTC, ISO 8601."""
     wall_s: float | None = None
     arrays: str | None = None
-    """Hash of the file of arrays that was written with it."""
+    """Hash of the array file written with this header."""
 
 
 def _array(value: Any) -> Any:
-    """circuit-tracer writes the lists of `qParams` as strings."""
+    """Parse the lists of `qParams`, which circuit-tracer writes as strings."""
     if isinstance(value, str):
         import json
 
@@ -71,7 +68,7 @@ def _array(value: Any) -> Any:
 
 
 class QParams(BaseModel):
-    """What a viewer keeps with a graph."""
+    """State that viewers save in a graph."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -83,7 +80,7 @@ class QParams(BaseModel):
 
 
 class GraphMetadata(BaseModel):
-    """What a graph file says of itself; `slug` is its name."""
+    """Metadata of a graph file; `slug` is its name."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -105,7 +102,7 @@ FEATURE, ERROR, TOKEN, LOGIT = (
 
 
 class GraphNode(BaseModel):
-    """One node. `influence` is the cumulative share at the node's rank, or in some files the influence itself."""
+    """A node; `influence` is the cumulative share at its rank, or in some files the influence."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -125,7 +122,7 @@ class GraphNode(BaseModel):
 
 
 class GraphLink(BaseModel):
-    """One edge."""
+    """An edge."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -135,7 +132,7 @@ class GraphLink(BaseModel):
 
 
 class GraphFile(BaseModel):
-    """A whole file of the interchange format."""
+    """A file in the interchange format."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -146,17 +143,17 @@ class GraphFile(BaseModel):
 
     @property
     def raw_influence(self) -> bool:
-        """Whether nodes state their influence rather than the cumulative share at their rank.
+        """Whether `influence` is the influence itself, not the cumulative share at the node's rank.
 
-        Influence of tokens and errors sums to at most 1; shares of two tokens already come to more.
+        The influence of tokens and errors sums to at most 1; cumulative shares sum to more.
         """
         ends = [n.influence for n in self.nodes if n.influence is not None and n.feature_type in (TOKEN, ERROR)]
         return bool(ends) and sum(ends) <= 1.001 and max(ends) < 0.999
 
     def cumulative(self) -> list[float | None]:
-        """For each node the cumulative share at its rank, whichever way the file states influence.
+        """Return the cumulative share at each node's rank.
 
-        Where it states influence itself, nodes that were pruned away are taken to hold what `node_threshold` leaves.
+        If the file holds influence itself, pruned nodes are assumed to hold 1 - `node_threshold`.
         """
         if not self.raw_influence:
             return [n.influence for n in self.nodes]
@@ -169,15 +166,15 @@ class GraphFile(BaseModel):
         return shares
 
     def influences(self) -> list[float]:
-        """For each node its share of the influence; from cumulative shares, what each adds to the ones ranked above it.
+        """Return the influence of each node; from cumulative shares, the difference to the previous rank.
 
-        Nodes that were pruned away leave gaps, so no node is given more than the one above it.
+        Pruned nodes leave gaps, so no node gets more than the one ranked above it.
         """
         if self.raw_influence:
             return [n.influence or 0.0 for n in self.nodes]
         ranked = sorted((n.influence, i) for i, n in enumerate(self.nodes) if n.influence is not None)
-        found, so_far, most = [0.0] * len(self.nodes), 0.0, 1.0
+        found, so_far, limit = [0.0] * len(self.nodes), 0.0, 1.0
         for value, i in ranked:
-            most = min(most, max(value - so_far, 0.0))
-            found[i], so_far = most, value
+            limit = min(limit, max(value - so_far, 0.0))
+            found[i], so_far = limit, value
         return found

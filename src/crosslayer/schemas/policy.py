@@ -1,7 +1,7 @@
-"""What is done with the first position, where language models park massive activations.
+"""The first-position policy: how to treat the first position, which has massive activations.
 
-Qwen3 adds no BOS: whatever token stands first becomes an attention sink. One setting, saved with the
-weights, says what training, evaluation, features, graphs and interventions all do about it.
+Qwen3 adds no BOS, so the first token becomes an attention sink. The policy is saved with the weights and used by
+training, evaluation, features, graphs and interventions.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class FirstPosition(BaseModel):
-    """Text gets a special token in front; the first `n_skip` positions have no features and count in no measure.
+    """A special token is prepended to text; the first `n_skip` positions have no features and no metrics.
 
-    A replaced model keeps the host's own MLP output at the positions that are skipped.
+    The replacement model keeps the host's MLP outputs at skipped positions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prepend: bool = True
-    """Put the tokenizer's BOS, else PAD, else EOS before text that does not begin with a special token."""
+    """Prepend the tokenizer's BOS, PAD or EOS to text that does not start with a special token."""
     n_skip: int = Field(default=1, ge=0)
-    """Leading positions left out (1; Gemma-3-it 4)."""
+    """Number of skipped leading positions (1; Gemma-3-it: 4)."""

@@ -1,4 +1,4 @@
-"""`run.json`: what a run folder says of itself."""
+"""`run.json`: the manifest of a run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ State = Literal["training", "stopped", "finished"]
 
 
 class RunManifest(BaseModel):
-    """Everything needed to tell what a run is, and to check that a resume belongs to it."""
+    """Manifest of a run: its config, host, text, versions and state; checked on resume."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -21,16 +21,16 @@ class RunManifest(BaseModel):
     created: str
     """UTC, ISO 8601."""
     config: dict[str, Any]
-    """The training config as given, every field."""
+    """All fields of the training config."""
     host: dict[str, Any]
     """name, model_type, n_layers, d_model, n_vocab."""
     clt: dict[str, Any]
     """n_layers, d_model, n_features, n_parameters and kind."""
     policy: FirstPosition
     sources: list[dict[str, Any]]
-    """name and share of the tokens."""
+    """Name, share of the tokens and digest, per source."""
     versions: dict[str, str]
     step: int = 0
     tokens: int = 0
     train_s: float = 0.0
-    """Seconds of training, all resumes together, without scale estimation and evaluation."""
+    """Seconds of training, over all resumes, without normalisation and evaluation."""

@@ -1,4 +1,4 @@
-"""Training: settings, objective, the trainer, checkpoints, plan, recipes.
+"""Training: settings, losses, optimiser, trainer, checkpoints, plan and recipes.
 
 May import `eval`, `data`, `host`, `clt`, `parallel`, `schemas` and `core`.
 """

@@ -1,10 +1,10 @@
-"""Checkpoints: `checkpoints/step-00001000/`, written by all ranks, renamed into place when every part is whole.
+"""Checkpoints: `checkpoints/step-00001000/`, written by all ranks and renamed into place when complete.
 
-    .metadata, __0_0.distcp, ...    tensors, in the format of torch.distributed.checkpoint: each rank writes its own
-    state.json                      numbers, cursors of the streams, what it is a checkpoint of, a digest of each file
+    .metadata, __0_0.distcp, ...    tensors, in the format of torch.distributed.checkpoint: one file per rank
+    state.json                      numbers, stream cursors, identity of the run, and a digest of each file
 
-A tensor with a row for each feature is saved as one, whoever holds its rows, so any number of ranks can take it up
-again. A save either succeeds on every rank, or fails on every rank and leaves the checkpoint before it as it was.
+A tensor with one row per feature is saved as one logical tensor, so any number of ranks can load it. A save succeeds on
+every rank or fails on every rank; a failed save leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ STATE = "state.json"
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds, as one rank has it."""
+    """The contents of a checkpoint on one rank."""
 
     tensors: dict[str, Tensor]
     by_feature: frozenset[str]
-    """Those of which a rank has the rows of its own features; the others are the same on every rank."""
+    """Names of tensors sharded by feature; all other tensors are the same on every rank."""
     numbers: dict[str, Any]
-    """As JSON holds them."""
+    """JSON values."""
 
 
 def save(run: Path, step: int, saved: Saved, keep: int, mesh: Mesh) -> None:
-    """Write the checkpoint of a step, then remove all but the last `keep`.
+    """Write the checkpoint of a step, then remove all but the last `keep` checkpoints.
 
     Raises:
-        ResourceError: on every rank, for a part that could not be written on any of them.
+        ResourceError: on every rank, if any rank could not write its part.
     """
     folder = run / "checkpoints"
     target = folder / f"step-{step:08d}"
@@ -64,7 +64,7 @@ def save(run: Path, step: int, saved: Saved, keep: int, mesh: Mesh) -> None:
 
     def write() -> None:
         writer = dcp.FileSystemWriter(temporary, thread_count=1)
-        with _one_process_is_meant():
+        with _without_process_group_warning():
             dcp.save(_whole(saved.tensors, saved.by_feature, mesh), storage_writer=writer, no_dist=mesh.world.size == 1)
 
     def conclude() -> None:
@@ -77,37 +77,37 @@ def save(run: Path, step: int, saved: Saved, keep: int, mesh: Mesh) -> None:
 
     for action in (begin, write, conclude):
         failures = mesh.world.objects(_failure(action, mesh.world.rank))
-        if wrong := [(rank, said) for rank, said in enumerate(failures) if said]:
+        if wrong := [(rank, message) for rank, message in enumerate(failures) if message]:
             if mesh.world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            rank, said = wrong[0]
-            last = (
-                f"that of step {there[-1]} stays: make room and go on with --resume {run}"
+            rank, message = wrong[0]
+            remedy = (
+                f"the checkpoint of step {there[-1]} is intact: free disk space and resume with --resume {run}"
                 if there
-                else "there is none before it: make room and start again"
+                else "there is no earlier checkpoint: free disk space and start again"
             )
-            raise ResourceError(f"rank {rank} could not write the checkpoint of step {step} ({said}); {last}")
+            raise ResourceError(f"rank {rank} could not write the checkpoint of step {step} ({message}); {remedy}")
     if mesh.world.rank == 0:
         for old in steps(run)[:-keep]:
             shutil.rmtree(folder / f"step-{old:08d}")
 
 
 def clear_unfinished(run: Path) -> None:
-    """Remove what killed processes had begun to write; for whoever holds the run."""
+    """Remove unfinished checkpoints of killed processes; the caller holds the lock of the run."""
     for begun in (run / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(begun)
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of which there is a checkpoint, in order."""
+    """Return the steps that have a checkpoint, in order."""
     return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))
 
 
 def find(run: Path, step: int | None, mesh: Mesh) -> Path | None:
-    """The folder of a step's checkpoint, the last one's if none is named; nothing if there is no checkpoint.
+    """Return the folder of the checkpoint of `step`, by default the last one; None without checkpoints.
 
     Raises:
-        RunError: for a step without a checkpoint, or a damaged one; it offers the one before.
+        RunError: for a step without a checkpoint, or a damaged checkpoint; names an earlier intact one.
     """
     there = mesh.world.objects(steps(run))[0]
     if not there and step is None:
@@ -121,47 +121,47 @@ def find(run: Path, step: int | None, mesh: Mesh) -> Path | None:
         return folder
     before = [s for s in there if s < chosen and _damage(_folder(run, s), mesh) is None]
     remedy = (
-        f"go on from the one before with --step {before[-1]}"
+        f"resume from an earlier one with --step {before[-1]}"
         if before
-        else "there is no whole one before it; start again"
+        else "there is no earlier intact checkpoint; start again"
     )
     raise RunError(f"checkpoint {folder} is damaged ({damage}); {remedy}")
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """What `save` was given as numbers, and `mesh`, the layout that saved them."""
+    """Return the `numbers` that were saved, and `mesh`, the layout of the ranks that saved them."""
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def load(folder: Path, by_feature: Callable[[str], bool], mesh: Mesh) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, of which this rank gets the rows of its own features.
+    """Return the tensors of a checkpoint; of sharded ones, the rows of this rank's features.
 
     Raises:
-        RunError: for what cannot be read.
+        RunError: for a checkpoint that cannot be read.
     """
     try:
         reader = _Reader(folder)
         described = reader.read_metadata().state_dict_metadata
         tensors = dict[str, Tensor]()
         for name, entry in described.items():
-            assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor"
+            assert isinstance(entry, TensorStorageMetadata), f"{name} is not a tensor"
             shape, device = list(entry.size), "cpu"
             if by_feature(name):
                 shape[0] //= mesh.features.size
                 device = mesh.devices.device_type if mesh.devices else "cpu"
             tensors[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
         split = frozenset(name for name in tensors if by_feature(name))
-        with _one_process_is_meant():
+        with _without_process_group_warning():
             dcp.load(_whole(tensors, split, mesh), storage_reader=reader, no_dist=mesh.world.size == 1)
     except (CheckpointException, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise RunError(
-            f"checkpoint {folder} cannot be read ({_said(error)}); go on from another with --step"
+            f"checkpoint {folder} cannot be read ({_message(error)}); resume from another with --step"
         ) from error
     return tensors
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: a resume from `step` makes them anew."""
+    """Remove the checkpoints of later steps; a run resumed from `step` writes them again."""
     for later in steps(run):
         if later > step:
             shutil.rmtree(_folder(run, later))
@@ -172,7 +172,7 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _whole(tensors: dict[str, Tensor], by_feature: frozenset[str], mesh: Mesh) -> dict[str, Any]:
-    """Tensors as torch.distributed.checkpoint takes them: those whose rows are shared out say so."""
+    """Return tensors for torch.distributed.checkpoint: those sharded by feature become DTensors."""
     if mesh.devices is None:
         return dict(tensors)
     placed = [Replicate(), Shard(0)]
@@ -196,7 +196,7 @@ _KNOWN = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of the metadata's own classes and no others: a checkpoint from elsewhere must not run code."""
+    """Load only the classes of checkpoint metadata: an untrusted checkpoint must not run code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         known = global_name in _KNOWN.get(module_name, ())
@@ -212,35 +212,35 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _failure(action: Callable[[], None], rank: int) -> str | None:
-    """What went wrong on this rank while writing."""
+    """Run `action`; return the error message of this rank, if any."""
     try:
         action()
     except CheckpointException as error:
-        # Raised on every rank, by what went wrong on some.
-        return _said(error.failures[rank][0]) if rank in error.failures else None
+        # Raised on every rank, for the failures of some.
+        return _message(error.failures[rank][0]) if rank in error.failures else None
     except (OSError, RuntimeError) as error:
-        return _said(error)
+        return _message(error)
     return None
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
-def _one_process_is_meant() -> Iterator[None]:
-    """It warns where there is no process group, even when told that there is none."""
+def _without_process_group_warning() -> Iterator[None]:
+    """Silence a warning about a missing process group, which appears even with no_dist=True."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 def _damage(folder: Path, mesh: Mesh) -> str | None:
-    """What is wrong with a checkpoint, if its digests do not fit; each rank reads some of its files."""
+    """Return what is wrong with a checkpoint, if its digests differ; each rank reads some of its files."""
     found = mesh.world.objects(_damage_here(folder, mesh))
-    return next((said for said in found if said), None)
+    return next((message for message in found if message), None)
 
 
 def _damage_here(folder: Path, mesh: Mesh) -> str | None:
@@ -248,7 +248,7 @@ def _damage_here(folder: Path, mesh: Mesh) -> str | None:
         expected: dict[str, str] = numbers(folder)["blake2b"]
         for name in sorted(expected)[mesh.world.rank :: mesh.world.size]:
             if _digest(folder / name) != expected[name]:
-                return f"the digest of {name} does not fit"
+                return f"the digest of {name} differs"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,12 +1,12 @@
-"""Gradients of a step, kept as what they are made of until the optimiser wants them.
+"""Gradients of a step, stored in factored form until the optimiser uses them.
 
-A weight's gradient is a sum of parts. That of a matrix over few active entries is a sparse matrix times the gradient
-that came to each token: it takes a thousandth of the matrix's memory, and is multiplied out some rows at a time, into a
-buffer that stays in the processor's cache, for the norm and again for the update. So no gradient of all the weights is
-ever held, unless a layer was dense.
+The gradient of a weight is a sum of parts. With few active entries, a part is a sparse matrix times the gradient of
+each token, which takes a thousandth of the memory of the full matrix. It is materialised some rows at a time, in a
+buffer that fits the processor's cache: once for the norm and once for the update. So a full gradient is held only for
+dense layers.
 
-`FusedUpdate` keeps none at all: each layer is updated as soon as its gradient is final, clipped by the norm of the step
-before.
+`FusedUpdate` stores no gradients: it updates each layer as soon as its gradient is final, clipped by the gradient norm
+of the previous step.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from crosslayer.clt.transcoder import CLT
 from crosslayer.parallel import Group
 
 NUMBERS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27, "mps": 1 << 25}
-"""Numbers of a gradient that are multiplied out together."""
+"""Elements of a gradient that are materialised at once."""
 
 
 class Outer(NamedTuple):
-    """sum over entries of scale x one token's row of `by`, into the row of the entry's feature."""
+    """Sum over entries of scale x the token's row of `by`, added to the row of the entry's feature."""
 
     start_R1: Int[Tensor, " R1"]
     token_K: Int[Tensor, " K"]
@@ -43,7 +43,7 @@ class Outer(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """Each row of the weights themselves times a number: what a norm of rows gives."""
+    """Rows of the weights, each times a number: the gradient of row norms."""
 
     scale_F: Float[Tensor, " F"]
 
@@ -53,7 +53,7 @@ class Scaled(NamedTuple):
 
 
 class Some(NamedTuple):
-    """Some rows, in order; the others are zero."""
+    """Some rows, sorted by index; all other rows are zero."""
 
     row_K: Int[Tensor, " K"]
     grad_KX: Float[Tensor, "K X"]
@@ -66,7 +66,7 @@ class Some(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """All of it."""
+    """A full gradient."""
 
     grad_FX: Float[Tensor, "F X"]
 
@@ -78,13 +78,13 @@ Part = Outer | Scaled | Some | Whole
 
 
 class Gradients:
-    """Of each parameter, the parts of its gradient. Vectors are matrices of one column."""
+    """Parts of the gradient of each parameter; vectors are matrices of one column."""
 
     def __init__(self, parts: dict[Parameter, list[Part]] | None = None) -> None:
         self.parts = {} if parts is None else parts
 
     def add(self, p: Parameter, part: Part | Tensor) -> None:
-        """Another part, or a whole gradient, which is kept and may be added to."""
+        """Add a part, or a full gradient, which is stored and may be modified."""
         there = self.parts.setdefault(p, [])
         if isinstance(part, Tensor):
             part = Whole(part.view(len(p), -1))
@@ -95,10 +95,10 @@ class Gradients:
         there.append(part)
 
     def final(self, parameters: Iterable[Parameter]) -> None:
-        """Say that no more will be added to these in this step."""
+        """Mark these gradients as complete for this step."""
 
     def blocks(self, p: Parameter) -> Iterator[tuple[slice, Tensor]]:
-        """The gradient, some rows after another; a block may be overwritten, and is when the next is asked for."""
+        """Yield the gradient in blocks of rows; a block is valid, and may be modified, until the next one."""
         parts = self.parts.get(p, [])
         weights = p.detach().view(len(p), -1)
         n_rows, width = weights.shape
@@ -114,36 +114,35 @@ class Gradients:
             yield slice(first, first + len(out)), out
 
     def forget(self, p: Parameter) -> None:
-        """Let go of what was kept of it."""
+        """Free the gradient of a parameter."""
         self.parts.pop(p, None)
 
     def of(self, p: Parameter) -> Tensor:
-        """The gradient in the parameter's shape."""
+        """Return the full gradient in the shape of the parameter."""
         return torch.cat([block.clone() for _, block in self.blocks(p)]).view(p.shape)
 
     def average(self, group: Group) -> None:
-        """Replace each by its mean over the ranks of a group."""
+        """Replace each gradient by its mean over the ranks of a group."""
         if group.size == 1:
             return
-        # Ranks have different entries, so what is in parts is multiplied out first.
+        # Ranks have different entries, so parts are materialised first.
         for p in self.parts:
             self.parts[p] = [Whole(self.of(p).view(len(p), -1).to(p.dtype))]
         group.mean_([part.grad_FX for (part,) in self.parts.values() if isinstance(part, Whole)])
 
     def norm(self, clt: CLT) -> Float[Tensor, ""]:
-        """Of the whole gradient, over the features of all ranks that share them; what every rank has (decoder biases,
-        affine skip) counts once.
+        """Return the global gradient norm over all feature ranks; decoder biases and affine skip count once.
 
-        Gradients must have been averaged over the ranks that share the tokens: those are alike, and count once too.
+        Gradients must be averaged over data ranks first.
         """
         return _norm(clt, {p: sum(_square(block) for _, block in self.blocks(p)) for p in self.parts})
 
 
 class FusedUpdate(Gradients):
-    """Gradients that are used as soon as they are final.
+    """Gradients that are applied as soon as they are complete.
 
     Args:
-        update: given a parameter and the blocks of its gradient, updates it.
+        update: called with a parameter and the blocks of its gradient; updates the parameter.
     """
 
     def __init__(self, update: Callable[[Parameter, Iterator[tuple[slice, Tensor]]], None]) -> None:
@@ -152,14 +151,14 @@ class FusedUpdate(Gradients):
         self.squares: dict[Parameter, Tensor | float] = {}
 
     def final(self, parameters: Iterable[Parameter]) -> None:
-        """Update these, and forget their gradients."""
+        """Update these parameters, and free their gradients."""
         for p in parameters:
             self.squares[p] = 0.0
             self.update(p, self._measured(p))
             self.forget(p)
 
     def norm(self, clt: CLT) -> Float[Tensor, ""]:
-        """Of all the gradients of the step, which are gone."""
+        """Return the norm of all gradients of the step, which are already freed."""
         return _norm(clt, self.squares)
 
     def _measured(self, p: Parameter) -> Iterator[tuple[slice, Tensor]]:

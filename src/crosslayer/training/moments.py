@@ -1,9 +1,9 @@
-"""Adam's moments in 8 bits each, a quarter of float32's memory.
+"""Adam's moments in 8 bits each, a quarter of the memory of float32.
 
-Each row of the last axis has a scale, its largest absolute value, and codes relative to it: the first moment a signed
-square root, so that values are told apart down to a 16,000th of the largest; the second, which is squared already and
-must never come out as zero where it was not, an unsigned fourth root. (Blockwise scales as in Dettmers et al. 2022,
-arXiv:2110.02861; roots in place of their tables, which need none.)
+Each row of the last axis has a scale, its largest absolute value, and codes relative to it. The first moment is stored
+as a signed square root, which resolves values down to 1/16,000 of the largest. The second moment is stored as an
+unsigned fourth root, and a nonzero value never becomes zero. Scales are blockwise as in Dettmers et al. 2022
+(arXiv:2110.02861), with roots instead of quantisation tables.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """First and second moments of some rows, float32."""
+    """First and second moments of a slice of rows, float32."""
 
     mean: Tensor
     square: Tensor
 
 
 def empty(like: Tensor) -> dict[str, Tensor]:
-    """Zero moments of a tensor with two axes or more, as an optimiser's state holds them."""
+    """Return the optimiser state of zero moments, for a tensor with at least two axes."""
     most = like.shape[:-1]
     return {
         "exp_avg": torch.zeros(like.shape, dtype=torch.int8, device=like.device),
@@ -33,7 +33,7 @@ def empty(like: Tensor) -> dict[str, Tensor]:
 
 
 def decode(state: dict[str, Tensor], rows: slice) -> Moments:
-    """The moments of some rows."""
+    """Return the moments of a slice of rows."""
     root = state["exp_avg"][rows].float() / 127
     mean = root * root.abs() * state["exp_avg_most"][rows, ..., None]
     square = (state["exp_avg_sq"][rows].float() / 255).pow_(4) * state["exp_avg_sq_most"][rows, ..., None]
@@ -41,7 +41,7 @@ def decode(state: dict[str, Tensor], rows: slice) -> Moments:
 
 
 def encode(state: dict[str, Tensor], rows: slice, moments: Moments) -> None:
-    """Put moments of some rows back."""
+    """Store the moments of a slice of rows."""
     mean, square = moments
     most = mean.abs().amax(-1)
     root = (mean / most.clamp(min=1e-38)[..., None]).abs_().sqrt_().mul_(127).round_()

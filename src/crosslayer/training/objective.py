@@ -1,16 +1,15 @@
-"""One micro-batch: encode, decode, the losses, their gradients, and what is counted along the way.
+"""Forward and backward pass of one micro-batch: encode, decode, losses and gradients.
 
-The step goes up through the layers and down again, one layer at a time, so that no tensor of all layers' features is
-ever held:
+Both passes process one layer at a time, so features of all layers are never held in one tensor:
 
-    up      find where layer L's features fire; add what they write to the reconstruction
-    then    the residual, which is the gradient of the reconstruction's loss, for all layers written
-    down    what the residual pulls each activation by, through W_dec; the penalties; the parts of the layer's gradients
+    forward     find the active features of layer L; add what they write to the reconstruction
+    residual    the gradient of the reconstruction loss, for all layers written
+    backward    gradient of each activation through W_dec; penalties; gradients of the layer's weights
 
-A layer's features are `Points` where they are few and far between, each entry costing a row of the decoder, or a
-`Matrix`, whose products are dense and whose pre-activations are made again on the way down. The two give the same
-numbers, so the choice is one of speed alone, made by the density measured at the step before. What is elementwise
-(activations with their straight-through estimator, penalties) is differentiated by autograd, on either.
+The features of a layer are either `Points` (sparse: each entry costs one decoder row) or a `Matrix` (dense products;
+pre-activations are recomputed in the backward pass). Both give the same numbers. The faster one is chosen by the
+density of the previous step. Autograd differentiates only elementwise functions: activations with their
+straight-through estimator, and penalties.
 """
 
 from __future__ import annotations
@@ -34,32 +33,30 @@ from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import Gradients, Outer, Scaled, Some
 
 SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006, "mps": 0.006}
-"""Density of a layer's entries under which the sparse path is the faster one (benchmarks/bench_step.py)."""
+"""Density of a layer below which the sparse path is faster (benchmarks/bench_step.py)."""
 
 
 class Terms(NamedTuple):
-    """The losses of a micro-batch, each a mean over its tokens, and what was counted.
+    """Losses of a micro-batch, each a mean over its tokens, and activation counts.
 
-    Where features are shared out, `sparsity`, JumpReLU's `revival`, `fired_LF` and `entries_L` are those of the
-    features held here.
+    If features are sharded, `sparsity`, JumpReLU's `revival`, `fired_LF` and `entries_L` cover the features of this
+    rank.
     """
 
     total: Float[Tensor, ""]
     reconstruction: Float[Tensor, ""]
     error_L: Float[Tensor, " L"]
-    """Its parts, by layer written."""
+    """Reconstruction loss per layer written."""
     sparsity: Float[Tensor, ""]
     revival: Float[Tensor, ""]
     fired_LF: Int[Tensor, "L F"]
-    """Tokens on which each feature fired."""
+    """Number of tokens on which each feature is active."""
     entries_L: Float[Tensor, " L"]
-    """Entries that the sparse path has, or would have: those that fire, and those inside the straight-through
-    window.
-    """
+    """Entries of the sparse path: active ones, and those inside the straight-through window."""
 
 
 class Points:
-    """The entries of one layer that fire or lie in the straight-through window."""
+    """Sparse features of one layer: entries that are active or inside the straight-through window."""
 
     def __init__(self, found: Found, n_tokens: int, n_features: int) -> None:
         (self.entries, self._z_K), self.shape = found, (n_tokens, n_features)
@@ -68,45 +65,43 @@ class Points:
         return self._z_K
 
     def of(self, number_F: Tensor) -> Tensor:
-        """Each entry's number, of one a feature."""
+        """Return per-feature numbers, indexed by entry."""
         return number_F[self.entries.feature_K]
 
     def fired(self, f_K: Tensor) -> Active:
-        """Those that fire; asked for first, as gradients of rows are of these alone."""
+        """Return the active entries; call it before `outer`, which covers only these."""
         self._fired_K = fired_K = f_K > 0
         self._all = bool(fired_K.all())
         if self._all:
             return Active(*self.entries, f_K, self.shape)
         return Active(self.entries.token_K[fired_K], self.entries.feature_K[fired_K], f_K[fired_K], self.shape)
 
-    def pull(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
-        """The gradient of each activation, from that of what is written."""
+    def activation_grad(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
+        """Return the gradient of each activation, given the gradient of the reconstruction."""
         return sampled_products(grad_BX, rows_FX, *self.entries, self.shape[1])
 
     def outer(self, scale_K: Tensor, by_BX: Tensor) -> Outer:
-        """A gradient of rows."""
+        """Return a weight gradient: sum over entries of scale x the token's row of `by`."""
         start_R1, token_K, order_K = self._by_feature
         return Outer(start_R1, token_K, (scale_K if self._all else scale_K[self._fired_K])[order_K], by_BX)
 
     @cached_property
     def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the entries that fire, in order of feature: where each feature's begin, their tokens, and their numbers
-        before.
-        """
+        """Active entries sorted by feature: start of each feature, tokens, and previous positions."""
         token_K, feature_K = self.entries
         if not self._all:
             token_K, feature_K = token_K[self._fired_K], feature_K[self._fired_K]
-        # Small integers are sorted the faster.
+        # Sorting int32 is faster.
         order_K = feature_K.to(torch.int32).argsort(stable=True)
         return starts(feature_K, self.shape[1]), token_K[order_K], order_K
 
     def total(self, number_K: Tensor) -> Tensor:
-        """The sum over tokens, by feature."""
+        """Return the sum over tokens, per feature."""
         return number_K.new_zeros(self.shape[1]).index_add_(0, self.entries.feature_K, number_K)
 
 
 class Matrix:
-    """All the entries of one layer."""
+    """Dense features of one layer."""
 
     def __init__(self, z_BF: Tensor, kind: torch.dtype) -> None:
         self._z_BF, self.kind = z_BF, kind
@@ -120,11 +115,11 @@ class Matrix:
     def fired(self, f_BF: Tensor) -> Tensor:
         return f_BF
 
-    def pull(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
+    def activation_grad(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
         return (grad_BX.to(rows_FX.dtype) @ rows_FX.T).to(self._z_BF.dtype)
 
     def outer(self, scale_BF: Tensor, by_BX: Tensor) -> Tensor:
-        # In the weights' own dtype: of a layer this is kept whole.
+        # In the dtype of the weights, because a dense gradient of the whole layer is stored.
         return scale_BF.to(self.kind).T @ by_BX.to(self.kind)
 
     def total(self, number_BF: Tensor) -> Tensor:
@@ -147,16 +142,16 @@ def compute(
     sparse_L: Sequence[bool],
     share: float = 1.0,
 ) -> Terms:
-    """The losses on normalised activations, and their gradients.
+    """Compute the losses on normalised activations, and their gradients.
 
     Args:
-        into: gradients are added here, multiplied by `share`.
-        coefficient: lambda of the sparsity term; JumpReLU and ReLU only.
-        running_l0, asked_l0: for the penalty on L0 itself; the second is also what top-k keeps.
+        into: receives the gradients, multiplied by `share`.
+        coefficient: lambda, the sparsity coefficient; JumpReLU and ReLU only.
+        running_l0, asked_l0: running mean and requested L0, for the L0 penalty; `asked_l0` is also k of TopK.
         eps: width of the straight-through window.
-        dead_LF: which features count as dead.
-        sparse_L: which layers take the sparse path.
-        share: this micro-batch's, of the step.
+        dead_LF: mask of dead features.
+        sparse_L: layers that use the sparse path.
+        share: weight of this micro-batch in the step.
     """
     c, n_tokens = clt.config, len(x_BLD)
     x_LBD = [x_BD.to(clt.dtype).contiguous() for x_BD in x_BLD.unbind(1)]
@@ -165,7 +160,7 @@ def compute(
     together = clt.find(x_LBD, 0.0, k) if c.ranks and c.scope == "all" else None
     points_L: list[Points | None] = []
 
-    # Up.
+    # Forward.
     residual_BLD = torch.zeros(y_BLD.shape, dtype=torch.promote_types(clt.dtype, torch.float32), device=y_BLD.device)
     fired_L, entries_L = list[Tensor](), list[float]()
     for i, x_BD in enumerate(x_LBD):
@@ -187,12 +182,12 @@ def compute(
     error_L = torch.linalg.vector_norm(residual_BLD, dim=(0, 2)).square() / n_tokens
     dead_features, revival = None, error_L.new_zeros(())
     if c.ranks and config.auxiliary and clt.mesh.features.any_(bool(dead_LF.any())):
-        # Ranks that share the features reconstruct by dead ones together, or not at all.
+        # Feature ranks compute the auxiliary loss together, or not at all.
         dead_features = _auxiliary(clt, x_LBD, residual_BLD, dead_LF, config, share)
         revival = dead_features.loss
     grad_BLD = residual_BLD.mul_(2.0 * share / n_tokens)
 
-    # Down.
+    # Backward.
     sparsity = error_L.new_zeros(())
     for i, x_BD in enumerate(x_LBD):
         features = _as_points_or_matrix(clt, x_BD, i, points_L[i], sparse_L[i])
@@ -201,7 +196,7 @@ def compute(
         rows_FX = W_dec.detach().view(c.n_features, -1)
         penalised = config.sparsity if not c.ranks else None
         norm_F = clt.decoder_norm(i).detach() if penalised == "tanh" else None
-        pulled = features.pull(grad_BX, rows_FX)
+        grad_f = features.activation_grad(grad_BX, rows_FX)
         theta_F = _threshold(clt, i)
         with torch.enable_grad():
             z, leaves = features.z().detach().requires_grad_(), dict[str, Tensor]()
@@ -216,7 +211,7 @@ def compute(
             elif penalised == "l0":
                 assert theta_F is not None
                 penalty = losses.l0_target(step(z, features.of(theta_F), eps), running_l0, asked_l0, n_tokens)
-            loss = (f * pulled).sum()
+            loss = (f * grad_f).sum()
             if penalty is not None:
                 loss = loss + share * coefficient * penalty
                 sparsity = sparsity + penalty.detach()
@@ -235,7 +230,7 @@ def compute(
             into.add(clt.W_skip[i], x_BD.T @ grad_BLD[:, i].to(x_BD.dtype))
         if dead_features is not None:
             dead_features.add_to(into, clt, x_BD, i)
-        del features, z, f, loss, slopes, leaves, pulled
+        del features, z, f, loss, slopes, leaves, grad_f
         into.final(p for name, p in clt.named_parameters() if name.endswith(f".{i}"))
 
     fit = error_L.sum()
@@ -263,7 +258,7 @@ def _as_points_or_matrix(clt: CLT, x_BD: Tensor, layer: int, points: Points | No
 def _preactivation(
     clt: CLT, x_BD: Tensor, layer: int, dead_F: Tensor, weight: float, share: float, into: Gradients
 ) -> Tensor:
-    """The loss that draws a layer's dead features back to where they fire, and its gradients."""
+    """Add gradients of the pre-activation loss, which revives a layer's dead features, and return the loss."""
     which = dead_F.nonzero()[:, 0]
     with torch.enable_grad():
         W_KD = clt.W_enc[layer].detach()[which].requires_grad_()
@@ -280,30 +275,28 @@ def _preactivation(
 
 
 class _DeadFeatures(NamedTuple):
-    """A reconstruction of what is left, by dead features."""
+    """Auxiliary loss: a reconstruction of the residual by dead features."""
 
     loss: Tensor
     found: list[Found | None]
     grad_BLD: Tensor
 
     def add_to(self, into: Gradients, clt: CLT, x_BD: Tensor, layer: int) -> None:
-        """The gradients of one layer's weights."""
+        """Add the gradients of one layer's weights."""
         if (found := self.found[layer]) is None:
             return
         points, grad_BX = Points(found, len(x_BD), clt.config.n_features), clt.columns(self.grad_BLD, layer)
         points.fired(points.z())
-        pulled_K = points.pull(grad_BX, clt.W_dec[layer].detach().view(clt.config.n_features, -1))
+        grad_K = points.activation_grad(grad_BX, clt.W_dec[layer].detach().view(clt.config.n_features, -1))
         into.add(clt.W_dec[layer], points.outer(points.z(), grad_BX))
-        into.add(clt.W_enc[layer], points.outer(pulled_K, x_BD))
-        into.add(clt.b_enc[layer], points.total(pulled_K).to(clt.b_enc[layer].dtype))
+        into.add(clt.W_enc[layer], points.outer(grad_K, x_BD))
+        into.add(clt.b_enc[layer], points.total(grad_K).to(clt.b_enc[layer].dtype))
 
 
 def _auxiliary(
     clt: CLT, x_LBD: list[Tensor], residual_BLD: Tensor, dead_LF: Tensor, config: TrainConfig, share: float
 ) -> _DeadFeatures:
-    """Reconstruction of what is left by the `k` most active dead features of each layer (Gao et al. 2024,
-    arXiv:2406.04093).
-    """
+    """Reconstruct the residual from the top k dead features of each layer (Gao et al. 2024, arXiv:2406.04093)."""
     c, n_tokens = clt.config, len(x_LBD[0])
     left_BLD, found = torch.zeros_like(residual_BLD), list[Found | None]()
     for i, (x_BD, dead_F) in enumerate(zip(x_LBD, dead_LF, strict=True)):

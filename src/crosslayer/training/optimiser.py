@@ -1,8 +1,8 @@
-"""Adam over blocks of rows, with stochastic rounding where weights are bfloat16.
+"""Adam over blocks of rows, with stochastic rounding of bfloat16 weights.
 
-A step passes once over weights, moments and gradient, block by block (Kingma & Ba 2015). A bfloat16 weight has 8 bits:
-an update under 1/256 of it would round away. Rounding up or down at random, with the chance that makes the mean right,
-keeps it. Moments are float32 (Zamirai et al. 2020, arXiv:2010.06192), or 8 bits each (`moments.py`).
+A step passes once over weights, moments and gradient, block by block (Kingma & Ba 2015). A bfloat16 weight has 8
+significant bits, so updates below 1/256 of it are lost to rounding. Stochastic rounding preserves them on average.
+Moments are float32 (Zamirai et al. 2020, arXiv:2010.06192) or 8 bits each (`moments.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ EPS = 1e-8
 
 
 class Adam:
-    """Adam; what it draws to round depends on seed, step and tensor alone.
+    """Adam; the random numbers for rounding depend only on seed, step and tensor.
 
     Args:
-        groups: each with `params`, and `lr`, which may be changed from step to step.
-        betas: decay of the two moments.
-        seed: of the rounding.
-        precision: of the moments; vectors have float32 ones whatever it is.
+        groups: parameter groups with `params` and `lr`; `lr` may change between steps.
+        betas: decay rates of the two moments.
+        seed: seed of stochastic rounding.
+        precision: precision of the moments; those of vectors are always float32.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Adam:
         self._group = {p: group for group in groups for p in group["params"]}
 
     def step(self, gradients: Gradients, scale: float = 1.0) -> None:
-        """Update every parameter, its gradient multiplied by `scale`; gradients are gone afterwards."""
+        """Update every parameter with its gradient times `scale`; frees the gradients."""
         for p in self._number:
             self.update(p, gradients.blocks(p), scale)
             gradients.forget(p)
 
     @torch.no_grad()
     def update(self, p: Parameter, blocks: Iterable[tuple[slice, Tensor]], scale: float = 1.0) -> None:
-        """Update one parameter by its gradient, given as some rows after another; the blocks are overwritten."""
+        """Update one parameter with its gradient in blocks of rows; overwrites the blocks."""
         state = self.state.setdefault(p, {}) or self._begin(p)
         state["step"] += 1
         seed = hash((self.seed, int(state["step"]), self._number[p])) & (2**62 - 1)
@@ -136,7 +136,7 @@ class Adam:
 def adam(
     weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: float, beta1: float, beta2: float, t: int
 ) -> Tensor:
-    """New weights, the moments updated in place, all of one dtype; the reference for every other form."""
+    """Return new weights and update the moments in place; reference implementation, all of one dtype."""
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     scale = (square / (1 - beta2**t)).sqrt_().add_(EPS)
@@ -144,7 +144,7 @@ def adam(
 
 
 def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with the chance that makes the mean exact."""
+    """Round float32 to bfloat16 stochastically, so that the expectation is exact."""
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits = x.contiguous().view(torch.int32)
     rounded = (bits + noise).bitwise_and_(-65536).view(torch.float32)

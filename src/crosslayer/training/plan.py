@@ -103,7 +103,7 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     micro = config.batch // config.accumulate
     slots = [c.n_slots(i) for i in range(c.n_layers)]
     activations = micro * c.n_layers * width * 4
-    rows = config.rows_per_harvest * config.context
+    rows = config.rows_per_forward * config.context
     start = min(l0 * config.l0_start, 0.5 * c.n_layers * c.n_features)
     # Layers are dense at first, unless they rank few: then gradients are kept whole until the norm is known.
     dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device] or not c.ranks
@@ -117,7 +117,7 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
         "Adam moments": 2 * n * 4 if config.moments == "fp32" else round(2 * n * (1 + 4 / width)),
         # One copy that becomes the JumpReLU transcoder in the host's units; moments and gradients are still there.
         "transcoder as saved": n * weight,
-        RING: config.ring * c.n_layers * width * 2 * 2,
+        RING: config.buffer_tokens * c.n_layers * width * 2 * 2,
         "harvest": rows * (2 * c.n_layers + 24) * width * host_weight,
         # Of one layer: pre-activations, activations, what pulls them, and masks; of all of them: the entries that are
         # kept.
@@ -160,8 +160,8 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
     if needed > free:
         part = max(plan.memory_bytes, key=lambda name: plan.memory_bytes[name])
         remedy = {
-            RING: "lower --ring",
-            "harvest": "lower --rows-per-harvest or --context",
+            RING: "lower --buffer-tokens",
+            "harvest": "lower --rows-per-forward or --context",
             "features of a micro-batch": "lower --batch or raise --accumulate",
             "reconstructions": "lower --batch or raise --accumulate",
             "host weights": "use --host-precision bf16",

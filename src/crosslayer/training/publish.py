@@ -1,4 +1,4 @@
-"""The end of a run: convert, fold, save, measure."""
+"""End of a run: convert, fold, save and evaluate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crosslayer.core.files import write_json, write_text
 from crosslayer.core.progress import track
 from crosslayer.data.rows import Documents, RowStream
 from crosslayer.data.sources import Weighted
-from crosslayer.data.stream import harvest
+from crosslayer.data.stream import collect_activations
 from crosslayer.data.units import Units
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.report import model_card
@@ -34,14 +34,14 @@ from crosslayer.training.config import TrainConfig
 
 
 def in_host_units(clt: CLT, units: Units, config: TrainConfig, host: Host, sources: Sequence[Weighted]) -> CLT:
-    """A copy as JumpReLU at the target L0 of training text, its units folded away."""
+    """Return a JumpReLU copy, calibrated to the target L0 on training text, with the normalisation folded in."""
     if not (clt.config.ranks or clt.config.kind.thresholds):
         return fold(copy.deepcopy(clt), *units)
-    # Another order than training's, so that the tokens come from everywhere.
+    # A different order than in training, so that tokens come from all of the text.
     rows = RowStream(host, Documents(sources, "train", config.seed + 1), config.context)
-    n_harvests = -(-config.calibration_tokens // (config.rows_per_harvest * (config.context - config.n_skip)))
-    harvests = (harvest(host, rows.rows(config.rows_per_harvest)).x_BLD for _ in range(n_harvests))
-    batches = (units.inputs(x) for h in harvests for x in h.split(2048))
+    n_forwards = -(-config.calibration_tokens // (config.rows_per_forward * (config.context - config.n_skip)))
+    forwards = (collect_activations(host, rows.rows(config.rows_per_forward)).x_BLD for _ in range(n_forwards))
+    batches = (units.inputs(x) for activations in forwards for x in activations.split(2048))
     return fold(to_jumprelu(clt, batches, config.target_l0(host.n_layers)), *units)
 
 
@@ -56,7 +56,7 @@ def publish(
     console: Console,
     train_s: float,
 ) -> Evaluation:
-    """Write `clt/`, measure it, and write its model card and `eval.json`.
+    """Write `clt/`, evaluate it, and write its model card and `eval.json`.
 
     Args:
         clt: in the host's units.
@@ -71,7 +71,7 @@ def publish(
         policy=host.policy,
         extra={"trained_as": config.activation, "ranking": "value times decoder norm"} if config.ranks else {},
     )
-    # Published first: measuring takes long, and what is on disk cannot be lost.
+    # Save before evaluating, which takes long: a saved transcoder cannot be lost.
     write_clt(clt, provenance, run, mesh)
     names = [s.source.name for s in sources]
     with track(console, "measure", 1.0) as update:
@@ -90,7 +90,7 @@ def publish(
 
 
 def write_clt(clt: CLT, provenance: Provenance, run: Path, mesh: Mesh) -> None:
-    """Write `clt/`: each rank the features that it holds, then the first all of them, some rows at a time."""
+    """Write `clt/`: each feature rank writes its features, then rank 0 merges them, some rows at a time."""
     world, features, parts = mesh.world, mesh.features, run / ".clt-parts"
     target = run / "clt"
     if world.rank == 0:

@@ -1,8 +1,8 @@
-"""Settings that work, each a function that returns them. `dataclasses.replace` changes what one likes.
+"""Training recipes: functions that return a `TrainConfig`; change settings with `dataclasses.replace`.
 
-`qwen3_0_6b_20k` follows the reference, `bluelightai/clt-qwen3-0.6b-base-20k`: 20,480 features a layer, JumpReLU, tanh
-sparsity, L0 115, 750M tokens of web text, books, science and code. Its own list of data sets is not public; those named
-here are open and can be streamed.
+`qwen3_0_6b_20k` follows the reference, `bluelightai/clt-qwen3-0.6b-base-20k`: 20,480 features per layer, JumpReLU, tanh
+sparsity, L0 115, 750M tokens of web text, books, science and code. The datasets of the reference are not public; those
+named here are open and can be streamed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from crosslayer.training.config import TrainConfig
 
 
 def stdlib() -> TrainConfig:
-    """The quickstart: the shipped host, the standard library, a few minutes on two cores."""
+    """Return the settings of the quickstart: the bundled host, a few minutes on two cores."""
     return TrainConfig(
         model="stdlib-qwen3",
         host_precision="bf16",
@@ -24,7 +24,7 @@ def stdlib() -> TrainConfig:
         reuse=2,
         n_features=1536,
         activation=BATCHTOPK.name,
-        # Held-out text makes 2 % more fire than the training text that thresholds are set on.
+        # L0 is 2 % higher on held-out text than on the training text that thresholds are calibrated on.
         l0_per_layer=7.8,
         l0_start=6.0,
         l0_ramp=0.4,
@@ -41,7 +41,7 @@ def stdlib() -> TrainConfig:
 
 
 def gpt2_32k() -> TrainConfig:
-    """GPT-2 small with 32,768 features a layer, one GPU."""
+    """Return settings for GPT-2 small with 32,768 features per layer, on one GPU."""
     return TrainConfig(
         model="openai-community/gpt2",
         text=("hf:Skylion007/openwebtext",),
@@ -50,8 +50,8 @@ def gpt2_32k() -> TrainConfig:
         n_features=32_768,
         l0=120.0,
         batch=4096,
-        ring=1_000_000,
-        rows_per_harvest=64,
+        buffer_tokens=1_000_000,
+        rows_per_forward=64,
         lr=2e-4,
         precision="bf16",
         host_precision="bf16",
@@ -62,7 +62,7 @@ def gpt2_32k() -> TrainConfig:
 
 
 def qwen3_0_6b_20k() -> TrainConfig:
-    """The reference's own size and target."""
+    """Return settings for Qwen3-0.6B at the size and target L0 of the reference."""
     return TrainConfig(
         model="Qwen/Qwen3-0.6B-Base",
         text=(
@@ -79,8 +79,8 @@ def qwen3_0_6b_20k() -> TrainConfig:
         l0_ramp=0.8,
         batch=8192,
         accumulate=2,
-        ring=1_000_000,
-        rows_per_harvest=32,
+        buffer_tokens=1_000_000,
+        rows_per_forward=32,
         lr=2e-4,
         precision="bf16",
         host_precision="bf16",

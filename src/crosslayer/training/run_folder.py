@@ -1,4 +1,4 @@
-"""The run folder: one process at a time, a manifest, a log that a resume cuts back, and nothing half-written."""
+"""The run folder: manifest, log and lock; files are written atomically."""
 
 from __future__ import annotations
 
@@ -11,73 +11,75 @@ from pydantic import ValidationError
 from crosslayer.core.errors import RunError
 from crosslayer.core.files import write_json, write_text
 from crosslayer.schemas.run import RunManifest
+from crosslayer.training.config import renamed
 
 MAY_CHANGE = frozenset({"checkpoint_every", "feature_ranks", "keep", "log_every", "tensorboard", "wandb"})
-"""Settings that a resume may give anew: they change nothing that is trained."""
+"""Settings that may change when a run resumes: they do not affect the trained weights."""
 
 
 def refuse_unless_new(folder: Path) -> None:
-    """A new run may only begin in a folder that holds nothing.
+    """Refuse a folder that is not empty.
 
     Raises:
-        RunError: for a folder with something in it.
+        RunError: for a folder with files in it.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; give a folder with --out")
     if (folder / "run.json").exists():
-        raise RunError(f"{folder} holds a run already; go on with --resume {folder}, or give another --out")
+        raise RunError(f"{folder} already holds a run; resume it with --resume {folder}, or give another --out")
     if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
         raise RunError(f"{folder} is not empty; give another --out")
 
 
 def read_manifest(folder: Path) -> RunManifest:
-    """`run.json` of a folder.
+    """Read `run.json` of a folder.
 
     Raises:
         RunError: for a folder without one, or one that cannot be read.
     """
     path = folder / "run.json"
     if not path.is_file():
-        raise RunError(f"{folder} holds no run: there is no run.json; give the folder that train --out made")
+        raise RunError(f"{folder} holds no run: there is no run.json; give the --out folder of a training run")
     try:
         return RunManifest.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise RunError(
-            f"{path} is damaged and tells no settings; put it back, or start again in another folder (what clt/ holds"
-            " can still be opened)"
+            f"{path} is damaged; restore it, or start again in another folder (the transcoder in clt/ can still be"
+            " opened)"
         ) from error
 
 
 def write_manifest(folder: Path, manifest: RunManifest) -> None:
-    """Write `run.json` whole or not at all."""
+    """Write `run.json` atomically."""
     write_json(folder / "run.json", manifest.model_dump())
 
 
 def check_same_config(saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """A resume trains what the run began to train.
+    """Refuse to resume a run with other settings; saved settings may have old names.
 
     Raises:
         RunError: naming the first setting that differs.
     """
+    saved = renamed(saved)
     for name, value in asked.items():
         if name not in MAY_CHANGE and saved.get(name) != value:
             raise RunError(
-                f"the run was begun with {name}={saved.get(name)}, not {value}; leave it out, or start a new run"
+                f"the run was started with {name}={saved.get(name)}, not {value}; omit it, or start a new run"
             )
 
 
 class Log:
-    """`log.jsonl`: one JSON object a line, appended and flushed."""
+    """`log.jsonl`: one JSON object per line, appended and flushed."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "log.jsonl"
 
     def cut_back(self, step: int) -> None:
-        """Forget what was logged after `step`: the resumed run logs it again."""
+        """Remove lines after `step`; the resumed run logs those steps again."""
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            lines_before = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            write_text(self.path, "".join(f"{line}\n" for line in lines_before))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""

@@ -1,4 +1,4 @@
-"""What a run begins with: its manifest, normalisation, first weights and biases."""
+"""Start of a run: manifest, normalisation, initial weights and biases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from crosslayer.core.errors import RunError
 from crosslayer.core.progress import track
 from crosslayer.data.rows import Documents, RowStream, document_tokens
 from crosslayer.data.sources import ListedSource, Source, Weighted
-from crosslayer.data.stream import harvest
+from crosslayer.data.stream import collect_activations
 from crosslayer.data.units import Units, estimate_units
 from crosslayer.host.host import Host
 from crosslayer.parallel import Mesh
@@ -33,16 +33,14 @@ from crosslayer.training.schedule import Controller, Window
 from crosslayer.training.state import TrainState
 
 BIAS_TOKENS, BIAS_STRIDE = 8_192, 8
-"""Tokens on which biases are set at the start, and how many lie from one to the next, so that they come from many
-documents.
-"""
+"""Tokens used to set initial biases, and the stride between them, so that they come from many documents."""
 
 
 def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) -> TrainState:
-    """The state of a run before its first weights, for the features that this rank holds.
+    """Return the state of a run before weights are initialised, for the features of this rank.
 
     Args:
-        whole: the transcoder of all ranks.
+        whole: config of the whole transcoder, over all ranks.
     """
     clt = share_of(whole, mesh, dtype=DTYPES[config.precision], device=device)
     thresholds = list(clt.threshold)
@@ -56,18 +54,18 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
         optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments),
         controller=Controller(integral=-7.0),
         window=Window(config.eps, config.window_cap, config.eps),
-        silent_LF=torch.zeros(whole.n_layers, clt.config.n_features, dtype=torch.int64, device=device),
+        inactive_LF=torch.zeros(whole.n_layers, clt.config.n_features, dtype=torch.int64, device=device),
         density_L=[start_density] * whole.n_layers,
     )
 
 
 def first_l0(config: TrainConfig, n_layers: int) -> float:
-    """The L0 asked for at the first step, summed over layers."""
+    """Return the L0 requested at the first step, summed over layers."""
     return min(config.target_l0(n_layers) * config.l0_start, 0.5 * n_layers * config.n_features)
 
 
 def set_first_weights(clt: CLT, config: TrainConfig, host: Host, sources: Sequence[Weighted], units: Units) -> None:
-    """Draw weights, and set biases so that the first L0 is the one asked for."""
+    """Initialise weights, and set biases so that the first L0 is the requested one."""
     initialise(clt, config.seed, config.threshold)
     if not clt.config.ranks:
         share = first_l0(config, host.n_layers) / (host.n_layers * config.n_features)
@@ -78,31 +76,32 @@ def set_first_weights(clt: CLT, config: TrainConfig, host: Host, sources: Sequen
 def units_of_text(
     config: TrainConfig, host: Host, sources: Sequence[Weighted], mesh: Mesh, device: str, console: Console
 ) -> Units:
-    """Normalisation estimated on training text, the same on every rank."""
-    n_tokens = min(config.scale_tokens, _tokens_there_are(host, sources, config.scale_tokens))
+    """Estimate the normalisation on training text; it is the same on every rank."""
+    n_tokens = min(config.scale_tokens, _count_tokens(host, sources, config.scale_tokens))
     rows = RowStream(host, Documents(sources, "train", config.seed), config.context)
     with track(console, "normalise", n_tokens) as update:
         units = estimate_units(
-            host, rows.rows, n_tokens, config.rows_per_harvest, lambda done: update(min(done, n_tokens))
+            host, rows.rows, n_tokens, config.rows_per_forward, lambda done: update(min(done, n_tokens))
         )
-    # Eigenvectors have no sign of their own: ranks must not differ in it.
+    # The sign of an eigenvector is arbitrary: ranks must agree on it.
     units = units.to(device)
     mesh.world.copy_from_first(units)
     return units
 
 
 def _sample(config: TrainConfig, host: Host, sources: Sequence[Weighted], units: Units) -> Tensor:
-    """Inputs of some tokens of training text, the same on every rank, in the units of training."""
+    """Return MLP inputs of a sample of training text in training units, the same on every rank."""
     rows = RowStream(host, Documents(sources, "train", config.seed), config.context)
-    n_tokens, kept, passed = min(BIAS_TOKENS * BIAS_STRIDE, config.scale_tokens), list[Tensor](), 0
-    while passed < n_tokens:
-        x_BLD = harvest(host, rows.rows(config.rows_per_harvest)).x_BLD
-        kept.append(x_BLD[::BIAS_STRIDE])
-        passed += len(x_BLD)
-    return units.inputs(torch.cat(kept))
+    n_tokens, sample, seen = min(BIAS_TOKENS * BIAS_STRIDE, config.scale_tokens), list[Tensor](), 0
+    while seen < n_tokens:
+        x_BLD = collect_activations(host, rows.rows(config.rows_per_forward)).x_BLD
+        sample.append(x_BLD[::BIAS_STRIDE])
+        seen += len(x_BLD)
+    return units.inputs(torch.cat(sample))
 
 
 def new_manifest(config: TrainConfig, host: Host, clt: CLTConfig, sources: Sequence[Weighted]) -> RunManifest:
+    """Return the manifest of a new run."""
     import transformers
 
     total = sum(s.weight for s in sources)
@@ -134,13 +133,14 @@ def _digest(source: Source) -> str | None:
 
 
 def check_same_text(manifest: RunManifest, sources: Sequence[Weighted]) -> None:
-    """A resume trains on the text that the run began with; streamed sources cannot be compared."""
-    for said, (source, _) in zip(manifest.sources, sources, strict=True):
-        if said.get("digest") != _digest(source):
-            raise RunError(f"{source.name} has other text than when the run began; put it back, or start a new run")
+    """Refuse to resume on other text than the run started with; streamed sources are not compared."""
+    for saved, (source, _) in zip(manifest.sources, sources, strict=True):
+        if saved.get("digest") != _digest(source):
+            raise RunError(f"{source.name} has changed since the run started; restore it, or start a new run")
 
 
 def shape_of(host: Host) -> HostShape:
+    """Return the shape of a loaded host, for `plan`."""
     total = sum(p.numel() for p in host.model.parameters())
     return HostShape(
         name=host.name,
@@ -151,14 +151,14 @@ def shape_of(host: Host) -> HostShape:
     )
 
 
-def _tokens_there_are(host: Host, sources: Sequence[Weighted], most: int) -> int:
-    """Tokens in one pass over the sources, counted no further than `most`."""
+def _count_tokens(host: Host, sources: Sequence[Weighted], limit: int) -> int:
+    """Count the tokens in one pass over the sources, up to `limit`."""
     count = 0
     for source, _ in sources:
         if not isinstance(source, ListedSource):
-            return most
+            return limit
         for document in source.documents_of("train", 0, 0):
-            if count >= most:
-                return most
+            if count >= limit:
+                return limit
             count += len(document_tokens(host, document))
     return count

@@ -1,4 +1,4 @@
-"""The plan of one rank of many: what it holds, and what it computes."""
+"""The plan of one rank of a distributed run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from crosslayer.training.plan import HostShape, Plan, make_plan
 
 
 def plan_of_one_rank(config: TrainConfig, shape: HostShape, data_ranks: int = 1) -> Plan:
-    """The plan of a rank among `data_ranks` groups of `config.feature_ranks`; the disk is all of theirs.
+    """Return the plan of one rank; disk space is that of the whole run.
+
+    Args:
+        data_ranks: number of data-parallel groups of `config.feature_ranks` ranks.
 
     Raises:
-        ConfigError: for a batch that the ranks cannot share evenly.
+        ConfigError: for a batch that cannot be divided evenly over the ranks.
     """
-    whole, mine = make_plan(config, shape), make_plan(config.share(data_ranks), shape)
+    whole, rank = make_plan(config, shape), make_plan(config.share(data_ranks), shape)
     return replace(
-        mine,
+        rank,
         n_parameters=whole.n_parameters,
         disk_bytes=whole.disk_bytes,
-        # Of its group's tokens it puts its own part through the host.
+        # Feature ranks share the host's forward passes of their group.
         host_flops=whole.host_flops / config.feature_ranks,
         tokens=config.tokens // data_ranks,
     )

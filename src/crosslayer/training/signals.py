@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, not within one."""
+"""Let Ctrl-C and SIGTERM stop a run between two steps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM put their number into, instead of ending the process in the middle of a step."""
+    """Yield a list that collects SIGINT and SIGTERM instead of letting them end the process."""
     asked: list[int] = []
     try:
         before = {
             s: signal.signal(s, lambda number, _frame: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
         }
-    except ValueError:  # not the main thread, where signals do not come
+    except ValueError:  # not the main thread: signals cannot be handled here
         yield asked
         return
     try:

@@ -1,4 +1,4 @@
-"""Other places for the figures of `log.jsonl`: TensorBoard, Weights & Biases."""
+"""Log metrics to TensorBoard and Weights & Biases as well as `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Sink = Callable[[dict[str, Any]], None]
 
 
 def open_sinks(config: TrainConfig, run: Path) -> list[Sink]:
-    """The sinks that the config asks for; each takes a record of the log.
+    """Return the sinks that the config enables; each takes a record of the log.
 
     Raises:
-        ConfigError: for one whose package is not installed.
+        ConfigError: if a package is not installed.
     """
     sinks: list[Sink] = []
     if config.tensorboard:
@@ -30,7 +30,9 @@ def _tensorboard(run: Path) -> Sink:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("--tensorboard needs its package; pip install 'crosslayer[tensorboard]'") from error
+        raise ConfigError(
+            "--tensorboard needs the package tensorboard; run pip install 'crosslayer[tensorboard]'"
+        ) from error
     writer = SummaryWriter(str(run / "tensorboard"))
 
     def write(record: dict[str, Any]) -> None:
@@ -45,7 +47,7 @@ def _wandb(config: TrainConfig, run: Path) -> Sink:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConfigError("--wandb needs its package; pip install 'crosslayer[wandb]'") from error
+        raise ConfigError("--wandb needs the package wandb; run pip install 'crosslayer[wandb]'") from error
     session = wandb.init(project="crosslayer", name=run.name, config=config.as_dict(), dir=str(run), resume="allow")
     return lambda record: session.log(_flat(record), step=record["step"])
 

@@ -1,4 +1,4 @@
-"""The state of a run, and the checkpoint that holds it."""
+"""The state of a training run, and its checkpoint format."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ from crosslayer.training.schedule import Controller, Window
 
 
 class Restored(NamedTuple):
-    """What of a checkpoint is not in the state itself."""
+    """Parts of a checkpoint that are not in `TrainState`."""
 
     mesh: tuple[int, int]
-    """Data and feature ranks that saved it."""
+    """Data and feature ranks that saved the checkpoint."""
     streams: list[StreamState]
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """All that a step changes, as one rank has it.
+    """Everything that a training step changes, on one rank.
 
     Attributes:
-        clt: the features that this rank holds, in the units of training.
-        silent_LF: tokens since each feature fired.
-        density_L: of each layer's entries, at the step before.
-        last_norm: of the gradient of the step before, which a fused update is clipped by.
+        clt: the features of this rank, in training units.
+        inactive_LF: tokens since the last activation of each feature.
+        density_L: density of each layer's entries in the previous step.
+        last_norm: gradient norm of the previous step; fused updates are clipped by it.
         units: normalisation; set before the first step.
-        train_s, harvest_s: seconds of training, and of them those spent on activations.
+        train_s, collect_s: seconds of training in total, and of activation collection.
     """
 
     clt: CLT
     optimiser: Adam
     controller: Controller
     window: Window
-    silent_LF: Tensor
+    inactive_LF: Tensor
     density_L: list[float]
     units: Units | None = None
     step: int = 0
     train_s: float = 0.0
-    harvest_s: float = 0.0
+    collect_s: float = 0.0
     last_norm: float = 0.0
 
     def saved(self, identity: dict[str, Any], streams: list[Any]) -> checkpoint.Saved:
-        """As a checkpoint holds it.
+        """Return the contents of a checkpoint.
 
         Args:
-            identity: what it is a checkpoint of; see `identity`.
-            streams: where each rank's stream of activations stands.
+            identity: identity of the run; see `identity`.
+            streams: state of each rank's activation stream.
         """
-        assert self.units is not None, "a run is saved after its first step"
-        tensors: dict[str, Tensor] = {f"silent.{i}": silent_F for i, silent_F in enumerate(self.silent_LF)}
+        assert self.units is not None, "state is saved after the first step"
+        tensors: dict[str, Tensor] = {f"silent.{i}": silent_F for i, silent_F in enumerate(self.inactive_LF)}
         tensors |= {f"units.{name}": t for name, t in zip(Units._fields, self.units, strict=True)}
         for name, p in self.clt.named_parameters():
             tensors[f"weights.{name}"] = p.data
@@ -71,7 +71,7 @@ class TrainState:
             "of": identity,
             "step": self.step,
             "train_s": self.train_s,
-            "harvest_s": self.harvest_s,
+            "harvest_s": self.collect_s,
             "density_L": self.density_L,
             "last_norm": self.last_norm,
             "controller": asdict(self.controller),
@@ -81,32 +81,32 @@ class TrainState:
         return checkpoint.Saved(tensors, frozenset(name for name in tensors if _by_feature(name)), numbers)
 
     def restore(self, folder: Path, identity: dict[str, Any]) -> Restored:
-        """Take everything from a checkpoint.
+        """Load a checkpoint into this state.
 
         Raises:
             RunError: for a checkpoint of another transcoder.
         """
         numbers = checkpoint.numbers(folder)
-        for name, mine in identity.items():
-            if numbers["of"].get(name) != mine:
+        for name, expected in identity.items():
+            if numbers["of"].get(name) != expected:
                 raise RunError(
-                    f"checkpoint {folder} is of another transcoder, with {name}={numbers['of'].get(name)} and not"
-                    f" {mine}; put back the run's own, or start a new run"
+                    f"checkpoint {folder} belongs to another transcoder, with {name}={numbers['of'].get(name)} and not"
+                    f" {expected}; restore the run's own checkpoint, or start a new run"
                 )
         device = self.clt.device
         tensors = checkpoint.load(folder, _by_feature, self.clt.mesh)
         for name, p in self.clt.named_parameters():
             p.data.copy_(tensors[f"weights.{name}"])
-            of_it = {
+            moments = {
                 key.split(".")[1]: t
                 for key, t in tensors.items()
                 if key.startswith("moments.") and key.split(".", 2)[2] == name
             }
-            if of_it:
-                self.optimiser.state[p] = {key: t.to("cpu" if key == "step" else device) for key, t in of_it.items()}
-        n_layers = len(self.silent_LF)
-        self.silent_LF = torch.stack([tensors[f"silent.{i}"] for i in range(n_layers)]).to(device)
-        self.step, self.train_s, self.harvest_s, self.density_L, self.last_norm, self.window.eps = (
+            if moments:
+                self.optimiser.state[p] = {key: t.to("cpu" if key == "step" else device) for key, t in moments.items()}
+        n_layers = len(self.inactive_LF)
+        self.inactive_LF = torch.stack([tensors[f"silent.{i}"] for i in range(n_layers)]).to(device)
+        self.step, self.train_s, self.collect_s, self.density_L, self.last_norm, self.window.eps = (
             numbers[name] for name in ("step", "train_s", "harvest_s", "density_L", "last_norm", "window")
         )
         self.controller = Controller(**numbers["controller"])
@@ -116,12 +116,12 @@ class TrainState:
 
 
 def identity(host_name: str, whole: CLTConfig, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must be of, for a run to resume from it."""
+    """Return what a checkpoint and a run must agree on to resume."""
     return {"host": host_name, **asdict(whole), "precision": config.precision, "moments": config.moments}
 
 
 def _by_feature(name: str) -> bool:
-    """Whether a tensor of a checkpoint has a row for each feature."""
+    """Return whether a tensor of a checkpoint has one row per feature."""
     kind, _, rest = name.partition(".")
     if kind == "moments":
         key, _, rest = rest.partition(".")

@@ -1,12 +1,12 @@
-"""The training loop: from a config and a folder to a trained, measured, saved transcoder.
+"""The training loop: trains, evaluates and saves a transcoder in a run folder.
 
-    open the host and the text -> estimate normalisation -> fill the ring -> step, step, step -> convert, fold, save ->
-    measure
+    load host and text -> estimate normalisation -> fill the activation buffer -> training steps ->
+    convert, fold, save -> evaluate
 
-The same code runs in one process and under `torchrun`, on a mesh of ranks that share the tokens and ranks that share
-the features (docs/many-gpus.md). Each rank harvests its part of the batch; ranks that share features gather theirs, so
-that all of them see all their tokens; what their features write is summed; gradients are averaged over ranks that share
-the tokens. Killed at any step and resumed, a run ends bit-equal to one that was not.
+The same code runs in one process and under `torchrun`, on a mesh of data ranks and feature ranks (docs/many-gpus.md).
+Each rank collects activations for its part of the batch. Feature ranks gather the tokens of their group and sum their
+reconstructions. Gradients are averaged over data ranks. A run that is killed at any step and resumed is bitwise
+identical to an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, CrosslayerError, RunError
 from crosslayer.core.files import locked
 from crosslayer.core.progress import Update, track
-from crosslayer.data.rows import Cursor, Documents, RowStream, dealt_anew, held_out_rows
+from crosslayer.data.rows import Cursor, Documents, RowStream, held_out_rows, redistribute
 from crosslayer.data.sources import Weighted, open_sources
 from crosslayer.data.stream import ActivationStream, StreamState
 from crosslayer.eval.evaluate import evaluate_rows
@@ -59,20 +59,20 @@ from crosslayer.training.signals import stop_signals
 from crosslayer.training.sinks import open_sinks
 from crosslayer.training.state import Restored, identity
 
-FIGURES = ("reconstruction", "sparsity", "revival", "variance", "dead_share")
+METRICS = ("reconstruction", "sparsity", "revival", "variance", "dead_share")
 
 
 class Trained(NamedTuple):
-    """What a finished run gives back."""
+    """The result of a finished run."""
 
     folder: Path
     clt: CLT
-    """In the host's own units, as saved under `clt/`."""
+    """In the host's units, as saved in `clt/`."""
     evaluation: Evaluation
 
 
 class Stopped(CrosslayerError):
-    """The run was asked to stop; its state is saved and `--resume` goes on."""
+    """The run was interrupted; its state is saved and `--resume` continues it."""
 
 
 def train(
@@ -87,26 +87,26 @@ def train(
     """Train a transcoder into the folder `out`.
 
     Args:
-        config: every setting; `crosslayer.training.recipes` has some that work.
-        out: the run folder, new unless `resume`.
-        resume: go on from the last checkpoint of `out`.
-        step: go on from this step's checkpoint instead.
-        host: a host that is loaded already, in place of `config.model`.
-        console: where progress goes; quiet by default.
+        config: all settings; see `crosslayer.training.recipes` for tested ones.
+        out: run folder; must be new unless `resume`.
+        resume: resume from the last checkpoint of `out`.
+        step: with `resume`, resume from the checkpoint of this step instead.
+        host: a loaded host, used instead of `config.model`.
+        console: console for progress; quiet by default.
 
     Raises:
-        CrosslayerError: for everything that a person can get wrong, before anything is written.
-        Stopped: after Ctrl-C or SIGTERM, the state saved.
-        RunError: also where another rank was lost; it names the checkpoint to go on from.
+        CrosslayerError: for invalid input, before anything is written.
+        Stopped: after Ctrl-C or SIGTERM, when the state is saved.
+        RunError: if another rank was lost; names the checkpoint to resume from.
     """
     try:
         return _train(config, out, resume, step, host, console)
     except parallel.LostRank as error:
-        there = checkpoint.steps(Path(out))
+        saved = checkpoint.steps(Path(out))
         remedy = (
-            f"go on from the checkpoint of step {there[-1]} with --resume {out}, on as many ranks or others"
-            if there
-            else "there is no checkpoint yet, start again"
+            f"resume from the checkpoint of step {saved[-1]} with --resume {out}, on any number of ranks"
+            if saved
+            else "there is no checkpoint yet; start again"
         )
         raise RunError(f"{error}; {remedy}") from error
 
@@ -135,7 +135,7 @@ def _train(
     )
     if config.context > host.max_positions:
         raise ConfigError(
-            f"context={config.context} exceeds that of {host.name}, {host.max_positions}; lower --context"
+            f"context={config.context} exceeds the context of {host.name}, {host.max_positions}; lower --context"
         )
     check_fits(plan_of_one_rank(config, shape_of(host), mesh.data.size), config, run)
     sources = open_sources(config.text)
@@ -148,7 +148,7 @@ def _train(
 
 
 class Trainer:
-    """What happens to the state of a run."""
+    """Prepares a run, runs its steps, and saves its state."""
 
     def __init__(
         self,
@@ -168,13 +168,13 @@ class Trainer:
         self.state = empty_state(config, self.whole, mesh, device)
         self.base_lr = [config.lr, config.threshold_lr]
         self.target = config.target_l0(host.n_layers)
-        # Since the last report.
+        # Sums since the last log line.
         self.error_L = self.variance_L = torch.zeros(host.n_layers, dtype=torch.float64)
         self.log = Log(run)
         self.manifest = new_manifest(config, host, self.whole, sources)
 
     def prepare(self, resume: bool, step: int | None) -> None:
-        """Bring normalisation, ring and weights to where the run begins or goes on."""
+        """Set up normalisation, activation buffer and weights, from a checkpoint if `resume`."""
         first, config, state = self.mesh.world.rank == 0, self.config, self.state
         found = checkpoint.find(self.run, step, self.mesh) if resume else None
         if resume:
@@ -192,15 +192,15 @@ class Trainer:
         self.mesh.world.barrier()
         if not (self.run / "run.json").exists():
             raise RunError(
-                f"rank {self.mesh.world.rank} does not see {self.run}, which rank 0 has made; give --out on a file"
+                f"rank {self.mesh.world.rank} does not see {self.run}, which rank 0 created; give --out on a file"
                 " system that all nodes share"
             )
         if state.units is None:
             state.units = units_of_text(config, self.host, self.sources, self.mesh, self.device, self.console)
         self.stream = ActivationStream(
             self.rows,
-            config.ring // self.mesh.world.size,
-            config.rows_per_harvest,
+            config.buffer_tokens // self.mesh.world.size,
+            config.rows_per_forward,
             reuse=config.reuse,
             state=self._stream_state(restored) if restored else None,
         )
@@ -208,20 +208,20 @@ class Trainer:
             set_first_weights(state.clt, config, self.host, self.sources, state.units)
 
     def restore(self, folder: Path) -> Restored:
-        """Take the state of a checkpoint."""
+        """Load the state of a checkpoint."""
         return self.state.restore(folder, identity(self.host.name, self.whole, self.config))
 
     def _stream_state(self, restored: Restored) -> StreamState | None:
-        """Where this rank's stream goes on; on another mesh, the text that is left is dealt to the ranks anew."""
+        """Return the state of this rank's stream; on another mesh, redistribute the remaining text instead."""
         if restored.mesh == self.mesh.shape:
             return restored.streams[self.mesh.world.rank]
         self.console.print(
-            "the run was on {} x {} ranks (data x features) and goes on on {} x {}: weights and optimiser as they were,"
-            " the text dealt out anew".format(*restored.mesh, *self.mesh.shape),
+            "the run was saved on {} x {} ranks (data x features) and resumes on {} x {}: weights and optimiser are"
+            " unchanged, remaining text is redistributed".format(*restored.mesh, *self.mesh.shape),
             highlight=False,
         )
-        cursors = [Cursor.of(state.begun_at) for state in restored.streams]
-        self.rows.cursor = dealt_anew(cursors, self.mesh.world.rank, self.mesh.world.size)
+        cursors = [Cursor.of(state.start) for state in restored.streams]
+        self.rows.cursor = redistribute(cursors, self.mesh.world.rank, self.mesh.world.size)
         return None
 
     def run_steps(self, held_out: Tensor) -> None:
@@ -242,16 +242,16 @@ class Trainer:
                     self._report(window, update)
                     window.clear()
                 if config.eval_every and state.step % config.eval_every == 0 and state.step < steps:
-                    self._evaluate_on_the_way(held_out)
+                    self._evaluate_held_out(held_out)
                 stop = self.mesh.world.any_(bool(asked))
                 if stop or state.step % config.checkpoint_every == 0:
                     self.save()
                 if stop and state.step < steps:
                     self._write_state("stopped")
-                    raise Stopped(f"stopped at step {state.step} of {steps}; go on with --resume {self.run}")
+                    raise Stopped(f"stopped at step {state.step} of {steps}; resume with --resume {self.run}")
 
     def one_step(self) -> dict[str, float]:
-        """One update of the weights; returns its figures."""
+        """Do one training step and return its metrics."""
         config, state = self.config, self.state
         clt, steps = state.clt, config.steps
         progress = state.step / steps
@@ -259,12 +259,12 @@ class Trainer:
         coefficient = state.controller.coefficient(asked) if config.sparsity == "tanh" else 1.0
         for group, base in zip(state.optimiser.param_groups, self.base_lr, strict=False):
             group["lr"] = base * learning_rate((state.step + 1) / (steps + 1), config.warmup, config.decay)
-        dead_LF = state.silent_LF >= config.dead_after
+        dead_LF = state.inactive_LF >= config.dead_after
         revive_LF = dead_LF & (not clt.config.ranks or state.step % config.auxiliary_every == 0)
         sparse_L = [density < SPARSE_BELOW[torch.device(self.device).type] for density in state.density_L]
         gradients = FusedUpdate(self._update) if config.fused_update else Gradients()
-        fired_LF = torch.zeros_like(state.silent_LF)
-        sums, micro = torch.zeros(len(FIGURES), dtype=torch.float64), config.batch // config.accumulate
+        fired_LF = torch.zeros_like(state.inactive_LF)
+        sums, micro = torch.zeros(len(METRICS), dtype=torch.float64), config.batch // config.accumulate
         layers_3L = torch.zeros(3, self.host.n_layers, dtype=torch.float64)
         features, data = self.mesh.features, self.mesh.data
         for _ in range(config.accumulate):
@@ -286,34 +286,34 @@ class Trainer:
             fired_LF += terms.fired_LF
             mean_LD = data.sum_(y_BLD.mean(0)) / data.size
             variance_L = (y_BLD - mean_LD).square().sum(dim=(0, 2)) / len(y_BLD)
-            # Ranks that share features have the same reconstruction, and each the penalties of its own features.
-            of_all = 1 / features.size
+            # Feature ranks have the same reconstruction, and each the penalties of its own features.
+            rank_share = 1 / features.size
             sums += torch.tensor(
                 [
-                    terms.reconstruction * of_all,
+                    terms.reconstruction * rank_share,
                     terms.sparsity,
-                    terms.revival * (of_all if clt.config.ranks else 1),
-                    variance_L.sum() * of_all,
-                    dead_LF.double().mean() * of_all,
+                    terms.revival * (rank_share if clt.config.ranks else 1),
+                    variance_L.sum() * rank_share,
+                    dead_LF.double().mean() * rank_share,
                 ],
                 dtype=torch.float64,
             )
-            layers_3L[:2] += torch.stack([terms.error_L, variance_L]).double().cpu() * of_all
+            layers_3L[:2] += torch.stack([terms.error_L, variance_L]).double().cpu() * rank_share
             layers_3L[2] += terms.entries_L / len(x_BLD)
         self.mesh.world.sum_(sums)
         self.mesh.world.sum_(layers_3L)
         self.error_L, self.variance_L = self.error_L + layers_3L[0], self.variance_L + layers_3L[1]
         entries_L = layers_3L[2] / (config.accumulate * data.size)
-        figures: dict[str, float] = dict(zip(FIGURES, (sums / (config.accumulate * data.size)).tolist(), strict=True))
-        figures["loss"] = figures["reconstruction"] + coefficient * figures["sparsity"] + figures["revival"]
-        if not math.isfinite(figures["loss"]):
+        metrics: dict[str, float] = dict(zip(METRICS, (sums / (config.accumulate * data.size)).tolist(), strict=True))
+        metrics["loss"] = metrics["reconstruction"] + coefficient * metrics["sparsity"] + metrics["revival"]
+        if not math.isfinite(metrics["loss"]):
             raise RunError(
-                f"the loss of step {state.step + 1} is not finite; lower --lr in a new run, or go on from an earlier"
+                f"the loss of step {state.step + 1} is not finite; lower --lr in a new run, or resume from an earlier"
                 f" step with --resume {self.run} --step"
             )
         gradients.average(data)
         if config.clip:
-            state.last_norm = figures["gradient_norm"] = float(gradients.norm(clt))
+            state.last_norm = metrics["gradient_norm"] = float(gradients.norm(clt))
         if not config.fused_update:
             state.optimiser.step(gradients, self._scale())
         del gradients
@@ -321,20 +321,20 @@ class Trainer:
             for theta in clt.threshold:
                 theta.data.clamp_(min=1e-6)
         data.sum_(fired_LF)
-        state.silent_LF = torch.where(fired_LF > 0, 0, state.silent_LF + config.batch)
+        state.inactive_LF = torch.where(fired_LF > 0, 0, state.inactive_LF + config.batch)
         state.density_L = (entries_L / config.n_features).tolist()
         l0 = features.total(float(fired_LF.sum())) / config.batch
         state.controller.observe(l0, asked)
-        figures |= {"l0": l0, "l0_asked": asked, "lambda": coefficient, "window": state.window.eps}
+        metrics |= {"l0": l0, "l0_asked": asked, "lambda": coefficient, "window": state.window.eps}
         state.window.observe(float(entries_L.sum()) - l0, max(l0, asked))
-        return figures
+        return metrics
 
     def _update(self, p: Parameter, blocks: Iterator[tuple[slice, Tensor]]) -> None:
-        """Update one parameter while the step goes on."""
+        """Update one parameter during the step (fused update)."""
         self.state.optimiser.update(p, blocks, self._scale())
 
     def _scale(self) -> float:
-        """What gradients are multiplied by, so that their norm is at most what is allowed."""
+        """Return the factor that clips gradients to the maximum norm."""
         return (
             min(1.0, self.config.clip / (self.state.last_norm + 1e-6))
             if self.config.clip and self.state.last_norm
@@ -342,14 +342,12 @@ class Trainer:
         )
 
     def _batch(self, n: int) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of this rank's next `n` tokens, and of those of the ranks that share the features with
-        it.
-        """
+        """Return normalised inputs and outputs of the next `n` tokens of each feature rank of this group."""
         began = time.perf_counter()
         x_BLD, y_BLD = (self.mesh.features.cat(a.to(self.device)) for a in self.stream.batch(n))
         assert self.state.units is not None
         x_BLD, y_BLD = self.state.units.inputs(x_BLD), self.state.units.outputs(y_BLD)
-        self.state.harvest_s += time.perf_counter() - began
+        self.state.collect_s += time.perf_counter() - began
         return x_BLD, y_BLD
 
     def _report(self, window: list[dict[str, float]], update: Update) -> None:
@@ -368,40 +366,40 @@ class Trainer:
             "gradient_norm": means.get("gradient_norm"),
             "lr": state.optimiser.param_groups[0]["lr"],
             "train_s": round(state.train_s, 3),
-            "harvest_s": round(state.harvest_s, 3),
+            "collect_s": round(state.collect_s, 3),
             "tokens_per_s": tokens / state.train_s,
-            "harvest_tokens_per_s": tokens / state.harvest_s,
-            "step_tokens_per_s": tokens / (state.train_s - state.harvest_s),
+            "collect_tokens_per_s": tokens / state.collect_s,
+            "step_tokens_per_s": tokens / (state.train_s - state.collect_s),
         }
         self.error_L = self.variance_L = torch.zeros_like(self.error_L)
         if self.mesh.world.rank == 0:
             self._record(record)
         update(
             state.step,
-            f"loss {record['loss']:.1f}  FVU {record['fvu']:.3f}  L0 {record['l0']:.1f} ({record['l0_per_layer']:.1f} a"
-            f" layer)  dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s,"
-            f" {state.harvest_s / state.train_s:.0%} of it harvest",
+            f"loss {record['loss']:.1f}  FVU {record['fvu']:.3f}  L0 {record['l0']:.1f} ({record['l0_per_layer']:.1f}"
+            f" per layer)  dead {record['dead_share']:.1%}  {record['tokens_per_s']:,.0f} tokens/s,"
+            f" {state.collect_s / state.train_s:.0%} of it collecting activations",
         )
 
     def _record(self, record: dict[str, Any]) -> None:
-        """One line for the log and the sinks."""
+        """Write one record to the log and the sinks."""
         self.log.write(record)
         for sink in self.sinks:
             sink(record)
 
-    def _evaluate_on_the_way(self, held_out: Tensor) -> None:
+    def _evaluate_held_out(self, held_out: Tensor) -> None:
         clt = self.in_host_units()
         e = evaluate_rows(self.host, clt, held_out[:64], [s.source.name for s in self.sources], replacement_tokens=4096)
         if self.mesh.world.rank == 0:
             self._record({"step": self.state.step, "eval": e.model_dump(exclude={"density_log10_edges", "sources"})})
 
     def in_host_units(self) -> CLT:
-        """The transcoder as it is now, as JumpReLU at the target L0, in the host's units."""
+        """Return the current transcoder as JumpReLU at the target L0, in the host's units."""
         assert self.state.units is not None
         return in_host_units(self.state.clt, self.state.units, self.config, self.host, self.sources)
 
     def finish(self, held_out: Tensor) -> Trained:
-        """Convert, fold, save, measure."""
+        """Convert, fold, save and evaluate the transcoder."""
         self.save()
         clt = self.in_host_units()
         evaluation = publish(
@@ -412,7 +410,7 @@ class Trainer:
         return Trained(self.run, clt if self.mesh.features.size == 1 else load_clt(self.run).clt, evaluation)
 
     def save(self) -> None:
-        """Write the checkpoint of this step."""
+        """Write a checkpoint of the current step."""
         streams = self.mesh.world.objects(self.stream.state.plain())
         saved = self.state.saved(identity(self.host.name, self.whole, self.config), streams)
         checkpoint.save(self.run, self.state.step, saved, self.config.keep, self.mesh)

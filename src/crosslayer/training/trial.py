@@ -1,8 +1,8 @@
-"""How long a run will take, from a few steps on random numbers: the same code, the same shapes, this machine.
+"""Estimate the time of a run by timing a few training steps on random inputs, on this machine.
 
-A step's time depends on how much fires, which falls over the run: it is tried at several points of the schedule. What
-is too large to try is tried with fewer layers and fewer tokens, and scaled: the arithmetic by tokens and parameters,
-the optimiser by parameters. The host is tried with random weights. Nothing of it is kept.
+The time of a step depends on the L0, which falls during the run, so steps are timed at several points of the schedule.
+Large transcoders are timed with fewer layers and fewer tokens, and the result is scaled: arithmetic by tokens and
+parameters, the optimiser by parameters. The host has random weights.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from crosslayer.training.plan import HostShape
 from crosslayer.training.schedule import Window, l0_asked
 
 PARAMETERS = 1 << 27
-"""Of a trial's transcoder, about."""
+"""Approximate number of parameters of the timed transcoder."""
 TOKENS = 1024
 POINTS = (0.04, 0.13, 0.25, 0.42, 0.58, 0.75, 0.92)
-"""Shares of the run at which a step is tried; each stands for its neighbourhood."""
+"""Fractions of the run at which a step is timed."""
 SETTLE = 5
-"""Steps that JumpReLU's window needs to become as narrow as its cap wants it."""
+"""Steps that JumpReLU's straight-through window needs to reach its cap."""
 
 
 class Trial(NamedTuple):
-    """Seconds a token of training."""
+    """Seconds per training token."""
 
-    harvest_s: float
+    collect_s: float
     step_s: float
 
     def seconds(self, config: TrainConfig) -> float:
-        """Of a whole run."""
-        return config.tokens * (self.harvest_s / config.reuse + self.step_s)
+        """Return the estimated seconds of a whole run."""
+        return config.tokens * (self.collect_s / config.reuse + self.step_s)
 
 
 def trial(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype, host_dtype: torch.dtype) -> Trial:
-    """Try a run of `config` on a host of this shape."""
-    return Trial(_harvest(config, shape, device, host_dtype), _step(config, shape, device, dtype))
+    """Time training steps of `config` on a host of this shape."""
+    return Trial(_collect(config, shape, device, host_dtype), _step(config, shape, device, dtype))
 
 
 def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype) -> float:
@@ -58,20 +58,20 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
     initialise(clt, 0, config.threshold)
     scale = whole.n_parameters / clt.config.n_parameters
     micro = config.batch // config.accumulate
-    n_tokens, of_all = min(micro, TOKENS), n_layers * config.n_features
+    n_tokens, n_entries = min(micro, TOKENS), n_layers * config.n_features
     x_BLD, y_BLD = torch.randn(2, n_tokens, n_layers, shape.d_model, device=device)
     optimiser = Adam([{"params": list(clt.parameters()), "lr": 0.0}], (0.9, 0.999), 0, config.moments)
-    silent_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
-    start = min(part.target_l0(n_layers) * config.l0_start, 0.5 * of_all)
+    inactive_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
+    start = min(part.target_l0(n_layers) * config.l0_start, 0.5 * n_entries)
     passes, updates = list[float](), list[float]()
     for progress in POINTS:
         asked = l0_asked(progress, start, part.target_l0(n_layers), config.l0_ramp)
         if not clt.config.ranks:
-            set_bias_for_density(clt, x_BLD, asked / of_all)
-        # Some features are dead by then, and take part in an auxiliary loss.
-        dead_LF = silent_LF.clone()
+            set_bias_for_density(clt, x_BLD, asked / n_entries)
+        # Dead features take part in the auxiliary loss.
+        dead_LF = inactive_LF.clone()
         dead_LF[:, ::10] = progress * config.tokens > config.dead_after and bool(config.auxiliary)
-        window, density_L = Window(config.eps, config.window_cap, config.eps), [asked / of_all] * n_layers
+        window, density_L = Window(config.eps, config.window_cap, config.eps), [asked / n_entries] * n_layers
         for turn in range(2 if clt.config.ranks else SETTLE):
             gradients = Gradients()
             sparse_L = [density < SPARSE_BELOW[torch.device(device).type] for density in density_L]
@@ -102,8 +102,8 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
     return scale * (sum(passes) / len(passes) / n_tokens + median(updates) / config.batch)
 
 
-def _harvest(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype) -> float:
-    """Seconds a token of the host's forward pass."""
+def _collect(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype) -> float:
+    """Return seconds per token of the host's forward pass."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from crosslayer.host.host import folder_of
@@ -115,7 +115,7 @@ def _harvest(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dt
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:n_layers]
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype).to(device).eval()
-    rows = torch.randint(0, text.vocab_size, (min(config.rows_per_harvest, 8), config.context), device=device)
+    rows = torch.randint(0, text.vocab_size, (min(config.rows_per_forward, 8), config.context), device=device)
     with torch.inference_mode():
         runs = [_timed(lambda: model.base_model(rows, use_cache=False), device)[0] for _ in range(4)]
     return median(runs[1:]) / rows.numel() * shape.n_layers / n_layers

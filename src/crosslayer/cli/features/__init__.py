@@ -1,4 +1,4 @@
-"""`crosslayer features`: registers its verbs, and finds the bundle that is meant."""
+"""`crosslayer features`: loads its commands, and finds the default bundle."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 import click
 
 VERBS = {
-    "build": "Make a bundle: text through the transcoder, and what its weights say.",
-    "show": "One feature: label, examples, tokens, neighbours.",
-    "search": "Features by words: labels, tokens they fire on, tokens they promote.",
-    "top": "Features active on a prompt, by token.",
-    "label": "Give a feature a label of your own.",
-    "export": "Write packed feature files for circuit-tracer's viewer, or a Parquet table.",
-    "import": "Make a bundle of packed feature files.",
+    "build": "Build a feature bundle from held-out text and the weights.",
+    "show": "Print one feature: label, top activations, tokens, neighbours.",
+    "search": "Search features by label, tokens they are active on, or tokens they promote.",
+    "top": "Print the features active on a prompt, per token.",
+    "label": "Set your own label for a feature.",
+    "export": "Export a bundle as feature files for circuit-tracer, or as a Parquet table.",
+    "import": "Build a bundle from packed feature files.",
 }
 
 
 class Verbs(click.Group):
-    """Loads a verb's module when it is called."""
+    """Loads a command's module when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        # `import` is no name for a module.
+        # `import` is not a valid module name.
         return (
             import_module(f"crosslayer.cli.features.{cmd_name.replace('import', 'import_')}").command
             if cmd_name in VERBS
@@ -39,21 +39,21 @@ class Verbs(click.Group):
 
 @click.group(cls=Verbs)
 def command() -> None:
-    """What features mean: make a bundle of it, look into it, exchange it."""
+    """Build, read, search, label and exchange feature bundles."""
 
 
 bundle_option = click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="feature bundle, or a run that has one; the only one here unless given",
+    help="feature bundle, or a run folder with one; default: the only bundle in this folder or below runs/",
 )
 
 
 def bundle_path(given: Path | None) -> Path:
-    """The bundle that is meant: the one given, or the only one in this folder or in a run below `runs/`.
+    """Return the given bundle, or the only one in this folder or in a run below `runs/`.
 
     Raises:
-        ConfigError: where there is none, or more than one.
+        ConfigError: if there is none, or more than one.
     """
     from crosslayer.bundles.schema import MANIFEST
     from crosslayer.core.errors import ConfigError
@@ -66,19 +66,19 @@ def bundle_path(given: Path | None) -> Path:
         return found[0]
     if not found:
         raise ConfigError(
-            "there is no feature bundle here or below runs/; give one with --bundle, or make one with crosslayer"
+            "there is no feature bundle here or below runs/; give one with --bundle, or build one with crosslayer"
             " features build"
         )
     raise ConfigError(
-        f"there are several feature bundles here ({', '.join(map(str, found[:6]))}); say which with --bundle"
+        f"there are several feature bundles here ({', '.join(map(str, found[:6]))}); choose one with --bundle"
     )
 
 
 def parse_feature(text: str) -> tuple[int, int]:
-    """Layer and index of `L3/1241` or `3/1241`.
+    """Parse `L3/1241` or `3/1241` into layer and index.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: for other text.
     """
     import re
 
@@ -86,5 +86,5 @@ def parse_feature(text: str) -> tuple[int, int]:
 
     match = re.fullmatch(r"[Ll]?([0-9]{1,30})/([0-9]{1,30})", text.strip())
     if match is None:
-        raise ConfigError(f"{text!r} names no feature; write LAYER/INDEX, as in L3/1241")
+        raise ConfigError(f"{text!r} is not a feature; write LAYER/INDEX, as in L3/1241")
     return int(match[1]), int(match[2])

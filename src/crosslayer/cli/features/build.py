@@ -1,4 +1,4 @@
-"""`crosslayer features build`."""
+"""`crosslayer features build`: build a feature bundle."""
 
 from __future__ import annotations
 
@@ -9,58 +9,66 @@ from rich.console import Console
 
 
 @click.command()
-@click.option("--clt", required=True, help="transcoder: folder, run, or owner/name on the hub")
-@click.option(
-    "--model", help="host: hub name, local folder, or stdlib-qwen3; the one the transcoder names unless given"
-)
+@click.option("--clt", required=True, help="transcoder: folder, run folder, or owner/name on the Hub")
+@click.option("--model", help="host model: Hub name, local folder, or stdlib-qwen3; default: the transcoder's host")
 @click.option(
     "--text",
     multiple=True,
     metavar="SOURCE",
     help=(
-        "stdlib, PATH or hf:NAME, each with =WEIGHT if you like; repeatable, each is a stream of its own; the run's own"
-        " unless given"
+        "text source: stdlib, PATH or hf:NAME, optionally with =WEIGHT; repeatable; sources are scanned separately;"
+        " default: text of the run"
     ),
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=1 << 20, show_default=True, help="held-out tokens, in all"
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=1 << 20,
+    show_default=True,
+    help="number of held-out tokens, over all sources",
 )
-@click.option("--context", type=click.IntRange(min=3), help="tokens of a row; the run's own, or 256")
 @click.option(
-    "--top", type=click.IntRange(min=1), default=16, show_default=True, help="examples with the highest activations"
+    "--context", type=click.IntRange(min=3), help="tokens per row (context length); default: as in the run, or 256"
+)
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="examples with the top activations, per feature",
 )
 @click.option(
     "--quantiles",
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help="bins of activation that further examples are drawn from",
+    help="activation quantiles that further examples are sampled from",
 )
-@click.option("--per-quantile", type=click.IntRange(min=1), default=4, show_default=True, help="examples of each bin")
-@click.option(
-    "--window", type=click.IntRange(min=1, max=255), default=64, show_default=True, help="tokens of an example"
-)
+@click.option("--per-quantile", type=click.IntRange(min=1), default=4, show_default=True, help="examples per quantile")
+@click.option("--window", type=click.IntRange(min=1, max=255), default=64, show_default=True, help="tokens per example")
 @click.option(
     "--sample-entries",
     type=click.IntRange(min=1),
     default=1 << 25,
     show_default=True,
-    help="active (token, feature) pairs that co-activation and rules are counted on, at most",
+    help="maximum number of active (token, feature) pairs used for co-activation and rules",
 )
 @click.option(
     "--cluster-weight",
     "cluster_weights",
     multiple=True,
     metavar="KIND=WEIGHT",
-    help="what coactivation, encoder and decoder neighbours count in clustering; repeatable (1, 0.5, 1)",
+    help="weight of coactivation, encoder or decoder neighbours in clustering (1, 0.5, 1); repeatable",
 )
 @click.option(
-    "--rows", type=click.IntRange(min=1), default=16, show_default=True, help="rows that go through the host together"
+    "--rows", type=click.IntRange(min=1), default=16, show_default=True, help="rows per forward pass of the host"
 )
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="of the host; the run's own, or fp32")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="the bundle's folder; features/ of the run unless given"
+    "--precision", type=click.Choice(["fp32", "bf16"]), help="precision of the host; default: as in the run, or fp32"
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="folder of the bundle; default: features/ of the run"
 )
 def command(
     clt: str,
@@ -79,9 +87,9 @@ def command(
     device: str,
     out: Path | None,
 ) -> None:
-    """Make a feature bundle of the transcoder on held-out text. A build that was stopped goes on when it is run again.
+    """Build a feature bundle of a transcoder on held-out text. Run the command again to resume an interrupted build.
 
-    Under torchrun the text is shared among ranks; the bundle is the same.
+    Under torchrun the text is divided over ranks; the bundle is the same.
     """
     from crosslayer import parallel
     from crosslayer.bundles.settings import ScanSettings
@@ -96,7 +104,7 @@ def command(
         raise ConfigError("no text was given; name a source with --text")
     if out is None:
         if not run:
-            raise ConfigError("no place for the bundle was given; name a folder with -o")
+            raise ConfigError("no output folder was given; give one with -o")
         out = Path(clt) / "features"
     settings = ScanSettings(
         n_top=top,
@@ -132,7 +140,7 @@ def command(
         n_live = bundle.index.connection.execute("SELECT COUNT(*) FROM features WHERE density > 0").fetchone()[0]
         size = sum(bundle.manifest.files.values()) / 2**20
         click.echo(
-            f"{out}: {n_live:,} features fire, rules name {n_named:,} of them; {size:,.0f} MiB,"
+            f"{out}: {n_live:,} active features, {n_named:,} of them labelled by rules; {size:,.0f} MiB,"
             f" {bundle.manifest.wall_s:.0f} s"
         )
 

@@ -1,4 +1,4 @@
-"""`crosslayer features export`."""
+"""`crosslayer features export`: export a feature bundle."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from crosslayer.cli.features import bundle_option, bundle_path
     type=click.Choice(["packed", "parquet"]),
     default="packed",
     show_default=True,
-    help="what to write",
+    help="format to write",
 )
-@click.option("--examples/--no-examples", default=True, help="with the texts of examples (Parquet)")
+@click.option("--examples/--no-examples", default=True, help="include the text of examples (Parquet)")
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
     required=True,
-    help="packed: the transcoder's folder, in which features/ is made; parquet: a file",
+    help="packed: folder of the transcoder, where features/ is created; parquet: file name",
 )
 def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> None:
-    """Write a bundle as packed feature files, which circuit-tracer's viewer reads, or as a Parquet table."""
+    """Export a bundle as packed feature files for circuit-tracer's viewer, or as a Parquet table."""
     from crosslayer.bundles.bundle import load_features
     from crosslayer.bundles.packed import write_packed
     from crosslayer.bundles.parquet import write_parquet
@@ -46,5 +46,5 @@ def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> Non
         else:
             require_writable(out)
             if out.exists():
-                raise ConfigError(f"{out} is there already; remove it, or give another -o")
+                raise ConfigError(f"{out} already exists; remove it, or give another -o")
             click.echo(f"written to {write_parquet(opened, out, examples=examples, on_progress=update)}")

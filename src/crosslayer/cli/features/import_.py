@@ -1,4 +1,4 @@
-"""`crosslayer features import`."""
+"""`crosslayer features import`: import packed feature files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from rich.console import Console
 
 @click.command("import")
 @click.argument("source")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="the bundle's folder")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="folder of the bundle")
 def command(source: str, out: Path) -> None:
-    """Make a bundle of the packed feature files in SOURCE: a transcoder's folder, its features/, or owner/name on the
-    hub.
-    """
+    """Build a bundle from the packed feature files in SOURCE: a transcoder folder or owner/name on the Hub."""
     from crosslayer.bundles.packed import INDEX_FILE, import_packed
     from crosslayer.clt.folder import open_folder
     from crosslayer.core.progress import track

@@ -1,4 +1,4 @@
-"""`crosslayer features label`."""
+"""`crosslayer features label`: set your own label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosslayer.cli.features import bundle_option, bundle_path, parse_feature
 @click.argument("label")
 @bundle_option
 def command(feature: str, label: str, bundle: Path | None) -> None:
-    """Give a feature your own LABEL, which counts before any other; an empty one takes yours away."""
+    """Set your own LABEL for a feature, which overrides all others; an empty LABEL removes it."""
     from crosslayer.bundles.bundle import load_features
 
     layer, index = parse_feature(feature)

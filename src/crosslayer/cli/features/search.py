@@ -1,4 +1,4 @@
-"""`crosslayer features search`."""
+"""`crosslayer features search`: full-text search over features."""
 
 from __future__ import annotations
 
@@ -14,24 +14,31 @@ from crosslayer.cli.features import bundle_option, bundle_path
 @click.command()
 @click.argument("words", nargs=-1, required=True)
 @bundle_option
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="features to print")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="maximum number of features to print"
+)
 def command(words: tuple[str, ...], bundle: Path | None, limit: int) -> None:
-    """Features that all WORDS match, labels first; wid* matches beginnings, label:, fires: and promotes: look there
-    alone.
+    """Print the features that match all WORDS, matches in labels first.
+
+    wid* matches prefixes; label:, fires: and promotes: restrict the search to one field.
     """
     from crosslayer.bundles.bundle import load_features
     from crosslayer.bundles.report import print_found
     from crosslayer.core.errors import ConfigError
 
     if not any(w.strip() for w in words):
-        raise ConfigError("the search is empty; give a word, or the beginning of one with *")
+        raise ConfigError("the search is empty; give a word, or a prefix with *")
     opened = load_features(bundle_path(bundle))
     found = opened.search(" ".join(words), limit)
     if found:
         print_found(Console(), opened, found)
     else:
         hint = next(
-            (f"; to see one feature: crosslayer features show {w}" for w in words if re.fullmatch(r"[Ll]?\d+/\d+", w)),
+            (
+                f"; to print one feature: crosslayer features show {w}"
+                for w in words
+                if re.fullmatch(r"[Ll]?\d+/\d+", w)
+            ),
             "",
         )
-        click.echo(f"no feature matches; try fewer words, or the beginning of one with *{hint}")
+        click.echo(f"no feature matches; try fewer words, or a prefix with *{hint}")

@@ -1,4 +1,4 @@
-"""`crosslayer features show`."""
+"""`crosslayer features show`: print one feature."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from crosslayer.cli.features import bundle_option, bundle_path, parse_feature
 @click.command()
 @click.argument("feature", metavar="L/I")
 @bundle_option
-@click.option("--examples", type=click.IntRange(min=0), default=8, show_default=True, help="to print")
-@click.option("--neighbours", type=click.IntRange(min=0), default=4, show_default=True, help="of each kind to print")
+@click.option(
+    "--examples", type=click.IntRange(min=0), default=8, show_default=True, help="number of examples to print"
+)
+@click.option(
+    "--neighbours", type=click.IntRange(min=0), default=4, show_default=True, help="neighbours to print, per kind"
+)
 def command(feature: str, bundle: Path | None, examples: int, neighbours: int) -> None:
-    """Print one feature, named as LAYER/INDEX."""
+    """Print one feature, given as LAYER/INDEX."""
     from crosslayer.bundles.bundle import load_features
     from crosslayer.bundles.report import print_feature
 

@@ -1,4 +1,4 @@
-"""`crosslayer features top`."""
+"""`crosslayer features top`: features active on a prompt."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from crosslayer.cli.texts import prompt_text
 
 
 @click.command()
-@click.option("--prompt", required=True, help="text; - reads it from standard input")
+@click.option("--prompt", required=True, help="prompt text; - reads standard input")
 @bundle_option
-@click.option("--clt", help="transcoder; that of the bundle's run, or the one the bundle names, unless given")
-@click.option("--model", help="host; the one the transcoder names unless given")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="features of each token")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto")
+@click.option("--clt", help="transcoder; default: that of the bundle")
+@click.option("--model", help="host model; default: the transcoder's host")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="features per token")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
 def command(prompt: str, bundle: Path | None, clt: str | None, model: str | None, top: int, device: str) -> None:
-    """Features active on a prompt, by token, the most active first."""
+    """Print the features active on a prompt, per token, by descending activation."""
     from crosslayer.bundles.bundle import load_features
     from crosslayer.bundles.report import print_top
     from crosslayer.features.prompt import active_features, transcoder_of

@@ -1,7 +1,6 @@
-"""Activation functions, one file each. To add one, write its file and put it into `ACTIVATIONS`.
+"""Activation functions, one file each; to add one, write its file and add it to `ACTIVATIONS`.
 
-The registry needs no torch, so that settings and `--help` know the activations at once; tensors come with their own
-methods.
+The registry does not import torch, so settings and `--help` load fast; methods on tensors import it when called.
 """
 
 from __future__ import annotations

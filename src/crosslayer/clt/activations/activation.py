@@ -1,4 +1,4 @@
-"""What a transcoder asks of an activation function."""
+"""The interface of activation functions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """An activation function: f = max(z, 0), unless a kind says otherwise.
+    """An activation function; the default is ReLU, f = max(z, 0).
 
     Attributes:
-        name: as it is written in settings and files.
-        thresholds: it has a threshold per feature.
-        ranks: it chooses features by rank, and has a `k`.
-        over_batch: it ranks all tokens of a batch together.
-        published: the published format holds it as it is; others are converted to JumpReLU when they are saved.
-        coarse: whether candidates found in lower precision are few enough to pay.
+        name: name in settings and files.
+        thresholds: whether it has a threshold per feature.
+        ranks: whether it ranks features, and has a `k`.
+        over_batch: whether it ranks all tokens of a batch together.
+        published: whether the published format supports it; others are converted to JumpReLU on saving.
+        coarse: whether finding candidates in lower precision is faster.
     """
 
     name: str
@@ -34,25 +34,25 @@ class Activation:
     coarse: bool = True
 
     def apply(self, z: Tensor, theta: Tensor | None, eps: float) -> Tensor:
-        """Activations of pre-activations, elementwise, with their gradients; of a ranking, of those that were chosen.
+        """Return activations of pre-activations, elementwise and differentiable; with ranking, of the chosen entries.
 
         Args:
-            theta: thresholds, of a shape that broadcasts; None without.
+            theta: thresholds, broadcastable; None if the activation has none.
             eps: width of the straight-through window.
         """
         return z.relu()
 
     def bound(self, theta: Tensor | None, like: Tensor, window: float) -> Tensor:
-        """The pre-activation above which a feature counts: it fires, or a gradient reaches its threshold.
+        """Return the pre-activation above which a feature is active or its threshold gets a gradient.
 
         Args:
-            like: a number per feature, for its shape.
+            like: a tensor with one number per feature, for its shape.
             window: width of the straight-through window.
         """
         return like.new_zeros(like.shape)
 
     def choose(self, finder: Finder, norms: Sequence[Tensor], k: float, mesh: Mesh) -> list[Found]:
-        """The entries chosen by rank of value times norm, over all layers of the finder together.
+        """Return the top entries by value times norm, over all layers of the finder together.
 
         Args:
             k: entries per token.

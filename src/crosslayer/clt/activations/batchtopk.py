@@ -1,4 +1,4 @@
-"""BatchTopK (Bussmann et al. 2024, arXiv:2412.06410): the k largest per token on average, over a batch."""
+"""BatchTopK (Bussmann et al. 2024, arXiv:2412.06410): the k top entries per token on average, over a batch."""
 
 from __future__ import annotations
 

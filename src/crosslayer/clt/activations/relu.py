@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from crosslayer.clt.activations.activation import Activation
 
-# Too much passes zero for candidates in lower precision to pay.
+# Too many entries exceed zero for a search in lower precision to be faster.
 RELU = Activation(name="relu", published=True, coarse=False)

@@ -1,9 +1,8 @@
-"""JumpReLU's gradients: the straight-through estimator of its threshold, through the rectangle kernel K(u) = 1[|u| <
-1/2].
+"""JumpReLU with a straight-through estimator for its threshold; the kernel is K(u) = 1[|u| < 1/2].
 
     df/dz = 1[z > theta]        df/dtheta = -(theta / eps) K((z - theta) / eps)
 
-The functions are elementwise, so they serve a matrix with a threshold a column and a list of its entries alike.
+The functions are elementwise: they take a matrix with one threshold per column, or a list of entries.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ class _Step(torch.autograd.Function):
 
 
 def in_window(z: Tensor, theta: Tensor, eps: float) -> Bool[Tensor, ...]:
-    """K((z - theta) / eps): where the straight-through estimator lets gradients to the threshold."""
+    """Return K((z - theta) / eps): the entries that give a gradient to the threshold."""
     return (z - theta).abs() < eps / 2
 
 
 def jumprelu(z: Float[Tensor, ...], theta: Float[Tensor, ...], eps: float) -> Float[Tensor, ...]:
-    """JumpReLU with the straight-through estimator of width `eps` for its threshold, which broadcasts."""
+    """Apply JumpReLU, with a straight-through estimator of width `eps`; `theta` broadcasts."""
     return _JumpReLU.apply(z, theta, eps)  # type: ignore[return-value]
 
 
 def step(z: Float[Tensor, ...], theta: Float[Tensor, ...], eps: float) -> Float[Tensor, ...]:
-    """Whether each feature fires, as 0 or 1, differentiable in the threshold alone."""
+    """Return 1 for active entries and 0 for others, differentiable in the threshold only."""
     return _Step.apply(z, theta, eps)  # type: ignore[return-value]

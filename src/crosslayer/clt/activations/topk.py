@@ -1,4 +1,4 @@
-"""TopK (Gao et al. 2024, arXiv:2406.04093): the k largest of each token."""
+"""TopK (Gao et al. 2024, arXiv:2406.04093): the k top entries per token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Gemma Scope 2's cross-layer transcoders, one file a layer.
+"""Gemma Scope 2's cross-layer transcoders, one file per layer.
 
-params_layer_{i}.safetensors    w_enc (D, F) · w_dec (F, n_layers, D), slot m writes to layer m, those below i unused ·
+params_layer_{i}.safetensors    w_enc (D, F) · w_dec (F, n_layers, D), slot m writes to layer m, m >= i ·
                                 b_enc (F) · b_dec (D) · threshold (F) · affine_skip_connection (D, D), optional, used
                                 as x @ affine_skip_connection
 config.json                     optional: model_name, hf_hook_point_in, hf_hook_point_out
@@ -25,12 +25,12 @@ PATTERN = "params_layer_{}.safetensors"
 
 
 def recognises(folder: Folder) -> bool:
-    """Whether there are files of this name."""
+    """Return whether the folder has this format."""
     return bool(folder.numbered(PATTERN))
 
 
 def open_(folder: Folder) -> Opened:
-    """A transcoder of this format; a layer's encoder is turned when it is first used, its decoder read by row."""
+    """Open a transcoder of this format; encoders are transposed at first use, decoders read by row."""
     n_layers = all_there(folder.name, folder.numbered(PATTERN), PATTERN)
     files = [TensorFile(folder.path(PATTERN.format(i))) for i in range(n_layers)]
     shape = files[0].entry("w_enc").shape
@@ -47,7 +47,7 @@ def open_(folder: Folder) -> Opened:
     def vectors(file: TensorFile) -> Vectors:
         threshold = file.tensor("threshold", (n_features,))
         if (threshold < 0).any():
-            raise FormatError(f"{file.path}: threshold has {threshold.min():g}, expected none below 0")
+            raise FormatError(f"{file.path}: threshold has {threshold.min():g}, expected no negative values")
         return Vectors(file.tensor("b_enc", (n_features,)), file.tensor("b_dec", (d_model,)), threshold)
 
     def W_enc(i: int, rows: Tensor | None = None) -> Tensor:
@@ -63,14 +63,14 @@ def open_(folder: Folder) -> Opened:
 
     config = CLTConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, skip=skip)
     clt = assemble(config, files[0].dtype("w_enc"), [vectors(f) for f in files], W_enc, W_dec, W_skip if skip else None)
-    said = _config(folder)
-    model_name = str(said.get("model_name") or "")
+    raw = _config(folder)
+    model_name = str(raw.get("model_name") or "")
     return Opened(
         clt,
         Provenance(
             model_name=model_name,
             scan=Path(folder.name).name,
-            input_hook="hook_resid_mid" if "resid" in str(said.get("hf_hook_point_in")) else "mlp.hook_in",
+            input_hook="hook_resid_mid" if "resid" in str(raw.get("hf_hook_point_in")) else "mlp.hook_in",
             output_hook="hook_mlp_out",
             policy=FirstPosition(n_skip=4 if model_name.endswith("-it") else 1),
         ),
@@ -82,7 +82,7 @@ def _config(folder: Folder) -> dict[str, Any]:
         return {}
     path = folder.path("config.json")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{path} is not JSON: {error}") from error
-    return said if isinstance(said, dict) else {}
+    return raw if isinstance(raw, dict) else {}

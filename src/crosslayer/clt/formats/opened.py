@@ -1,4 +1,4 @@
-"""What every format opens to: the same transcoder, its big matrices promised, its small vectors read and checked."""
+"""Assemble a transcoder from any format: matrices are loaded lazily, vectors are read and checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crosslayer.schemas.hooks import INPUT_HOOKS, OUTPUT_HOOKS, short_hook
 
 
 class Opened(NamedTuple):
-    """A transcoder and what its folder says of it."""
+    """A transcoder and its provenance."""
 
     clt: CLT
     provenance: Provenance
@@ -40,12 +40,12 @@ def assemble(
     *,
     by_row: bool = False,
 ) -> CLT:
-    """A transcoder from what a format gives.
+    """Return a transcoder whose matrices are read lazily by the readers of a format.
 
     Args:
-        dtype: of the matrices that the readers give.
-        by_row: rows of an encoder cost no more than they are; its matrix is then not kept in memory.
-        W_enc, W_dec, W_skip: give (F, D), (F, slots, D) and (D, D) of a layer; used as x @ W_skip.
+        dtype: dtype of the matrices that the readers return.
+        by_row: whether encoder rows can be read separately; the matrix is then not cached in memory.
+        W_enc, W_dec, W_skip: readers of (F, D), (F, slots, D) and (D, D) per layer; used as x @ W_skip.
     """
     layers = range(config.n_layers)
     clt = CLT(config, dtype=dtype, device="meta")
@@ -53,27 +53,27 @@ def assemble(
     clt.W_dec = Weights.promised([(config.n_features, config.n_slots(i), config.d_model) for i in layers], dtype, W_dec)
     if W_skip is not None:
         clt.W_skip = Weights.promised([(config.d_model, config.d_model) for _ in layers], dtype, W_skip)
-    kept = lambda tensors: Weights(nn.Parameter(t, requires_grad=False) for t in tensors)  # noqa: E731
-    clt.b_enc, clt.b_dec = kept(v.b_enc for v in vectors), kept(v.b_dec for v in vectors)
-    clt.threshold = kept(v.threshold for v in vectors if v.threshold is not None)
+    loaded = lambda tensors: Weights(nn.Parameter(t, requires_grad=False) for t in tensors)  # noqa: E731
+    clt.b_enc, clt.b_dec = loaded(v.b_enc for v in vectors), loaded(v.b_dec for v in vectors)
+    clt.threshold = loaded(v.threshold for v in vectors if v.threshold is not None)
     return clt
 
 
 def in_dtype(reader: Reader, dtype: torch.dtype, device: str) -> Reader:
-    """A reader that gives what another gives, in this dtype and place."""
+    """Return a reader that converts to this dtype and device."""
 
     def read(layer: int, rows: Tensor | None = None) -> Tensor:
-        # Files are read on the CPU, by numbers that are there.
+        # Files are read on the CPU, so row indices must be on the CPU.
         return reader(layer, None if rows is None else rows.cpu()).to(device, dtype)
 
     return read
 
 
 def checked_hooks(where: str, input_hook: object, output_hook: object) -> tuple[str, str]:
-    """The two hooks a folder names, in their short form.
+    """Return the short names of a folder's hooks.
 
     Raises:
-        FormatError: for hooks that are not named or not known, with those that are.
+        FormatError: for missing or unknown hooks; lists the known ones.
     """
     for key, hook, known in (
         ("feature_input_hook", input_hook, INPUT_HOOKS),
@@ -82,15 +82,15 @@ def checked_hooks(where: str, input_hook: object, output_hook: object) -> tuple[
         if not isinstance(hook, str):
             raise FormatError(f"{where} has no {key}; name one of {', '.join(known)}")
         if short_hook(hook) not in known:
-            raise FormatError(f"{where}: {key} {hook!r} is not known; known: {', '.join(known)}")
+            raise FormatError(f"{where}: {key} {hook!r} is unknown; known: {', '.join(known)}")
     return short_hook(str(input_hook)), short_hook(str(output_hook))
 
 
 def all_there(where: str, found: list[int], pattern: str) -> int:
-    """The number of layers, if they are numbered from 0 without a gap."""
+    """Return the number of layers; they must be numbered from 0 without gaps."""
     for expected, number in enumerate(found):
         if expected != number:
             raise FormatError(
-                f"{where}: {pattern.format(expected)} is missing; the folder is not whole, fetch or write it again"
+                f"{where}: {pattern.format(expected)} is missing; the folder is incomplete; download or write it again"
             )
     return len(found)

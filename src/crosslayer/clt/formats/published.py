@@ -1,12 +1,12 @@
-"""The published folder of a cross-layer transcoder, which is ours too: what circuit-tracer opens.
+"""The published format of cross-layer transcoders, which circuit-tracer loads; crosslayer saves it too.
 
     config.yaml              model_kind: cross_layer_transcoder, model_name, feature_input_hook, feature_output_hook,
-                             scan, and keys of ours under `crosslayer:`
+                             scan, and keys of this package under `crosslayer:`
     W_enc_{i}.safetensors    W_enc_{i} (F, D) · b_enc_{i} (F) · b_dec_{i} (D) · threshold_{i} (F), absent for ReLU ·
                              W_skip_{i} (D, D)
     W_dec_{i}.safetensors    W_dec_{i} (F, n_layers - i, D); slot j writes to layer i + j
 
-A per-layer transcoder is written as a cross-layer one whose later slots are zero.
+A per-layer transcoder is saved as a cross-layer one whose later slots are zero.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ CONFIG = "config.yaml"
 
 
 def recognises(folder: Folder) -> bool:
-    """Whether `config.yaml` says that this is one."""
+    """Return whether the folder has this format."""
     return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
 
 
 def read_yaml(folder: Folder) -> dict[str, Any]:
-    """`config.yaml`, which is a mapping.
+    """Read `config.yaml`, which must be a mapping.
 
     Raises:
-        FormatError: if it is not.
+        FormatError: if it is not a YAML mapping.
     """
     path = folder.path(CONFIG)
     try:
@@ -58,7 +58,7 @@ def read_yaml(folder: Folder) -> dict[str, Any]:
 
 
 def open_(folder: Folder) -> Opened:
-    """A transcoder of this format. Encoders are fetched now, decoders when first needed."""
+    """Open a transcoder of this format; encoders are downloaded now, decoders when first used."""
     config = read_yaml(folder)
     where = f"{folder.name}/{CONFIG}"
     input_hook, output_hook = checked_hooks(where, config.get("feature_input_hook"), config.get("feature_output_hook"))
@@ -70,14 +70,15 @@ def open_(folder: Folder) -> Opened:
         raise FormatError(f"{folder.name} holds no W_enc_*.safetensors; give the folder of a cross-layer transcoder")
     if beyond := [i for i in folder.numbered("W_dec_{}.safetensors") if i >= n_layers]:
         raise FormatError(
-            f"{folder.name}: W_enc_{beyond[0]}.safetensors is missing; the folder is not whole, fetch or write it again"
+            f"{folder.name}: W_enc_{beyond[0]}.safetensors is missing; the folder is incomplete; download or write"
+            " it again"
         )
     encoders = [TensorFile(folder.path(f"W_enc_{i}.safetensors")) for i in range(n_layers)]
     shape = encoders[0].entry("W_enc_0").shape
     if len(shape) != 2:
         raise FormatError(f"{encoders[0].path}: W_enc_0 has shape {shape}, expected (features, width)")
     n_features, d_model = shape
-    # If any layer has it, all must: a layer that lost its thresholds is not ReLU.
+    # If one layer has thresholds, all must: a layer without thresholds is damaged, not ReLU.
     jump = any(f"threshold_{i}" in file for i, file in enumerate(encoders))
     skip = any(f"W_skip_{i}" in file for i, file in enumerate(encoders))
     clt_config = CLTConfig(
@@ -128,7 +129,7 @@ def open_(folder: Folder) -> Opened:
 def _vectors(file: TensorFile, i: int, n_features: int, d_model: int, jump: bool) -> Vectors:
     threshold = file.tensor(f"threshold_{i}", (n_features,)) if jump else None
     if threshold is not None and (threshold < 0).any():
-        raise FormatError(f"{file.path}: threshold_{i} has {threshold.min():g}, expected none below 0")
+        raise FormatError(f"{file.path}: threshold_{i} has {threshold.min():g}, expected no negative values")
     return Vectors(file.tensor(f"b_enc_{i}", (n_features,)), file.tensor(f"b_dec_{i}", (d_model,)), threshold)
 
 
@@ -152,29 +153,28 @@ def _provenance(
 
 
 def save(clt: CLT, provenance: Provenance, folder: Path) -> None:
-    """Write the folder whole or not at all, each tensor in its own dtype. Units must be folded away
-    (`crosslayer.clt.fold`).
+    """Write the folder atomically, each tensor in its own dtype; fold the normalisation first (`clt.fold`).
 
     Raises:
-        ConfigError: for what the format does not know: a top-k transcoder, or one of some of the host's layers.
-        FormatError: for a folder that is there already.
+        ConfigError: for what the format does not support: top-k, or only some of the host's layers.
+        FormatError: for a folder that is not empty.
     """
     write_folder(folder, plan(Opened(clt, provenance)))
 
 
 def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
-    """The files of this format, in the order they are written."""
+    """Return the files of this format, in writing order."""
     clt, provenance = opened
     c = clt.config
     if c.ranks:
         raise ConfigError(
-            f"the published format knows no {c.activation}; convert to JumpReLU first"
+            f"the published format does not support {c.activation}; convert to JumpReLU first"
             " (crosslayer.clt.calibrate.to_jumprelu)"
         )
     if provenance.layers is not None:
         raise ConfigError(
-            "the published format knows no transcoder of some layers only, and this one has layers"
-            f" {', '.join(map(str, provenance.layers))} of its host; open it as it is"
+            "the published format needs all layers of the host, and this transcoder has only layers"
+            f" {', '.join(map(str, provenance.layers))}; use it in its current format"
         )
     files = [FilePlan(CONFIG, text=yaml.safe_dump(_config(opened), sort_keys=False))]
     for i in range(c.n_layers):

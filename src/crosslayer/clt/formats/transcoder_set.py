@@ -1,4 +1,4 @@
-"""A set of per-layer transcoders, one file a layer, as circuit-tracer reads it.
+"""A set of per-layer transcoders, one file per layer, as circuit-tracer loads it.
 
 config.yaml                 model_kind: transcoder_set, and the hooks; activation: topk and k for a TopK set
 layer_{i}.safetensors       W_enc (F, D) · W_dec (F, D) · b_enc (F) · b_dec (D) · W_skip (D, D), used as x @ W_skip.T ·
@@ -27,12 +27,12 @@ THRESHOLD = "activation_function.threshold"
 
 
 def recognises(folder: Folder) -> bool:
-    """Whether `config.yaml` says that this is one."""
+    """Return whether the folder has this format."""
     return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
 
 
 def open_(folder: Folder) -> Opened:
-    """A per-layer transcoder of this format."""
+    """Open a per-layer transcoder of this format."""
     config = read_yaml(folder)
     where = f"{folder.name}/{CONFIG}"
     input_hook, output_hook = checked_hooks(where, config.get("feature_input_hook"), config.get("feature_output_hook"))
@@ -46,7 +46,7 @@ def open_(folder: Folder) -> Opened:
     n_features, d_model = shape
     topk, k = config.get("activation") == TOPK.name, config.get("k")
     if topk and (not isinstance(k, int) or k < 1):
-        raise FormatError(f"{where}: a TopK set needs k, a whole number above 0, not {k!r}")
+        raise FormatError(f"{where}: a TopK set needs k, a positive integer, not {k!r}")
     jump, skip = any(THRESHOLD in f for f in files) and not topk, any("W_skip" in f for f in files)
     for file in files:
         for name in ("W_enc", "W_dec"):
@@ -57,15 +57,15 @@ def open_(folder: Folder) -> Opened:
     def vectors(file: TensorFile) -> Vectors:
         threshold = file.tensor(THRESHOLD, (n_features,)) if jump else None
         if threshold is not None and (threshold < 0).any():
-            raise FormatError(f"{file.path}: {THRESHOLD} has {threshold.min():g}, expected none below 0")
+            raise FormatError(f"{file.path}: {THRESHOLD} has {threshold.min():g}, expected no negative values")
         return Vectors(file.tensor("b_enc", (n_features,)), file.tensor("b_dec", (d_model,)), threshold)
 
     def read(name: str, i: int, rows: Tensor | None) -> Tensor:
         return files[i].tensor(name) if rows is None else files[i].rows(name, rows)
 
     def W_skip(i: int, rows: Tensor | None = None) -> Tensor:
-        turned = files[i].tensor("W_skip").T
-        return turned if rows is None else turned[rows]
+        W_DD = files[i].tensor("W_skip").T
+        return W_DD if rows is None else W_DD[rows]
 
     clt = assemble(
         CLTConfig(
@@ -95,20 +95,18 @@ def open_(folder: Folder) -> Opened:
 
 
 def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
-    """The files of this format, in the order they are written.
+    """Return the files of this format, in writing order.
 
     Raises:
-        ConfigError: for a transcoder that writes to later layers, or ranks features of all layers together.
+        ConfigError: for a cross-layer transcoder, or one that ranks features over all layers.
     """
     clt, p = opened
     c = clt.config
     if c.cross_layer and c.n_layers > 1:
-        raise ConfigError(
-            "a set of per-layer transcoders cannot hold one that writes to later layers; write the published format"
-        )
+        raise ConfigError("the per-layer format cannot hold a cross-layer transcoder; use the published format")
     if c.kind.over_batch or (c.ranks and (c.scope == "all" or c.rank_by == "norm")):
         raise ConfigError(
-            f"a transcoder set knows TopK by value a layer and token, not this {c.activation}; convert to JumpReLU"
+            f"a transcoder set supports TopK by value per layer and token, not this {c.activation}; convert to JumpReLU"
             " first (crosslayer.clt.calibrate.to_jumprelu)"
         )
     config: dict[str, object] = {

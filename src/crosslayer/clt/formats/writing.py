@@ -1,8 +1,7 @@
-"""Writing a folder of safetensors in constant memory: part by part, to a temporary folder that is renamed when all is
-there.
+"""Write a folder of safetensors in constant memory: to a temporary folder that is renamed when complete.
 
-The temporary folder, `.NAME.partial`, stays when the process is killed; written again with the same content, it goes on
-with the files that are not yet there. A folder of the final name is always whole.
+If the process is killed, the temporary folder, `.NAME.partial`, remains. Writing the same content again resumes with
+the missing files. A folder with the final name is always complete.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PART_BYTES = 64 * 2**20
 
 
 class Chunks(NamedTuple):
-    """A tensor in parts along its first axis."""
+    """A tensor, read in parts along its first axis."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,7 +40,7 @@ class Chunks(NamedTuple):
 
     @classmethod
     def of_layer(cls, weights: Weights, layer: int, dtype: torch.dtype | None) -> Chunks:
-        """One layer's matrix, read a part at a time and not kept."""
+        """Return one layer's matrix, read in parts and not cached."""
         shape = weights.shape(layer)
         kind = dtype or weights.dtype
         rows_at_once = max(1, PART_BYTES // max(1, prod(shape[1:]) * weights.dtype.itemsize))
@@ -54,7 +53,7 @@ class Chunks(NamedTuple):
 
 
 class FilePlan(NamedTuple):
-    """A file to be written: tensors, or a text."""
+    """A file to write: tensors or text."""
 
     name: str
     tensors: Mapping[str, Chunks] = {}
@@ -66,7 +65,7 @@ class FilePlan(NamedTuple):
 
 
 def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Chunks:
-    """A tensor that is in memory, in one part."""
+    """Return an in-memory tensor as one part."""
     tensor = tensor.detach().to("cpu", dtype or tensor.dtype)
     return Chunks(tuple(tensor.shape), tensor.dtype, lambda: iter([tensor]))
 
@@ -77,15 +76,15 @@ def write_folder(
     on_progress: Callable[[int], None] = lambda n_bytes: None,
     check: Callable[[Path], None] = lambda written: None,
 ) -> None:
-    """Write all files, then give the folder its name. Goes on where a killed process left off.
+    """Write all files, then rename the folder; resumes what a killed process had started.
 
     Args:
-        on_progress: told the bytes done so far.
-        check: looks at what was written before it gets its name; where it raises, nothing is left.
+        on_progress: called with the bytes written so far.
+        check: called with the temporary folder before it is renamed; if it raises, the folder is removed.
 
     Raises:
-        FormatError: for a folder that holds something.
-        ResourceError: for too little disk.
+        FormatError: for a folder that is not empty.
+        ResourceError: for too little disk space.
     """
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         what = "is a file" if folder.is_file() else "is not empty"
@@ -119,7 +118,7 @@ def write_folder(
 
 def _fingerprint(files: Sequence[FilePlan]) -> str:
     described = [(f.name, f.text, {k: (c.shape, NAMES[c.dtype]) for k, c in f.tensors.items()}) for f in files]
-    # Vectors are at hand and tell one transcoder from another of the same shape.
+    # Hash the vectors too: they distinguish transcoders of the same shape and are cheap to read.
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16)
     for file in files:
         for chunks in file.tensors.values():
@@ -155,7 +154,7 @@ def _write(path: Path, file: FilePlan, on_progress: Callable[[int], None]) -> No
             for part in chunks.read():
                 written += out.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
                 on_progress(written)
-        assert written == at, f"{path} was to have {at} bytes of tensors and got {written}"
+        assert written == at, f"{path} should have {at} bytes of tensors and has {written}"
         out.flush()
         os.fsync(out.fileno())
 
@@ -163,7 +162,7 @@ def _write(path: Path, file: FilePlan, on_progress: Callable[[int], None]) -> No
 def check_written(
     folder: Path, files: Sequence[FilePlan], on_progress: Callable[[int], None] = lambda n_bytes: None
 ) -> None:
-    """Read every tensor back and compare it with what it was written from.
+    """Read every tensor back and compare it with its source.
 
     Raises:
         FormatError: for a tensor that differs.
@@ -180,7 +179,7 @@ def check_written(
                     if back.dtype != part.dtype or not torch.equal(back, part.cpu()):
                         raise FormatError(
                             f"{folder / plan.name}: {name} was read back with other values than were written; the disk"
-                            " may be failing, write it again"
+                            " may be failing; write it again"
                         )
                     at += len(part)
         done += plan.n_bytes

@@ -1,6 +1,6 @@
 """Adam with stochastic rounding, in one pass over weight, gradient and moments."""
 
-# Triton turns numbers into constants of a kernel by itself.
+# Triton converts Python numbers to kernel constants.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def adam(
     seed: int,
     first: int,
 ) -> None:
-    """Update weights and moments in place; a bfloat16 weight is rounded at random.
+    """Update weights and moments in place; bfloat16 weights are rounded stochastically.
 
     Args:
-        t: number of the step, from 1.
-        scale: what the gradient is multiplied by.
-        seed, first: what is drawn depends on the seed and on the number's place, counted from `first`.
+        t: step number, from 1.
+        scale: factor of the gradient.
+        seed, first: random numbers depend on the seed and on the element's index, counted from `first`.
     """
     n, block = weight.numel(), 1024
     _adam[(triton.cdiv(n, block),)](
@@ -88,6 +88,6 @@ def _adam(
     if ROUND:
         noise = (tl.randint(seed, (first + i).to(tl.int32)) & 0xFFFF).to(tl.int32)
         bits = (new.to(tl.int32, bitcast=True) + noise) & -65536
-        # What is not finite must stay so.
+        # Values that are not finite stay so.
         new = tl.where(tl.abs(new) < float("inf"), bits.to(tl.float32, bitcast=True), new)
     tl.store(weight + i, new.to(weight.dtype.element_ty), mask=here)

@@ -1,4 +1,4 @@
-"""The dtypes that kernels compute in."""
+"""Accumulation dtypes of the kernels."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import triton.language as tl
 
 
 def wide(dtype: torch.dtype) -> Any:
-    """Triton's dtype for sums of numbers of this one: float64 for float64, else float32."""
+    """Return Triton's accumulation dtype: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,6 +1,6 @@
-"""The encoder's product with its threshold: only what passes is written out."""
+"""Encoder product and comparison with a bound; only entries above it are stored."""
 
-# Triton turns numbers into constants of a kernel by itself.
+# Triton converts Python numbers to kernel constants.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""Triton's interpreter takes the bits of bfloat16 for integers when it multiplies matrices of them."""
+"""Whether the interpreter runs, which treats bfloat16 bits as integers in matrix products."""
 
 
 def encode_above(
     x_BD: Float[Tensor, "B D"], W_FD: Float[Tensor, "F D"], b_F: Float[Tensor, " F"], bound_F: Float[Tensor, " F"]
 ) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"], Float[Tensor, " K"]]:
-    """Tokens, features and pre-activations where x W^T + b exceeds its feature's bound, in order of token then
-    feature.
-    """
+    """Return token, feature and pre-activation where x W^T + b exceeds the bound, sorted by token, then feature."""
     n_tokens, width = x_BD.shape
     n_features = len(W_FD)
     size, capacity = 64, max(1024, n_tokens * n_features // 64)
@@ -51,7 +49,7 @@ def encode_above(
         if found <= capacity:
             break
         capacity = found
-    # Blocks come to an end in no order of their own.
+    # Blocks finish in any order.
     place_K, order = place_K[:found].sort()
     token_K = place_K // n_features
     return token_K, place_K - token_K * n_features, z_K[:found][order]

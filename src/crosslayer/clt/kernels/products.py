@@ -1,6 +1,6 @@
-"""A sparse matrix of compressed rows times a dense one, and a product sampled at entries."""
+"""Product of a CSR matrix with a dense one, and a product sampled at entries."""
 
-# Triton turns numbers into constants of a kernel by itself.
+# Triton converts Python numbers to kernel constants.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from crosslayer.clt.kernels.dtypes import wide
 def add_rows(
     out_XD: Tensor, start_R1: Int[Tensor, " R1"], row_K: Int[Tensor, " K"], scale_K: Tensor, rows_YD: Tensor
 ) -> None:
-    """out[x] += sum of scale * rows[row] over the entries from start[x] to start[x + 1]."""
+    """Add the sum of scale * rows[row] over entries start[x] to start[x + 1] to out[x]."""
     n_rows, width = out_XD.shape
     if not n_rows or not len(row_K):
         return
@@ -52,7 +52,7 @@ def _add_rows(out, start, row, scale, rows, width, out_stride, rows_stride, WIDE
 def sampled_products(
     a_BD: Tensor, b_FD: Tensor, token_K: Int[Tensor, " K"], feature_K: Int[Tensor, " K"]
 ) -> Float[Tensor, " K"]:
-    """<a[token], b[feature]> for each entry, in the wider of float32 and the two dtypes."""
+    """Return <a[token], b[feature]> per entry, in the wider of float32 and the two dtypes."""
     kind = torch.promote_types(torch.promote_types(a_BD.dtype, b_FD.dtype), torch.float32)
     out_K = torch.empty(len(token_K), dtype=kind, device=a_BD.device)
     if len(token_K):

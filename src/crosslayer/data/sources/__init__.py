@@ -1,10 +1,10 @@
-"""Where text comes from, one kind a file, and how sources are named.
+"""Text sources, one kind per file, and their names.
 
     stdlib                      the running Python's standard library
     PATH                        a text, JSONL or Parquet file, or a folder of them or of source code
-    hf:NAME[:CONFIG][:SPLIT]    a Hugging Face data set, streamed (needs the extra `hub`)
+    hf:NAME[:CONFIG][:SPLIT]    a Hugging Face dataset, streamed (needs the extra `hub`)
 
-`=WEIGHT` after any of them sets its share of the tokens where several are mixed.
+`=WEIGHT` after a name sets its share of the tokens in a mix of sources.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ __all__ = ["HubSource", "ListedSource", "Source", "Weighted", "open_source", "op
 
 
 class Weighted(NamedTuple):
-    """A source and its share of the tokens, relative to the other sources'."""
+    """A source and its relative share of the tokens."""
 
     source: Source
     weight: float
 
 
 def open_source(name: str) -> Source:
-    """The source that a name stands for; local ones are read at once, each text once.
+    """Open a source by name; local sources are read at once and deduplicated.
 
     Raises:
-        SourceError: for a source that is not there, cannot be read, or holds no text.
+        SourceError: for a source that does not exist, cannot be read, or holds no text.
     """
     if not name:
-        raise SourceError("a text without a name was given; name a file, a folder, stdlib, or hf:NAME with --text")
+        raise SourceError("the name of a text source is empty; give a file, a folder, stdlib, or hf:NAME with --text")
     if name.startswith("hf:"):
         return HubSource(name)
     if name == "stdlib":
-        # Pieces of a module keep its name, so that they stay on its side of the split.
+        # Pieces of a module share its id, and so its split.
         documents = [Document(d.id, piece) for d in stdlib_documents() for piece in pieces(d.text)]
     else:
         documents = list(local_documents(Path(name)))
@@ -52,13 +52,13 @@ def open_source(name: str) -> Source:
 
 
 def open_sources(names: Sequence[str]) -> list[Weighted]:
-    """Sources by `NAME` or `NAME=WEIGHT`; a text that two local ones share stays in the first.
+    """Open sources by `NAME` or `NAME=WEIGHT`; a text in two local sources is read from the first.
 
     Raises:
-        SourceError: for a weight that is no positive number, or as `open_source` does.
+        SourceError: for a weight that is not a positive number, or as `open_source` does.
     """
     if not names:
-        raise SourceError("no text was given; name a file, a folder, stdlib, or hf:NAME with --text")
+        raise SourceError("no text was given; give a file, a folder, stdlib, or hf:NAME with --text")
     opened = [Weighted(open_source(name), weight) for name, weight in map(split_weight, names)]
     seen: set[str] = set()
     for source, _ in opened:
@@ -69,7 +69,7 @@ def open_sources(names: Sequence[str]) -> list[Weighted]:
 
 
 def split_weight(name: str) -> tuple[str, float]:
-    """`books.txt=0.3` is ("books.txt", 0.3); without a number the weight is 1."""
+    """Split `books.txt=0.3` into ("books.txt", 0.3); the default weight is 1."""
     head, separator, tail = name.rpartition("=")
     if not separator:
         return name, 1.0

@@ -1,7 +1,7 @@
-"""A Hugging Face data set, streamed: nothing is downloaded ahead, nothing is kept.
+"""A streamed Hugging Face dataset; nothing is downloaded in advance or stored.
 
-Order is the data set's own. Exact duplicates are left out by the hashes of what was seen. A resumed run streams again
-from the beginning of its pass to where it stood, so that what counted as a duplicate then counts as one now.
+Documents come in the order of the dataset. Exact duplicates are dropped by hash. A resumed run streams the current pass
+again from its beginning, so that it drops the same duplicates.
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ TEXT_COLUMNS = ("text", "content", "markdown", "code")
 
 
 class HubSource:
-    """`hf:NAME[:CONFIG][:SPLIT]`; SPLIT is `train` unless said. A local folder in the hub's layout serves as NAME
-    too.
-    """
+    """`hf:NAME[:CONFIG][:SPLIT]`; SPLIT is `train` by default, and NAME may be a local dataset folder."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         parts = name.removeprefix("hf:").split(":")
         if not parts[0] or len(parts) > 3:
-            raise SourceError(f"{name!r} is no data set's name; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+            raise SourceError(f"{name!r} is not a dataset name; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
         self.path, self.config, self.hub_split = (*parts, *("", "train")[len(parts) - 1 :])[:3]
 
     def _records(self) -> Iterator[Any]:
         try:
             from datasets import load_dataset  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise SourceError(f"{self.name} needs the package datasets; pip install 'crosslayer[hub]'") from error
+            raise SourceError(f"{self.name} needs the package datasets; run pip install 'crosslayer[hub]'") from error
         try:
             yield from load_dataset(self.path, self.config or None, split=self.hub_split, streaming=True)
         except (OSError, ValueError) as error:

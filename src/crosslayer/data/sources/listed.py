@@ -1,4 +1,4 @@
-"""What a source is, and the kind whose documents are all known at the start."""
+"""The interface of sources, and the source whose documents are in memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from crosslayer.data.documents import Document, Split, split_of, text_hash
 
 @runtime_checkable
 class Source(Protocol):
-    """Text in documents, in an order that a seed and the number of the pass fix."""
+    """A source of documents, in an order fixed by the seed and the number of the pass."""
 
     name: str
 
     def documents_of(self, side: Split, seed: int, epoch: int) -> Iterator[Document]:
-        """One pass over the documents on one side of the split, the same each time it is asked for."""
+        """Return one pass over the documents of a split; the order is reproducible."""
         ...
 
 
@@ -38,11 +38,11 @@ class ListedSource:
         return (chosen[i] for i in np.random.default_rng((seed, epoch)).permutation(len(chosen)))
 
     def digest(self) -> str:
-        """Of all documents in their order: what a resume compares."""
+        """Return a hash of all documents in order, which a resumed run compares."""
         return text_hash("".join(d.id + text_hash(d.text) for d in self.documents))
 
     def drop(self, hashes: set[str]) -> None:
-        """Leave out the texts with these hashes."""
+        """Remove the texts with these hashes."""
         self.documents = [d for d in self.documents if text_hash(d.text) not in hashes]
         if not self.documents:
-            raise SourceError(f"{self.name} holds only text that another source has too; leave it out")
+            raise SourceError(f"{self.name} holds only text that is also in another source; remove this source")

@@ -1,4 +1,4 @@
-"""Local files: text, JSON lines, Parquet, and folders of them or of source code."""
+"""Local sources: text, JSON Lines and Parquet files, and folders of them or of source code."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ SKIPPED_FOLDERS = frozenset({".git", "node_modules", "__pycache__", ".venv"})
 
 
 def local_documents(path: Path) -> Iterator[Document]:
-    """Documents of one file, or of every file of a known kind below a folder, in path order.
+    """Yield the documents of a file, or of all supported files below a folder, in path order.
 
-    A `.jsonl` line or a Parquet row is a document (its `text` or `content`). A plain text file of a folder is one too:
-    its pieces share an id, so that they stay on one side of the split. Of a single file each piece is a document.
+    A `.jsonl` line or a Parquet row is a document (its `text` or `content`). A plain text file in a folder is a
+    document: its pieces share an id, and so a split. If the source is a single file, each piece is a document.
 
     Raises:
-        SourceError: for a path that is not there, or a file that is not what its suffix says.
+        SourceError: for a path that does not exist, or a file whose content does not match its suffix.
     """
     if not path.exists():
         raise SourceError(f"no text at {path}: no such file or folder; check the path")
@@ -66,7 +66,7 @@ def _file(path: Path, *, alone: bool) -> Iterator[Document]:
             if piece.strip():
                 yield Document(text_hash(piece if alone else text), piece)
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
+        raise SourceError(f"{path} is not UTF-8 text (byte {error.start}); convert it or remove it") from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 

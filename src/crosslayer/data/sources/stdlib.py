@@ -1,7 +1,7 @@
-"""The sources of Python's standard library: real text that every Python has on disk.
+"""The source code of Python's standard library, which every Python has on disk.
 
-Documents are named by module path, so that Python 3.11 and 3.13 agree about which are held out.
-Tests are left out by default (some distributions package them apart), and so are generated tables.
+Document ids are module paths, so Python 3.11 and 3.13 hold out the same modules. Tests are excluded by default, because
+some distributions package them separately. Generated tables are excluded too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ GENERATED = frozenset({"encodings", "pydoc_data"})
 
 
 def stdlib_documents(*, tests: bool = False) -> Iterator[Document]:
-    """Each module of the running Python's standard library, in path order.
+    """Yield the modules of the running Python's standard library, in path order.
 
     Args:
-        tests: also the library's own tests, where this Python has them.
+        tests: include the tests of the library, if installed.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = NOT_THE_LIBRARY | GENERATED | (frozenset() if tests else TESTS)
