@@ -120,10 +120,10 @@ def test_contamination_bounds_unknown_activations(tmp_path: Path):
     features = [by_words(" zebra"), by_words(" whale")]
     few = write_bundle(tmp_path / "few", documents, features, most=20, n_near=1)
     found = lambda b: [m for seed in range(6) for m in every_material(b, LabelSettings(seed=seed)) if m.feature == 0]  # noqa: E731
-    bound = np.mean([m.contamination["detection"].random for m in found(few)])
+    bound = np.mean([m.contamination["text"].random for m in found(few)])
     true = np.mean([" zebra" in w.tokens for m in found(few) for w in m.random])
     assert 0.3 < true <= bound < 1.0
-    marks = np.mean([m.contamination["fuzzing"].random for m in found(few)])
+    marks = np.mean([m.contamination["marks"].random for m in found(few)])
     assert marks == pytest.approx(
         np.mean([w.tokens[i] == " zebra" for m in found(few) for w in m.random for i in w.active]), abs=0.06
     )
@@ -138,8 +138,8 @@ def test_all_rows_known_is_no_contamination(tmp_path: Path):
         n_top=60,
     )
     rare, other = sorted(every_material(bundle), key=lambda m: m.feature)
-    assert rare.contamination["detection"] == rare.contamination["fuzzing"] == (0.0, 0.0)
-    assert other.contamination["detection"].random > 0
+    assert rare.contamination["text"] == rare.contamination["marks"] == (0.0, 0.0)
+    assert other.contamination["text"].random > 0
     assert len(rare.negatives) == 10
     assert not any(" zebra" in w.tokens for w in rare.negatives)
 
@@ -154,7 +154,7 @@ def test_text_without_marks_is_cut_into_blocks_and_an_import_by_example(tmp_path
     assert documents.told == "by example"
     for m in every_material(back):
         assert m.shown
-        assert m.contamination["detection"] == (None, None)
+        assert m.contamination["text"] == (None, None)
 
 
 def test_spread_is_half_top_and_half_over_the_range(bundle: FeatureBundle):

@@ -30,8 +30,8 @@ from crosslayer.autointerp.examples import material
 from crosslayer.autointerp.measures import Judged, balanced_accuracy
 from crosslayer.autointerp.quote import marked, quoted
 from crosslayer.autointerp.run import Labelling
-from crosslayer.autointerp.score import questions, trials
-from crosslayer.autointerp.settings import METHODS, LabelSettings
+from crosslayer.autointerp.scores import SCORES
+from crosslayer.autointerp.settings import LabelSettings
 from crosslayer.bundles.annotations import GroupLabel
 from crosslayer.bundles.bundle import FeatureBundle, load_features
 from crosslayer.core.errors import ConfigError, EndpointError
@@ -137,8 +137,8 @@ def test_scores_of_features_of_known_truth(labelled: Run):
         answers = {v: bool(a[k]) for texts, a in asked for k, v in texts.items()}
         by_hand = [
             Judged(fires, answers[shown(w, method)], None)
-            for q in questions(m, method, LabelSettings())
-            for w, fires in zip(q.texts, q.fires, strict=True)
+            for q in SCORES[method].questions(m, LabelSettings())
+            for w, fires in zip(q.texts, q.truth, strict=True)
         ]
         assert scores(bundle, FEATURE["nothing"])[method]["balanced_accuracy"] == pytest.approx(
             balanced_accuracy(by_hand).value, abs=1e-4
@@ -163,13 +163,13 @@ def test_random_features_and_shuffled_labels_score_about_one_half(tmp_path: Path
     """Eight features of one word each and eight random ones."""
     features = [f for i, w in enumerate(PLAIN[:8]) for f in (by_words(w), by_chance(0.013, i))]
     bundle = write_bundle(tmp_path / "many", text(90, special={}), features, n_near=2)
-    found, _ = label(bundle, well, groups=False, baselines=("shuffled",), methods=METHODS[:2], per_call=20)
+    found, _ = label(bundle, well, groups=False, baselines=("shuffled",), methods=tuple(SCORES)[:2], per_call=20)
     assert found["features"]["scored"] == 16
-    own = {n: [scores(bundle, n)[m]["balanced_accuracy"] for m in METHODS[:2]] for n in range(16)}
+    own = {n: [scores(bundle, n)[m]["balanced_accuracy"] for m in tuple(SCORES)[:2]] for n in range(16)}
     assert {x for n in range(0, 16, 2) for x in own[n]} == {1.0}
     assert np.mean([own[n] for n in range(1, 16, 2)]) == pytest.approx(0.5, abs=0.06)
     shuffled = [
-        scores(bundle, n)["baselines"]["shuffled"][m]["balanced_accuracy"] for n in range(16) for m in METHODS[:2]
+        scores(bundle, n)["baselines"]["shuffled"][m]["balanced_accuracy"] for n in range(16) for m in tuple(SCORES)[:2]
     ]
     assert np.mean(shuffled) == pytest.approx(0.5, abs=0.06)
     lines = {(x["of"], x["method"]): x for x in found["scores"]}
@@ -513,11 +513,11 @@ def test_sample_is_even_over_layers_and_densities(tmp_path: Path):
 
 def test_trials_share_no_text(bundle: FeatureBundle):
     m = material(bundle, Documents(bundle), 0, LabelSettings())
-    found = trials(m, LabelSettings())
+    found = SCORES["intruder"].questions(m, LabelSettings())
     assert len(found) == 3
-    own = [w.start for t in found for i, w in enumerate(t.texts) if i != t.intruder]
+    own = [w.start for t in found for i, w in enumerate(t.texts) if i != t.truth]
     assert len(own) == len(set(own)) == 9
-    assert all(t.texts[t.intruder] in m.negatives for t in found)
+    assert all(t.texts[t.truth] in m.negatives for t in found)
 
 
 def test_bad_input_is_reported(bundle: FeatureBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -530,7 +530,7 @@ def test_bad_input_is_reported(bundle: FeatureBundle, tmp_path: Path, monkeypatc
         ((*base, *here, "--model", "m", "--key-env", "NO_SUCH"), "no such environment variable"),
         ((*base, "--endpoint", "http://10.1.1.1/v1", "--model", "m", "--key-env", "SOME_KEY"), "would go unencrypted"),
         ((tmp_path / "no", *here, "--model", "m"), "no feature bundle at"),
-        ((*base, *here, "--model", "m", "--feature", "x"), "names no feature"),
+        ((*base, *here, "--model", "m", "--feature", "x"), "is not a feature"),
         ((*base, *here, "--model", "m", "--feature", "L7/0"), "there is no layer 7"),
         ((*base, *here, "--model", "m", "--group", "x"), "names no group"),
         ((*base, *here, "--model", "m", "--group", "0/0", "--feature", "0/0"), "each choose the features"),

@@ -187,7 +187,7 @@ def test_other_verbs_name_what_is_wrong(tmp_path: Path, here):
         (["eval", tmp_path, "--text", "stdlib", "-o", tmp_path], "it is a folder"),
         (["plan", "--text", "x", "--l0", "5", "--flops", "-1"], "is not in the range"),
         (["inspect", tmp_path / "no"], "no folder"),
-        (["eval", tmp_path, "--text", "stdlib", "-o", tmp_path / "no" / "x.json"], "there is no folder"),
+        (["eval", tmp_path, "--text", "stdlib", "-o", f"{__file__}/x.json"], "is a file and no folder"),
         (["convert", tmp_path, tmp_path / "out"], "no config.yaml"),
         (["push", tmp_path, "nobody"], "is not a Hub repository"),
         (["train", "--resume", tmp_path], "no run.json"),

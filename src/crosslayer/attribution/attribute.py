@@ -22,6 +22,7 @@ from crosslayer.attribution.sweep import BYTES_AT_ONCE, Swept, sweep
 from crosslayer.attribution.targets import DESIRED_PROBABILITY, Resolved, Target, parse_target, resolve
 from crosslayer.attribution.writes import Writes, read_writes
 from crosslayer.clt.formats.opened import Opened
+from crosslayer.clt.precision import NAMES, bfloat16_is_fast
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, ResourceError
 from crosslayer.core.progress import Update, track
@@ -58,8 +59,8 @@ def attribute(
         tolerance: share of the targets' influence that may stay in nodes without a row; 0 gives every active feature
             its row.
         max_nodes: features that get a row at most; the bound reached is in the result.
-        precision: of the matrix products; sums are kept in float32. `bf16` is twice as fast where the processor knows
-            it.
+        precision: of the matrix products: `fp32`, `bf16` (edges within about 1 % of a row's largest), or `auto`, which
+            is bf16 where the device is faster with it. Sums are kept in float32.
         device: cpu, cuda, or auto; a model or transcoder that is open already stays where it is.
         console: where progress goes; quiet by default.
 
@@ -73,9 +74,11 @@ def attribute(
         raise ConfigError(f"tolerance={tolerance} must be between 0 and 1")
     if max_nodes is not None and max_nodes < 1:
         raise ConfigError(f"max_nodes={max_nodes} must be at least 1; leave it out for no limit")
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision {precision!r} is not known; give fp32 or bf16")
+    if precision not in NAMES:
+        raise ConfigError(f"precision {precision!r} is not known; give one of {', '.join(NAMES)}")
     host, opened = open_both(model, clt, device)
+    if precision == "auto":
+        precision = "bf16" if bfloat16_is_fast(host.device) else "fp32"
     several = not isinstance(prompt, str | Tensor) and len(prompt) > 0 and not isinstance(prompt[0], int | np.integer)
     prompts: list[Any] = list(prompt) if several else [prompt]
     if isinstance(targets, Target | str) or hasattr(targets, "__index__"):

@@ -16,14 +16,14 @@ from crosslayer.autointerp.examples import material
 from crosslayer.autointerp.explain import explain_request
 from crosslayer.autointerp.groups import MIN_MEMBERS
 from crosslayer.autointerp.reply import Explanation
-from crosslayer.autointerp.score import intruder_request, judge_request, questions, trials
+from crosslayer.autointerp.scores import chosen
 from crosslayer.autointerp.settings import LabelSettings
 from crosslayer.bundles.bundle import FeatureBundle
 
 COUNTED = 32
 """Features whose questions are written out."""
-EXPLAINED_TOKENS, JUDGED_TOKENS, NAMED_TOKENS = 80, 8, 8
-"""Of an answer, about: a label with its sentence, one text judged, an intruder named."""
+EXPLAINED_TOKENS = 80
+"""Tokens of an explanation, about: a label with its sentence."""
 GROUP_TOKENS = 500
 """Of the question about a group, about."""
 SECONDS_A_CALL = 2.0
@@ -129,13 +129,8 @@ def requests_of(
         said.append(TYPICAL)
     if "rule" in settings.baselines and row.label and row.rule not in NAMELESS:
         said.append(Explanation(row.label, ""))
-    for method in ("detection", "fuzzing"):
-        if method in settings.methods:
-            found += [
-                (judge_request(method, x, q, settings.thinking), JUDGED_TOKENS * len(q.texts))
-                for q in questions(m, method, settings)
-                for x in said
-            ]
-    if "intruder" in settings.methods:
-        found += [(intruder_request(t, settings.thinking), NAMED_TOKENS) for t in trials(m, settings)]
+    for score in chosen(settings):
+        for question in score.questions(m, settings):
+            for label in said if score.of_label else (None,):
+                found.append((score.request(question, label, settings.thinking), score.answer_tokens(question)))
     return found

@@ -68,7 +68,7 @@ class Material(NamedTuple):
     random: list[Window]
     neighbours: list[Window]
     contamination: dict[str, Contamination]
-    """By method: detection judges the whole text, fuzzing the marked tokens."""
+    """By what a score sees: the whole `text`, or the `marks` in it."""
 
     @property
     def negatives(self) -> list[Window]:
@@ -309,7 +309,7 @@ def _contamination(
     """Estimate how many negatives may be positives; see docs/design/labels.md."""
     m = bundle.manifest
     if m.imported is not None or not m.n_tokens:
-        return dict.fromkeys(("detection", "fuzzing"), Contamination(None, None))
+        return dict.fromkeys(("text", "marks"), Contamination(None, None))
     # Activations outside of all examples, over the positions that random windows may come from.
     unknown = 0 if own.everywhere else max(0, int(bundle.at("count", feature).sum()) - len(own.known))
     per_token = unknown / max(1, m.n_tokens - len(own.rows) * documents.body)
@@ -320,8 +320,8 @@ def _contamination(
         0.0 if known else per_token * (len(w.tokens) - len(w.active)) for (w, _), known in zip(near, shown, strict=True)
     ]
     return {
-        "detection": Contamination(
+        "text": Contamination(
             mean([per_token * len(w.tokens) for w in random]), mean([a + b for a, b in zip(marks, rest, strict=True)])
         ),
-        "fuzzing": Contamination(mean([per_token * len(w.active) for w in random]), mean(marks)),
+        "marks": Contamination(mean([per_token * len(w.active) for w in random]), mean(marks)),
     }

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from crosslayer.autointerp.cache import Known
 from crosslayer.autointerp.estimate import Estimate
-from crosslayer.autointerp.summary import FIGURE, OF_RULED
+from crosslayer.autointerp.scores import SCORES
+from crosslayer.autointerp.summary import OF_RULED
 
 _NAMES = {OF_RULED: "label*"}
 
@@ -104,7 +105,7 @@ def _table(lines: list[dict[str, Any]]) -> Table:
         row = (
             x["method"],
             _NAMES.get(str(x["of"]), str(x["of"])) if "chance" not in x else f"chance {x['chance']:.2f}",
-            _interval(x, FIGURE[x["method"]]),
+            _interval(x, SCORES[x["method"]].metric),
             f"{x['auroc']:.3f}" if "auroc" in x else "",
             f"{x['features']:,}",
             f"{x['n']:,}",

@@ -23,18 +23,8 @@ from crosslayer.autointerp.estimate import Prices
 from crosslayer.autointerp.examples import Material, material
 from crosslayer.autointerp.explain import PROMPT_VERSION, explain_request
 from crosslayer.autointerp.groups import group_request, groups_of
-from crosslayer.autointerp.reply import Explanation, explanation_in, intruder_in, judgements_in
-from crosslayer.autointerp.score import (
-    Question,
-    Trial,
-    intruder_request,
-    intruder_scores,
-    judge_request,
-    judged,
-    judging_scores,
-    questions,
-    trials,
-)
+from crosslayer.autointerp.reply import Explanation, explanation_in
+from crosslayer.autointerp.scores import Question, Score, chosen
 from crosslayer.autointerp.settings import LabelSettings
 from crosslayer.autointerp.summary import Tally, summary
 from crosslayer.bundles.annotations import PERSON, GroupLabel, Label
@@ -50,20 +40,13 @@ VIEW = "labelling"
 Parse = Callable[[Answer], Any]
 
 
-class _Judge(NamedTuple):
-    """A question about a feature: whose label it is about, and how it is asked."""
+class _Job(NamedTuple):
+    """A question about a feature, and about whose label it is."""
 
     feature: int
     whose: str
-    method: str
+    score: Score
     question: Question
-
-
-class _Search(NamedTuple):
-    """A search for the intruder among texts of a feature."""
-
-    feature: int
-    trial: Trial
 
 
 class Labelling:
@@ -73,7 +56,7 @@ class Labelling:
         concurrency: requests at once.
 
     Raises:
-        ConfigError: for a model whose name is that of another source of labels.
+        ConfigError: for a model whose name is that of another source of labels, and a score that is not known.
     """
 
     def __init__(self, bundle: FeatureBundle, asker: Asker, settings: LabelSettings, *, concurrency: int = 8) -> None:
@@ -84,6 +67,7 @@ class Labelling:
                 " another name"
             )
         self.bundle, self.asker, self.settings, self.concurrency = bundle, asker, settings, concurrency
+        self.scores = chosen(settings)
         self.documents = Documents(bundle)
         self.tally = Tally()
         self._over_budget = False
@@ -92,6 +76,7 @@ class Labelling:
     def provenance(self) -> dict[str, Any]:
         """Of each label: who said it, asked what, shown what."""
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
+        settings["methods"] = [score.name for score in self.scores]
         return {
             "model": self.source,
             "endpoint": self.asker.endpoint.host,
@@ -154,7 +139,7 @@ class Labelling:
         said = self._said({f: label for f, (label, _) in labels.items()})
         jobs = self._jobs([materials[f] for f in labels], said)
         answers = self._ask([self._question(j, said) for j in jobs], lambda share: on_progress(0.1 + 0.9 * share))
-        by_feature: dict[int, list[tuple[_Judge | _Search, Any]]] = {f: [] for f in labels}
+        by_feature: dict[int, list[tuple[_Job, Any]]] = {f: [] for f in labels}
         for job, answer in zip(jobs, answers, strict=True):
             by_feature[job.feature].append((job, answer))
         for f, asked in by_feature.items():
@@ -227,25 +212,20 @@ class Labelling:
                 found[f]["rule"] = Explanation(row.label, "")
         return found
 
-    def _jobs(self, materials: Sequence[Material], said: dict[int, dict[str, Explanation]]) -> list[_Judge | _Search]:
-        """All that is asked to score some features."""
-        s, jobs = self.settings, list[_Judge | _Search]()
-        for m in materials:
-            for method in ("detection", "fuzzing"):
-                if method in s.methods:
-                    jobs += [
-                        _Judge(m.feature, who, method, q) for q in questions(m, method, s) for who in said[m.feature]
-                    ]
-            if "intruder" in s.methods:
-                jobs += [_Search(m.feature, t) for t in trials(m, s)]
-        return jobs
+    def _jobs(self, materials: Sequence[Material], said: dict[int, dict[str, Explanation]]) -> list[_Job]:
+        """All questions that score some features."""
+        return [
+            _Job(m.feature, who, score, question)
+            for m in materials
+            for score in self.scores
+            for question in score.questions(m, self.settings)
+            for who in (said[m.feature] if score.of_label else ("label",))
+        ]
 
-    def _question(self, job: _Judge | _Search, said: dict[int, dict[str, Explanation]]) -> tuple[Request, Parse]:
-        thinking = self.settings.thinking
-        if isinstance(job, _Search):
-            return intruder_request(job.trial, thinking), partial(intruder_in, n=len(job.trial.texts))
-        request = judge_request(job.method, said[job.feature][job.whose], job.question, thinking)
-        return request, partial(judgements_in, n=len(job.question.texts))
+    def _question(self, job: _Job, said: dict[int, dict[str, Explanation]]) -> tuple[Request, Parse]:
+        label = said[job.feature][job.whose] if job.score.of_label else None
+        request = job.score.request(job.question, label, self.settings.thinking)
+        return request, partial(job.score.parse, question=job.question)
 
     def _ask(
         self, jobs: Sequence[tuple[Request, Parse]], on_progress: Callable[[float], None]
@@ -292,23 +272,21 @@ def _share(update: Update, figures: Callable[[], str], at: int, n: int, n_all: i
     update((at + share * n) / n_all, figures())
 
 
-def _collated(m: Material, asked: Sequence[tuple[_Judge | _Search, Usable | Failure]]) -> dict[str, Any]:
-    """A feature's scores, as they are kept."""
-    value = lambda answer: answer.value if isinstance(answer, Usable) else None  # noqa: E731
-    by: dict[tuple[str, str], list[tuple[Question, Any]]] = {}
+def _collated(m: Material, asked: Sequence[tuple[_Job, Usable | Failure]]) -> dict[str, Any]:
+    """A feature's scores, as they are stored."""
+    by: dict[tuple[str, str], list[tuple[_Job, Any]]] = {}
     for job, answer in asked:
-        if isinstance(job, _Judge):
-            by.setdefault((job.whose, job.method), []).append((job.question, value(answer)))
+        value = answer.value if isinstance(answer, Usable) else None
+        by.setdefault((job.whose, job.score.name), []).append((job, value))
     scores: dict[str, Any] = {}
-    for (whose, method), some in by.items():
+    for (whose, name), some in by.items():
         place = scores if whose == "label" else scores.setdefault("baselines", {}).setdefault(whose, {})
-        more = {
-            "n_random": len(m.random),
-            "n_neighbours": len(m.neighbours),
-            "contamination": m.contamination[method]._asdict(),
-        }
-        place[method] = judging_scores(judged(some)) | (more if whose == "label" else {})
-    found = [(job.trial, value(answer)) for job, answer in asked if isinstance(job, _Search)]
-    if found:
-        scores["intruder"] = intruder_scores(found)
+        score = some[0][0].score
+        place[name] = score.values([(job.question, value) for job, value in some])
+        if whose == "label" and score.of_label:
+            place[name] |= {
+                "n_random": len(m.random),
+                "n_neighbours": len(m.neighbours),
+                "contamination": m.contamination[score.sees]._asdict(),
+            }
     return scores

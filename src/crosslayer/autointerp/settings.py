@@ -6,10 +6,6 @@ from dataclasses import dataclass
 
 from crosslayer.core.errors import ConfigError
 
-METHODS = ("detection", "fuzzing", "intruder")
-"""Detection: which texts does the feature fire on? Fuzzing: are these the tokens it fires on? Intruder: which text does
-not belong?
-"""
 BASELINES = ("shuffled", "rule")
 """Another feature's label, and the label by rule, judged on the same texts."""
 
@@ -26,7 +22,8 @@ class LabelSettings:
         n_positive, n_negative: texts to judge, of each kind; half of the negatives are random, half neighbours'.
         n_intruder: times that the intruder is looked for, among `per_intruder` texts of the feature.
         per_call: texts judged in one call.
-        methods, baselines: of `METHODS` and `BASELINES`.
+        methods: names of the scores to compute (`crosslayer.autointerp.scores`); None for all.
+        baselines: names of `BASELINES`.
         thinking: tokens more in each answer, for models that think before they answer.
         seed: of every draw.
     """
@@ -40,7 +37,7 @@ class LabelSettings:
     n_intruder: int = 3
     per_intruder: int = 3
     per_call: int = 5
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] | None = None
     baselines: tuple[str, ...] = BASELINES
     thinking: int = 0
     seed: int = 0
@@ -53,7 +50,6 @@ class LabelSettings:
                 raise ConfigError(f"{name}={value} must be at least {least.get(name, 1)}")
         if self.before >= self.window:
             raise ConfigError(f"before={self.before} must be less than window={self.window}; lower it")
-        for name, known in (("methods", METHODS), ("baselines", BASELINES)):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ConfigError(f"{name}: {value!r} is not known; give some of {', '.join(known)}")
+        for value in self.baselines:
+            if value not in BASELINES:
+                raise ConfigError(f"baselines: {value!r} is not known; give some of {', '.join(BASELINES)}")

@@ -9,9 +9,9 @@ from typing import Any
 from crosslayer.autointerp.ask import Spent
 from crosslayer.autointerp.estimate import Prices
 from crosslayer.autointerp.measures import Interval, mean_interval
+from crosslayer.autointerp.scores import SCORES
 
 OF_RULED = "label, where a rule names it"
-FIGURE = {"detection": "balanced_accuracy", "fuzzing": "balanced_accuracy", "intruder": "accuracy"}
 
 
 @dataclass
@@ -88,10 +88,9 @@ def _scores(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     }
     return [
         {"of": who, "method": method} | line
-        for method in FIGURE
+        for method, score in SCORES.items()
         for who, some in whose.items()
-        if (method != "intruder" or who == "label")
-        and (line := _line(method, [s[method] for s in some if method in s]))
+        if (score.of_label or who == "label") and (line := _line(method, [s[method] for s in some if method in s]))
     ]
 
 
@@ -99,7 +98,7 @@ def _line(method: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not scores:
         return {}
     line: dict[str, Any] = {"features": len(scores)}
-    for name in (FIGURE[method], "auroc"):
+    for name in (SCORES[method].metric, "auroc"):
         values = [Interval(*(s[f"{name}{end}"] for end in ("", "_low", "_high"))) for s in scores if name in s]
         if values:
             x = mean_interval(values)
@@ -110,7 +109,7 @@ def _line(method: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         line["contamination"] = {
             kind: _mean(s["contamination"][kind] for s in scores) for kind in ("random", "neighbours")
         }
-    if method == "intruder":
+    if "chance" in scores[0]:
         line["chance"] = scores[0]["chance"]
     return line
 

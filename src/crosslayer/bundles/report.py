@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +15,6 @@ from crosslayer.bundles.schema import NEIGHBOURS
 from crosslayer.schemas.bundle import Example, Feature, Found, Logit
 
 BARS = " ▁▂▃▄▅▆▇█"
-METHODS = ("detection", "fuzzing", "intruder")
-SCORED = "det. fuz. int."
-"""The heading over the accuracies of a label by a model; see docs/labels.md."""
 AROUND = 12
 """Tokens shown before and after the peak of an example."""
 
@@ -81,39 +78,37 @@ def _added(x: Label) -> str:
     return f"{said} ({scored})" if scored else said
 
 
-def _scores(scores: Mapping[str, Any]) -> str:
-    """Accuracies alone, in the order of `SCORED`."""
-    return (
-        ""
-        if not scores
-        else " ".join(f"{x:.2f}" if (x := _accuracy(scores, m)) is not None else "  – " for m in METHODS)
-    )
+def _scores(scores: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Values alone, in the order of the names."""
+    values = [_value(scores.get(name)) for name in names] if scores else []
+    return " ".join("  – " if x is None else f"{x:.2f}" for x in values)
 
 
-def _accuracy(scores: Mapping[str, Any], method: str) -> float | None:
-    match scores.get(method):
-        case float() | int() as value:
-            return value
-        case {"balanced_accuracy": value} | {"accuracy": value}:
-            return value
-    return None
+def _metric(score: Any) -> str | None:
+    """Name of the value that stands for a score: the first one that has an interval."""
+    return next((name for name in score if f"{name}_low" in score), None) if isinstance(score, Mapping) else None
+
+
+def _value(score: Any) -> float | None:
+    if isinstance(score, int | float):
+        return score
+    metric = _metric(score)
+    return None if metric is None else score[metric]
+
+
+def _names(scores: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of all scores that some features have, in the order in which they are stored."""
+    return [n for n in dict.fromkeys(n for some in scores for n in some) if n != "baselines"]
 
 
 def scores_in_words(scores: Mapping[str, Any]) -> str:
-    """`detection 0.85 [0.64, 0.95], fuzzing ...`; balanced accuracies and an intruder's accuracy, with 95 % intervals
-    where there are any.
-    """
+    """`detection 0.85 [0.64, 0.95], fuzzing ...`: values, with their 95 % intervals if there are any."""
     parts = []
-    for method in METHODS:
-        value = _accuracy(scores, method)
-        match scores.get(method):
-            case {"balanced_accuracy_low": low, "balanced_accuracy_high": high} | {
-                "accuracy_low": low,
-                "accuracy_high": high,
-            }:
-                parts.append(f"{method} {value:.2f} [{low:.2f}, {high:.2f}]")
-            case _ if value is not None:
-                parts.append(f"{method} {value:.2f}")
+    for name in _names([scores]):
+        value, metric = _value(scores[name]), _metric(scores[name])
+        if value is not None:
+            interval = f" [{scores[name][f'{metric}_low']:.2f}, {scores[name][f'{metric}_high']:.2f}]" if metric else ""
+            parts.append(f"{name} {value:.2f}{interval}")
     return ", ".join(parts)
 
 
@@ -170,20 +165,22 @@ def print_found(console: Console, bundle: FeatureBundle, found: Sequence[Found])
     labels = bundle.user.labels([bundle.id(x.layer, x.index) for x in found])
     # Those of the label that counts, and of no other.
     scored = {f: some[0].scores for f, some in labels.items() if some[0].scores}
+    names = _names(s for s in scored.values() if s)
+    heading = " ".join(f"{name[:3]}." for name in names)
     table = Table(show_edge=False, pad_edge=False)
     for name in (
         "feature",
         "density",
         "AUROC",
         "label",
-        *([SCORED] if scored else []),
+        *([heading] if scored else []),
         "fires on",
         "promotes",
     ):
         table.add_column(
             name,
             justify="right" if name in ("density", "AUROC") else "left",
-            no_wrap=name in ("feature", "density", "AUROC", SCORED),
+            no_wrap=name in ("feature", "density", "AUROC", heading),
         )
     for x in found:
         words = [" ".join(repr(visible(t)) for t in side[:3]) for side in (x.fires, x.promotes)]
@@ -192,7 +189,7 @@ def print_found(console: Console, bundle: FeatureBundle, found: Sequence[Found])
             f"{x.density:.3%}",
             "" if x.auroc is None else f"{x.auroc:.3f}",
             x.label or "",
-            *([_scores(scored.get(bundle.id(x.layer, x.index), {}))] if scored else []),
+            *([_scores(scored.get(bundle.id(x.layer, x.index)) or {}, names)] if scored else []),
             *words,
         )
         table.add_row(*(Text(cell) for cell in row))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
+
+from crosslayer.core.console import progress
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -15,10 +16,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice(["published", "per-layer"]),
     default="published",
     show_default=True,
-    help="target format",
+    help="target format: published, or per-layer (a set of per-layer transcoders)",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="dtype of all tensors; default: unchanged")
 @click.option(
@@ -42,11 +42,11 @@ def command(source: str, target: Path, to: str, dtype: str | None, drop_skip: bo
 
     if drop_skip and keep_skip:
         raise ConfigError("--drop-skip and --keep-skip are mutually exclusive; give one of them")
-    with track(Console(stderr=True), "convert", 2.0) as update:
+    with track(progress(), "convert", 2.0) as update:
         convert(
             source,
             target,
-            to=to,  # type: ignore[arg-type]
+            to=to,
             dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
             skip="drop" if drop_skip else "keep" if keep_skip else "refuse",
             on_progress=lambda what, share: update(share + (what == "verify"), what),

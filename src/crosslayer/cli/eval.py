@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
+
+from crosslayer.core.console import progress, results
 
 
 @click.command()
@@ -39,17 +40,19 @@ def command(
     Documents are split by hash, so text that is held out here was also held out in training.
     """
     from crosslayer.clt.folder import open_folder
-    from crosslayer.clt.precision import DTYPES
+    from crosslayer.clt.precision import dtype_of
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable, write_json
     from crosslayer.eval.api import evaluate
     from crosslayer.eval.report import print_table
-    from crosslayer.training.run_folder import read_manifest
+    from crosslayer.host.host import choose_device
+    from crosslayer.training.run_folder import host_precision, read_manifest
 
     if out is not None:
         require_writable(out)
     open_folder(clt)
-    run = read_manifest(Path(clt)).config if (Path(clt) / "run.json").is_file() else {}
+    manifest = read_manifest(Path(clt)) if (Path(clt) / "run.json").is_file() else None
+    run = manifest.config if manifest else {}
     text = text or tuple(run.get("text", ()))
     if not text:
         raise ConfigError("no text was given; name a source with --text")
@@ -59,10 +62,10 @@ def command(
         model=model,
         tokens=tokens or run.get("eval_tokens", 131_072),
         context=context or run.get("context"),
-        dtype=DTYPES[run.get("host_precision", "fp32")],
+        dtype=dtype_of(host_precision(manifest), choose_device(device)),
         device=device,
-        console=Console(stderr=True),
+        console=progress(),
     )
-    print_table(Console(), e)
+    print_table(results(), e)
     if out is not None:
         write_json(out, e.model_dump())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.labels import labels_of
 from crosslayer.cli.texts import prompt_text
+from crosslayer.core.console import progress, results
 
 
 @click.command()
@@ -35,10 +35,10 @@ from crosslayer.cli.texts import prompt_text
 @click.option("--max-nodes", type=int, help="maximum number of feature nodes whose incoming edges are computed")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=click.Choice(["auto", "fp32", "bf16"]),
     default="fp32",
     show_default=True,
-    help="precision of the matrix products",
+    help="precision of the matrix products; auto: bf16 where the device is faster with it",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
 @click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="number of features to print")
@@ -110,10 +110,10 @@ def command(
         max_nodes=max_nodes,
         precision=precision,
         device=device,
-        console=Console(stderr=True),
+        console=progress(),
     )
     labels = labels_of(graph, clt, features)
-    print_graph(Console(), graph, top=top, labels=labels)
+    print_graph(results(), graph, top=top, labels=labels)
     if out is not None:
         click.echo(f"saved as {graph.save(out)}")
     if export is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
+
+from crosslayer.core.console import results
 
 
 @click.command()
@@ -19,4 +20,4 @@ def command(first: str, second: str, top: int) -> None:
     from crosslayer.graphs.report import print_difference
 
     merged = merge([open_graph(first), open_graph(second)])
-    print_difference(Console(), merged, [Path(first).stem, Path(second).stem], top=top)
+    print_difference(results(), merged, [Path(first).stem, Path(second).stem], top=top)

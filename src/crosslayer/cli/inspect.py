@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from crosslayer.core.console import progress, results
 from crosslayer.core.errors import FormatError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def command(clt: str, deep: bool, as_json: bool) -> None:
     from crosslayer.core.progress import track
 
     if deep:
-        with track(Console(stderr=True), "read", 1.0) as update:
+        with track(progress(), "read", 1.0) as update:
             d = describe(clt, deep=True, on_progress=update)
     else:
         d = describe(clt)
@@ -43,7 +43,7 @@ def command(clt: str, deep: bool, as_json: bool) -> None:
 
 
 def _print(d: Description) -> None:
-    console = Console()
+    console = results()
     table = Table(title=d.name, title_justify="left", show_header=False)
     kind = "cross-layer transcoder" if d.cross_layer else "per-layer transcoder"
     ranked = f", k = {d.k} {'in total' if d.scope == 'all' else 'per layer'}" if d.k else ""

@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.texts import prompt_text
+from crosslayer.core.console import results
 
 
 @click.command()
@@ -92,7 +92,7 @@ def command(
         table.add_row(
             escape(repr(host.decode_token(token))), f"{float(before_V[token]):.2%}", f"{float(after_V[token]):.2%}"
         )
-    console = Console()
+    console = results()
     console.print(table, highlight=False)
     divergence = float((before_V * (before_V.clamp(min=1e-30).log() - after_V.clamp(min=1e-30).log())).sum())
     console.print(f"KL(before || after) {divergence:.4f} nats", highlight=False)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
+
+from crosslayer.autointerp.scores import SCORES
+from crosslayer.core.console import progress, results
 
 if TYPE_CHECKING:
     from crosslayer.bundles.bundle import FeatureBundle
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     "--score",
     "methods",
     multiple=True,
-    type=click.Choice(["detection", "fuzzing", "intruder", "none"]),
+    type=click.Choice([*SCORES, "none"]),
     help="how labels are scored; repeatable; in all three ways unless given",
 )
 @click.option(
@@ -138,7 +140,7 @@ def command(
     from crosslayer.autointerp.estimate import Prices, estimate
     from crosslayer.autointerp.report import print_estimate, print_summary
     from crosslayer.autointerp.run import Labelling
-    from crosslayer.autointerp.settings import BASELINES, METHODS, LabelSettings
+    from crosslayer.autointerp.settings import BASELINES, LabelSettings
     from crosslayer.bundles.bundle import load_features
     from crosslayer.core.errors import ConfigError, EndpointError
     from crosslayer.core.files import locked, require_writable, write_json
@@ -156,14 +158,14 @@ def command(
         n_positive=texts,
         n_negative=texts,
         per_call=per_call,
-        methods=_chosen("--score", methods, METHODS),
+        methods=_chosen("--score", methods, tuple(SCORES)),
         baselines=_chosen("--baseline", baselines, BASELINES),
         thinking=thinking,
         seed=seed,
     )
     patience = Patience(timeout_s=timeout, retries=retries)
     opened = load_features(bundle)
-    console = Console(stderr=True)
+    console = progress()
     with locked(opened.path, "wait for it"), Endpoint(endpoint, model, key_env, patience) as server:
         cache = AnswerCache(opened.path / CACHE)
         labelling = Labelling(opened, Asker(server, cache, budget), settings, concurrency=concurrency)
@@ -196,7 +198,7 @@ def command(
         cache.close()
     if out is not None:
         write_json(out, summary)
-    print_summary(Console(), summary)
+    print_summary(results(), summary)
     tried = summary["features"]
     if tried["failed"] and not tried["labelled"]:
         reason = next(iter(summary["reasons"]), "no answer")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from crosslayer.cli.settings import GroupedHelp, config_flags, config_from
+from crosslayer.core.console import results
 
 
 @click.command(cls=GroupedHelp)
@@ -30,7 +30,7 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
 
     If the run does not fit this machine, the exit code is 2 and the message names the setting to change.
     """
-    from crosslayer.clt.precision import DTYPES
+    from crosslayer.clt.precision import dtype_of
     from crosslayer.core.errors import ResourceError
     from crosslayer.host.host import choose_device
     from crosslayer.training.plan import GIB, check_fits, host_shape
@@ -66,15 +66,16 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     try:
         check_fits(plan, config, Path())
     except ResourceError:
-        Console().print(table)
+        results().print(table)
         raise
     if not flops:
+        device = choose_device(config.device)
         timed = trial(
             config.share(1),
             shape,
-            choose_device(config.device),
-            DTYPES[config.precision],
-            DTYPES[config.host_precision],
+            device,
+            dtype_of(config.precision, device),
+            dtype_of(config.host_precision, device),
         )
         hours = timed.seconds(replace(config, tokens=plan.tokens)) / 3600
         table.add_row(
@@ -82,4 +83,4 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
             f"{hours:.2f} h for {plan.tokens:,} tokens: {1 / timed.collect_s:,.0f} tokens/s collecting activations,"
             f" {1 / timed.step_s:,.0f} training",
         )
-    Console().print(table)
+    results().print(table)

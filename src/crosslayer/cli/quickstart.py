@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.labels import labels_of
 from crosslayer.cli.serve import PORT
+from crosslayer.core.console import progress, results
 from crosslayer.core.errors import RunError
 
 FEATURE_TOKENS = 131_072
@@ -56,8 +56,8 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
         click.echo(f"{out} is finished already; these are its measures")
         evaluation = Evaluation.model_validate_json((out / "eval.json").read_text(encoding="utf-8"))
     else:
-        evaluation = train(config, out, resume=there is not None, console=Console(stderr=True)).evaluation
-    print_table(Console(), evaluation)
+        evaluation = train(config, out, resume=there is not None, console=progress()).evaluation
+    print_table(results(), evaluation)
     click.echo(f"saved in {out}/clt, with a model card; look closer with: crosslayer inspect {out}\n")
     if not (out / "features").exists():
         build_features(
@@ -67,18 +67,18 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
             tokens=FEATURE_TOKENS,
             context=config.context,
             device="cpu",
-            console=Console(stderr=True),
+            console=progress(),
         )
     bundle = load_features(out)
     print_feature(
-        Console(), bundle, bundle.feature(bundle.page()[0].layer, bundle.page()[0].index), examples=4, neighbours=2
+        results(), bundle, bundle.feature(bundle.page()[0].layer, bundle.page()[0].index), examples=4, neighbours=2
     )
     click.echo(
         f"features are in {out}/features; look for others with: crosslayer features search self --bundle {out}\n"
     )
     (out / "graphs").mkdir(exist_ok=True)
-    graph = attribute(None, out, PROMPT, device="cpu", console=Console(stderr=True))
-    print_graph(Console(), graph, top=5, labels=labels_of(graph, out, None))
+    graph = attribute(None, out, PROMPT, device="cpu", console=progress())
+    print_graph(results(), graph, top=5, labels=labels_of(graph, out, None))
     saved = graph.save(out / "graphs" / "width")
     click.echo(f"saved as {saved}; trace your own with: crosslayer graph --clt {out} --prompt TEXT\n")
     if serve if serve is not None else sys.stdin.isatty() and sys.stdout.isatty():

@@ -36,7 +36,8 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         hint, text = hints[f.name], f.metadata["help"]
         flag = _flag(f.name)
         if hint is bool:
-            option = click.option(f"{flag}/--no-{flag[2:]}", f.name, default=None, help=text)
+            shown = f"  [default: {flag[2:] if f.default else f'no-{flag[2:]}'}]"
+            option = click.option(f"{flag}/--no-{flag[2:]}", f.name, default=None, help=f"{text}{shown}")
         elif f.name == "text":
             option = click.option(flag, f.name, multiple=True, metavar="SOURCE", help=text)
         else:
@@ -47,9 +48,17 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             )
             choices = f.metadata["choices"] or (get_args(kinds[0]) if get_origin(kinds[0]) is Literal else None)
             kind = click.Choice(choices) if choices else kinds[0]
-            option = click.option(flag, f.name, type=kind, default=None, help=text)
+            # Not the option's own default, which a recipe could not be told from a value that was given.
+            value = f"{f.default:,}" if hint is int else f.default
+            shown = "" if value is None else f"  [default: {value}]"
+            option = click.option(flag, f.name, type=kind, default=None, help=f"{text}{shown}")
         command = option(command)
-    recipe = click.option("--recipe", type=click.Choice(list(RECIPES)), default=None, help="settings to begin with")
+    recipe = click.option(
+        "--recipe",
+        type=click.Choice(list(RECIPES)),
+        default=None,
+        help="settings that replace the defaults; flags replace both",
+    )
     return recipe(command)
 
 

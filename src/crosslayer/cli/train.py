@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.settings import GroupedHelp, config_flags, config_from, given_flags
+from crosslayer.core.console import progress, results
 from crosslayer.core.errors import ConfigError
 
 
@@ -43,8 +43,8 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
         if step is not None:
             raise ConfigError(f"--step={step} needs --resume; omit it for a new run")
         config = config_from(flags, recipe)
-    done = train(config, resume or out or Path(), resume=resume is not None, step=step, console=Console(stderr=True))
+    done = train(config, resume or out or Path(), resume=resume is not None, step=step, console=progress())
     if parallel.is_first():
-        print_table(Console(), done.evaluation)
+        print_table(results(), done.evaluation)
         click.echo(f"saved in {done.folder}/clt; metrics in {done.folder}/eval.json")
     parallel.stop()

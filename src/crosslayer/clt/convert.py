@@ -1,4 +1,4 @@
-"""From any format to one that others open, layer by layer, in constant memory, compared with its source when done."""
+"""Conversion between formats, layer by layer, in constant memory, verified against the source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from crosslayer.clt.folder import open_folder
-from crosslayer.clt.formats import published, transcoder_set
+from crosslayer.clt.formats import FORMATS
 from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.formats.writing import FilePlan, check_written, write_folder
 from crosslayer.clt.open import load_clt
@@ -19,7 +19,6 @@ from crosslayer.clt.transcoder import CLT
 from crosslayer.clt.weights import Weights
 from crosslayer.core.errors import ConfigError, FormatError
 
-Layout = Literal["published", "per-layer"]
 CARD = "README.md"
 SAMPLE_TOKENS, SAMPLE_FEATURES = 16, 32
 Progress = Callable[[str, float], None]
@@ -29,34 +28,38 @@ def convert(
     source: str | Path,
     target: Path,
     *,
-    to: Layout = "published",
+    to: str = "published",
     dtype: torch.dtype | None = None,
     skip: Literal["refuse", "keep", "drop"] = "refuse",
     on_progress: Progress = lambda what, share: None,
 ) -> None:
-    """Write a transcoder again, and read back what was written.
+    """Convert a transcoder to another format or dtype, and verify the result.
 
     Args:
-        source: a folder, a run, or a name on the hub, in any known format.
-        target: a folder that is not there yet. Killed half-way, the same call goes on.
-        to: the published format, or a set of per-layer transcoders.
-        dtype: of all tensors; their own unless given.
+        source: a folder, a run, or a name on the Hub, in any known format.
+        target: a folder that does not exist yet; an interrupted call resumes when repeated.
+        to: the name of a format that can be written: `published`, or `per-layer` (a set of per-layer transcoders).
+        dtype: dtype of all tensors; default: unchanged.
         skip: what to do with an affine skip in the published format, which circuit-tracer does not open.
-        on_progress: told "write" or "verify", and the share that is done.
+        on_progress: called with "write" or "verify", and the fraction done.
 
     Raises:
         ConfigError: for what the format cannot hold.
         FormatError: for a source that is not whole, a target that is there, or a written tensor that differs.
     """
-    opened = load_clt(source)
-    if opened.clt.config.skip and to == "published" and skip != "keep":
+    writable = {f.target: f for f in FORMATS if f.target}
+    if to not in writable:
+        raise ConfigError(f"format {to!r} cannot be written; give one of {', '.join(writable)}")
+    opened, target_format = load_clt(source), writable[to]
+    if opened.clt.config.skip and not target_format.holds_skip and skip != "keep":
         if skip == "refuse":
             raise ConfigError(
                 f"{source} has an affine skip, which circuit-tracer does not open; give --drop-skip to leave it out, or"
                 " --keep-skip to write it for crosslayer alone"
             )
         opened = _without_skip(opened)
-    files = (published if to == "published" else transcoder_set).plan(opened, dtype)
+    assert target_format.plan is not None
+    files = target_format.plan(opened, dtype)
     folder = open_folder(source)
     if CARD in folder.names:
         files.append(FilePlan(CARD, text=folder.path(CARD).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Open a transcoder of any known format, by folder, run or name on the hub."""
+"""Open a transcoder of any known format, by folder, run or name on the Hub."""
 
 from __future__ import annotations
 
@@ -8,29 +8,21 @@ import torch
 from torch import nn
 
 from crosslayer.clt.folder import open_folder
-from crosslayer.clt.formats import bluelight, gemma_scope, published, transcoder_set
+from crosslayer.clt.formats import FORMATS, published, transcoder_set
 from crosslayer.clt.formats.opened import Opened, in_dtype
 from crosslayer.clt.weights import Weights
 from crosslayer.core.errors import FormatError
-
-FORMATS = {
-    "published": published,
-    "per-layer set": transcoder_set,
-    "BluelightAI": bluelight,
-    "Gemma Scope 2": gemma_scope,
-}
 
 
 def load_clt(
     name: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", as_loader: bool = False
 ) -> Opened:
-    """A transcoder, with what its folder says of it. Matrices are read, or fetched from the hub, when they are first
-    used.
+    """Open a transcoder and its metadata; matrices are loaded lazily, from disk or the Hub.
 
     Args:
-        name: a folder, a run, or `owner/name[@revision][//subfolder]` on the hub.
-        dtype: of the weights; that of the files unless given.
-        as_loader: for BluelightAI's `topk_all`: choose as their loader does.
+        name: a folder, a run, or `owner/name[@revision][//subfolder]` on the Hub.
+        dtype: dtype of the weights; default: that of the files.
+        as_loader: interpret BluelightAI's `topk_all` as their loader does.
 
     Raises:
         FormatError: naming the file, the tensor, what was found and what was expected.
@@ -42,22 +34,19 @@ def load_clt(
 
 
 def open_format(name: str | Path, *, as_loader: bool = False) -> tuple[str, Opened]:
-    """The name of the format a folder is in, and the transcoder."""
+    """Open a transcoder; return the name of its format as well."""
     folder = open_folder(name)
-    for format_name, module in FORMATS.items():
-        if module.recognises(folder):
-            opened = bluelight.open_(folder, as_loader=as_loader) if module is bluelight else module.open_(folder)
-            return format_name, opened
+    for known in FORMATS:
+        if known.recognises(folder):
+            return known.name, known.open(folder, as_loader)
     if published.CONFIG in folder.names:
         kind = published.read_yaml(folder).get("model_kind")
         raise FormatError(
             f"{folder.name}/config.yaml says model_kind {kind!r}; expected {published.KIND!r} or"
             f" {transcoder_set.KIND!r}"
         )
-    raise FormatError(
-        f"{folder.name} has no config.yaml, model_config.json or params_layer_0.safetensors, so it is no transcoder's"
-        " folder"
-    )
+    *some, last = dict.fromkeys(known.marker for known in FORMATS)
+    raise FormatError(f"{folder.name} has no {', '.join(some)} or {last}, so it is no transcoder's folder")
 
 
 def _move(opened: Opened, dtype: torch.dtype | None, device: str) -> None:

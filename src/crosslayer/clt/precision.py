@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
+NAMES: tuple[Precision, ...] = ("auto", "fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDE, TURNS = 512, 6
 FASTER = 1.2
@@ -17,7 +18,7 @@ stay under 0.6.
 """
 
 
-def dtype_of(precision: Precision, device: str | torch.device) -> torch.dtype:
+def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
     """The dtype of a precision; `auto` is bfloat16 where that is fast and float32 elsewhere."""
     if precision == "auto":
         return torch.bfloat16 if bfloat16_is_fast(torch.device(device)) else torch.float32

@@ -1,4 +1,4 @@
-"""Progress on standard error: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress on standard error: a live bar on a terminal, one line per tenth elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINE_EVERY_S = 20.0
+PARTS = 10
+"""Lines that a piece of work prints where there is no terminal."""
 
 
 @runtime_checkable
@@ -31,14 +32,14 @@ def track(console: Console, name: str, total: float) -> Iterator[Update]:
             task = bar.add_task(name, total=total, figures="")
             yield lambda done, figures="": bar.update(task, completed=done, figures=figures)
     else:
-        began = said = time.monotonic()
+        began, printed = time.monotonic(), 0
 
         def line(done: float, figures: str = "") -> None:
-            nonlocal said
-            now = time.monotonic()
-            if now - said >= LINE_EVERY_S or done >= total:
-                said = now
-                left_s = (now - began) * (total - done) / max(done, 1e-9)
-                console.print(f"{name} {done / total:4.0%}, {left_s:.0f} s left  {figures}", highlight=False)
+            nonlocal printed
+            tenths = int(PARTS * done / total) if total else PARTS
+            if tenths > printed:
+                printed = tenths
+                left_s = (time.monotonic() - began) * (total - done) / max(done, 1e-9)
+                console.print(f"{name} {done / total:4.0%}, {left_s:.0f} s left  {figures}".rstrip(), highlight=False)
 
         yield line

@@ -12,6 +12,7 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.schemas.policy import FirstPosition
 
 Precision = Literal["fp32", "bf16"]
+HostPrecision = Literal["auto", "fp32", "bf16"]
 Moments = Literal["fp32", "8bit"]
 Sparsity = Literal["tanh", "l0"]
 
@@ -116,7 +117,9 @@ class TrainConfig:
         "update each layer as soon as its gradient is known; clip by the gradient norm of the previous step",
         "optimiser",
     )
-    host_precision: Precision = setting("fp32", "precision of the host", "optimiser")
+    host_precision: HostPrecision = setting(
+        "auto", "precision of the host; auto: bf16 where the device is faster with it, else fp32", "optimiser"
+    )
     device: str = setting("auto", "cpu, cuda, or auto (cuda if available)", "optimiser")
     seed: int = setting(0, "random seed of the initial weights and of the order of text", "optimiser")
     feature_ranks: int = setting(

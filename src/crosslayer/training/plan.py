@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from crosslayer.clt.finding import TOKENS_AT_ONCE
+from crosslayer.clt.precision import dtype_of
 from crosslayer.core.errors import ResourceError
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import NUMBERS_AT_ONCE
@@ -99,7 +100,7 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     l0 = config.target_l0(shape.n_layers)
     n, width = c.n_parameters, c.d_model
     weight = 2 if config.precision == "bf16" else 4
-    host_weight = 2 if config.host_precision == "bf16" else 4
+    host_weight = dtype_of(config.host_precision, device).itemsize
     micro = config.batch // config.accumulate
     slots = [c.n_slots(i) for i in range(c.n_layers)]
     activations = micro * c.n_layers * width * 4

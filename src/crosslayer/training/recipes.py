@@ -17,7 +17,7 @@ def stdlib() -> TrainConfig:
     """Return the settings of the quickstart: the bundled host, a few minutes on two cores."""
     return TrainConfig(
         model="stdlib-qwen3",
-        host_precision="bf16",
+        host_precision="auto",
         text=("stdlib",),
         tokens=1_100_000,
         scale_tokens=200_000,

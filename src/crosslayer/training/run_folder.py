@@ -49,6 +49,13 @@ def read_manifest(folder: Path) -> RunManifest:
         ) from error
 
 
+def host_precision(manifest: RunManifest | None) -> str:
+    """Return the precision that a run's host had; `auto` without a run."""
+    if manifest is None:
+        return "auto"
+    return manifest.host.get("precision") or manifest.config.get("host_precision", "auto")
+
+
 def write_manifest(folder: Path, manifest: RunManifest) -> None:
     """Write `run.json` atomically."""
     write_json(folder / "run.json", manifest.model_dump())

@@ -115,6 +115,7 @@ def new_manifest(config: TrainConfig, host: Host, clt: CLTConfig, sources: Seque
             "n_layers": host.n_layers,
             "d_model": host.d_model,
             "n_vocab": host.n_vocab,
+            "precision": "bf16" if host.dtype == torch.bfloat16 else "fp32",
         },
         clt={**asdict(clt), "n_parameters": clt.n_parameters},
         policy=host.policy,

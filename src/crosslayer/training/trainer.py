@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from crosslayer import parallel
 from crosslayer.clt.open import load_clt
-from crosslayer.clt.precision import DTYPES
+from crosslayer.clt.precision import dtype_of
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, CrosslayerError, RunError
 from crosslayer.core.files import locked
@@ -43,7 +43,14 @@ from crosslayer.training.gradients import FusedUpdate, Gradients
 from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.plan import check_fits
 from crosslayer.training.publish import in_host_units, publish
-from crosslayer.training.run_folder import Log, check_same_config, read_manifest, refuse_unless_new, write_manifest
+from crosslayer.training.run_folder import (
+    Log,
+    check_same_config,
+    host_precision,
+    read_manifest,
+    refuse_unless_new,
+    write_manifest,
+)
 from crosslayer.training.schedule import l0_asked, learning_rate
 from crosslayer.training.setup import (
     check_same_text,
@@ -127,7 +134,7 @@ def _train(
     mesh = parallel.lay_out(config.feature_ranks, torch.device(device).type)
     host = load_host(
         host or config.model,
-        dtype=DTYPES[config.host_precision],
+        dtype=_host_dtype(config, run, resume, device),
         device=device,
         input_hook=config.input_hook,
         output_hook=config.output_hook,
@@ -145,6 +152,11 @@ def _train(
         trainer.prepare(resume, step)
         trainer.run_steps(held_out)
         return trainer.finish(held_out)
+
+
+def _host_dtype(config: TrainConfig, run: Path, resume: bool, device: str) -> torch.dtype:
+    """Return the dtype of the host; a resumed run keeps the one it started with, whatever is faster now."""
+    return dtype_of(host_precision(read_manifest(run)) if resume else config.host_precision, device)
 
 
 class Trainer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
+
+from crosslayer.core.console import progress
 
 
 @click.command()
@@ -64,7 +65,9 @@ from rich.console import Console
     "--rows", type=click.IntRange(min=1), default=16, show_default=True, help="rows per forward pass of the host"
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), help="precision of the host; default: as in the run, or fp32"
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    help="precision of the host; default: as in the run, or auto",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
 @click.option(
@@ -93,12 +96,14 @@ def command(
     """
     from crosslayer import parallel
     from crosslayer.bundles.settings import ScanSettings
-    from crosslayer.clt.precision import DTYPES
+    from crosslayer.clt.precision import dtype_of
     from crosslayer.core.errors import ConfigError
     from crosslayer.features.build import CLUSTER_WEIGHTS, build_features
-    from crosslayer.training.run_folder import read_manifest
+    from crosslayer.host.host import choose_device
+    from crosslayer.training.run_folder import host_precision, read_manifest
 
-    run = read_manifest(Path(clt)).config if (Path(clt) / "run.json").is_file() else {}
+    manifest = read_manifest(Path(clt)) if (Path(clt) / "run.json").is_file() else None
+    run = manifest.config if manifest else {}
     text = text or tuple(run.get("text", ()))
     if not text:
         raise ConfigError("no text was given; name a source with --text")
@@ -127,9 +132,9 @@ def command(
             settings=settings,
             cluster_weights=CLUSTER_WEIGHTS | dict(map(_weight, cluster_weights)),
             rows_at_once=rows,
-            dtype=DTYPES[precision or run.get("host_precision", "fp32")],
+            dtype=dtype_of(precision or host_precision(manifest), choose_device(device)),
             device=device,
-            console=Console(stderr=True),
+            console=progress(),
         )
     finally:
         parallel.stop()

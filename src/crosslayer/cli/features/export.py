@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.features import bundle_option, bundle_path
+from crosslayer.core.console import progress
 
 
 @click.command()
@@ -38,7 +38,7 @@ def command(bundle: Path | None, format_: str, examples: bool, out: Path) -> Non
     from crosslayer.core.progress import track
 
     opened = load_features(bundle_path(bundle))
-    with track(Console(stderr=True), "export", 1.0) as update:
+    with track(progress(), "export", 1.0) as update:
         if format_ == "packed":
             if out.is_file():
                 raise ConfigError(f"-o {out} is a file; give the transcoder's folder")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
+
+from crosslayer.core.console import progress
 
 
 @click.command("import")
@@ -19,6 +20,6 @@ def command(source: str, out: Path) -> None:
 
     folder = open_folder(source)
     inside = "" if INDEX_FILE in folder.names else "features/"
-    with track(Console(stderr=True), "import", 1.0) as update:
+    with track(progress(), "import", 1.0) as update:
         bundle = import_packed(source, lambda name: folder.path(f"{inside}{name}"), out, update)
     click.echo(f"{out}: {bundle.n_layers} layers of {bundle.n_features} features")

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.features import bundle_option, bundle_path
+from crosslayer.core.console import results
 
 
 @click.command()
@@ -31,7 +31,7 @@ def command(words: tuple[str, ...], bundle: Path | None, limit: int) -> None:
     opened = load_features(bundle_path(bundle))
     found = opened.search(" ".join(words), limit)
     if found:
-        print_found(Console(), opened, found)
+        print_found(results(), opened, found)
     else:
         hint = next(
             (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.features import bundle_option, bundle_path, parse_feature
+from crosslayer.core.console import results
 
 
 @click.command()
@@ -26,4 +26,4 @@ def command(feature: str, bundle: Path | None, examples: int, neighbours: int) -
 
     layer, index = parse_feature(feature)
     opened = load_features(bundle_path(bundle))
-    print_feature(Console(), opened, opened.feature(layer, index), examples=examples, neighbours=neighbours)
+    print_feature(results(), opened, opened.feature(layer, index), examples=examples, neighbours=neighbours)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from crosslayer.cli.features import bundle_option, bundle_path
 from crosslayer.cli.texts import prompt_text
+from crosslayer.core.console import results
 
 
 @click.command()
@@ -27,4 +27,4 @@ def command(prompt: str, bundle: Path | None, clt: str | None, model: str | None
     opened = load_features(bundle_path(bundle))
     replacement = transcoder_of(opened, clt, model, device=device)
     tokens, active = active_features(replacement, prompt_text(prompt), top)
-    print_top(Console(), opened, tokens, active)
+    print_top(results(), opened, tokens, active)

@@ -19,6 +19,7 @@ from torch import Tensor
 from crosslayer.clt.activations import BATCHTOPK, JUMPRELU, RELU, TOPK
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats.format import Format
 from crosslayer.clt.formats.opened import Opened, Vectors, assemble
 from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.core.errors import FormatError
@@ -247,3 +248,11 @@ def _json(folder: Folder, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds {type(value).__name__}, expected an object")
     return value
+
+
+FORMAT = Format(
+    name="BluelightAI",
+    marker=CONFIG,
+    recognises=recognises,
+    open=lambda folder, as_loader: open_(folder, as_loader=as_loader),
+)

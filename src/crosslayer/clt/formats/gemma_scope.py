@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats.format import Format
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble
 from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.core.errors import FormatError
@@ -86,3 +87,11 @@ def _config(folder: Folder) -> dict[str, Any]:
     except ValueError as error:
         raise FormatError(f"{path} is not JSON: {error}") from error
     return raw if isinstance(raw, dict) else {}
+
+
+FORMAT = Format(
+    name="Gemma Scope 2",
+    marker=PATTERN.format(0),
+    recognises=recognises,
+    open=lambda folder, _as_loader: open_(folder),
+)

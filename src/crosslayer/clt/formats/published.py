@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from crosslayer.clt.activations import JUMPRELU, RELU
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats.format import Format
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
 from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.clt.formats.writing import Chunks, FilePlan, whole, write_folder
@@ -211,3 +212,14 @@ def _config(opened: Opened) -> dict[str, Any]:
         "scan": p.scan,
         "crosslayer": {"policy": p.policy.model_dump(), "cross_layer": opened.clt.config.cross_layer, **p.extra},
     }
+
+
+FORMAT = Format(
+    name="published",
+    target="published",
+    marker=CONFIG,
+    recognises=recognises,
+    open=lambda folder, _as_loader: open_(folder),
+    plan=plan,
+    holds_skip=False,
+)

@@ -16,6 +16,7 @@ from torch import Tensor
 from crosslayer.clt.activations import JUMPRELU, RELU, TOPK
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats.format import Format
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
 from crosslayer.clt.formats.published import CONFIG, read_yaml
 from crosslayer.clt.formats.tensors import TensorFile
@@ -131,3 +132,13 @@ def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
         tensors["W_dec"] = Chunks((c.n_features, c.d_model), rows.dtype, own)
         files.append(FilePlan(f"layer_{i}.safetensors", tensors))
     return files
+
+
+FORMAT = Format(
+    name="per-layer set",
+    target="per-layer",
+    marker=CONFIG,
+    recognises=recognises,
+    open=lambda folder, _as_loader: open_(folder),
+    plan=plan,
+)

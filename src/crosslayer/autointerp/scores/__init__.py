@@ -1,0 +1,28 @@
+"""Scores of labels, one file each. To add one, write its file and put it into `SCORES`."""
+
+from __future__ import annotations
+
+from crosslayer.autointerp.scores.detection import DETECTION
+from crosslayer.autointerp.scores.fuzzing import FUZZING
+from crosslayer.autointerp.scores.intruder import INTRUDER
+from crosslayer.autointerp.scores.score import Question, Score
+from crosslayer.autointerp.settings import LabelSettings
+from crosslayer.core.errors import ConfigError
+
+SCORES: dict[str, Score] = {s.name: s for s in (DETECTION, FUZZING, INTRUDER)}
+
+
+def chosen(settings: LabelSettings) -> list[Score]:
+    """The scores that the settings name.
+
+    Raises:
+        ConfigError: for a name that is not known.
+    """
+    names = tuple(SCORES) if settings.methods is None else settings.methods
+    for name in names:
+        if name not in SCORES:
+            raise ConfigError(f"methods: {name!r} is not known; give some of {', '.join(SCORES)}")
+    return [score for name, score in SCORES.items() if name in names]
+
+
+__all__ = ["SCORES", "Question", "Score", "chosen"]
