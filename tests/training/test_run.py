@@ -29,10 +29,9 @@ from crosslayer.host.host import load_host
 from crosslayer.parallel import ALONE
 from crosslayer.schemas.evaluation import Evaluation
 from crosslayer.schemas.policy import FirstPosition
-from crosslayer.schemas.run import RunManifest
+from crosslayer.schemas.run import RunManifest, read_manifest
 from crosslayer.training import checkpoint, plan
 from crosslayer.training.config import RENAMED, TrainConfig
-from crosslayer.training.run_folder import read_manifest
 from crosslayer.training.trainer import Stopped, Trainer, train
 
 RUN = (

@@ -40,13 +40,11 @@ def command(
     Documents are split by hash, so text that is held out here was also held out in training.
     """
     from crosslayer.clt.folder import open_folder
-    from crosslayer.clt.precision import dtype_of
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable, write_json
     from crosslayer.eval.api import evaluate
     from crosslayer.eval.report import print_table
-    from crosslayer.host.host import choose_device
-    from crosslayer.training.run_folder import host_precision, read_manifest
+    from crosslayer.schemas.run import read_manifest
 
     if out is not None:
         require_writable(out)
@@ -62,7 +60,6 @@ def command(
         model=model,
         tokens=tokens or run.get("eval_tokens", 131_072),
         context=context or run.get("context"),
-        dtype=dtype_of(host_precision(manifest), choose_device(device)),
         device=device,
         console=progress(),
     )

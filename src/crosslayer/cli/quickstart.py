@@ -44,8 +44,8 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
     from crosslayer.features.build import build_features
     from crosslayer.graphs.report import print_graph
     from crosslayer.schemas.evaluation import Evaluation
+    from crosslayer.schemas.run import read_manifest
     from crosslayer.training.recipes import stdlib
-    from crosslayer.training.run_folder import read_manifest
     from crosslayer.training.trainer import train
 
     config = replace(stdlib(), seed=seed)

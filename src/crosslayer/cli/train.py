@@ -28,8 +28,9 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
     """
     from crosslayer import parallel
     from crosslayer.eval.report import print_table
+    from crosslayer.schemas.run import read_manifest
     from crosslayer.training.config import TrainConfig
-    from crosslayer.training.run_folder import MAY_CHANGE, check_same_config, read_manifest
+    from crosslayer.training.run_folder import MAY_CHANGE, check_same_config
     from crosslayer.training.trainer import train
 
     if (out is None) == (resume is None):

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from crosslayer.clt.open import load_clt
+from crosslayer.clt.precision import dtype_of
 from crosslayer.core.errors import ConfigError
 from crosslayer.core.progress import track
 from crosslayer.data.rows import held_out_rows
@@ -17,6 +18,7 @@ from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.replacement_model import host_of
 from crosslayer.host.host import Host, choose_device
 from crosslayer.schemas.evaluation import Evaluation
+from crosslayer.schemas.run import host_precision, read_manifest
 
 
 def evaluate(
@@ -26,7 +28,7 @@ def evaluate(
     model: str | Path | Host | None = None,
     tokens: int = 131_072,
     context: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
     console: Console | None = None,
 ) -> Evaluation:
@@ -38,7 +40,7 @@ def evaluate(
         model: host model; default: the host that the transcoder names.
         tokens: number of held-out tokens.
         context: tokens per row; default: 256, or the host's context if that is less.
-        dtype: dtype of the host.
+        dtype: dtype of the host; default: as in the run, else float32.
         device: cpu, cuda, or auto.
         console: console for progress; quiet by default.
 
@@ -47,7 +49,7 @@ def evaluate(
     """
     device = choose_device(device)
     opened = load_clt(clt, device=device)
-    host = host_of(opened, model, dtype=dtype, device=device)
+    host = host_of(opened, model, dtype=dtype or host_dtype(clt, device), device=device)
     sources = open_sources(text)
     context = context or min(256, host.max_positions)
     if context > host.max_positions:
@@ -57,3 +59,10 @@ def evaluate(
     rows_BT = held_out_rows(host, sources, context, tokens)
     with track(console or Console(quiet=True), "measure", 1.0) as update:
         return evaluate_rows(host, opened.clt, rows_BT, [s.source.name for s in sources], on_progress=update)
+
+
+def host_dtype(clt: object, device: str) -> torch.dtype:
+    """Return the dtype that a run's host had; float32 for a transcoder without a run."""
+    run = Path(clt) if isinstance(clt, str | Path) else None
+    manifest = read_manifest(run) if run is not None and (run / "run.json").is_file() else None
+    return dtype_of(host_precision(manifest), device)

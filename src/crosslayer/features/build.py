@@ -34,6 +34,7 @@ from crosslayer.core.files import locked, read_json, replacing, require_free_dis
 from crosslayer.core.progress import track
 from crosslayer.data.rows import held_out_rows
 from crosslayer.data.sources import open_sources
+from crosslayer.eval.api import host_dtype
 from crosslayer.eval.replacement_model import host_of
 from crosslayer.features import clusters, direct, feature_map, neighbour_graph
 from crosslayer.features.attributes import Vocabulary, attributes_of
@@ -79,7 +80,7 @@ def build_features(
     settings: ScanSettings | None = None,
     cluster_weights: dict[str, float] | None = None,
     rows_at_once: int = 16,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str = "auto",
     console: Console | None = None,
 ) -> FeatureBundle:
@@ -109,6 +110,7 @@ def build_features(
     refuse_unless_new(out)
     device = choose_device(device)
     opened = clt if isinstance(clt, Opened) else load_clt(clt, device=device)
+    dtype = dtype or host_dtype(clt, device)
     host = host_of(opened, model, dtype=dtype, device=device)
     context = context or min(256, host.max_positions)
     if not host.policy.n_skip + 2 <= context <= host.max_positions:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from crosslayer.core.errors import RunError
 from crosslayer.schemas.policy import FirstPosition
 
 State = Literal["training", "stopped", "finished"]
@@ -23,7 +25,7 @@ class RunManifest(BaseModel):
     config: dict[str, Any]
     """All fields of the training config."""
     host: dict[str, Any]
-    """name, model_type, n_layers, d_model, n_vocab."""
+    """name, model_type, n_layers, d_model, n_vocab, precision."""
     clt: dict[str, Any]
     """n_layers, d_model, n_features, n_parameters and kind."""
     policy: FirstPosition
@@ -34,3 +36,28 @@ class RunManifest(BaseModel):
     tokens: int = 0
     train_s: float = 0.0
     """Seconds of training, over all resumes, without normalisation and evaluation."""
+
+
+def read_manifest(folder: Path) -> RunManifest:
+    """Read `run.json` of a folder.
+
+    Raises:
+        RunError: for a folder without one, or one that cannot be read.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise RunError(f"{folder} holds no run: there is no run.json; give the --out folder of a training run")
+    try:
+        return RunManifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"{path} is damaged; restore it, or start again in another folder (the transcoder in clt/ can still be"
+            " opened)"
+        ) from error
+
+
+def host_precision(manifest: RunManifest | None) -> str:
+    """Return the precision that a run's host had; float32 without a run."""
+    if manifest is None:
+        return "fp32"
+    return manifest.host.get("precision") or manifest.config.get("host_precision", "fp32")

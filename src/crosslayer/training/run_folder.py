@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from crosslayer.core.errors import RunError
 from crosslayer.core.files import write_json, write_text
 from crosslayer.schemas.run import RunManifest
@@ -29,31 +27,6 @@ def refuse_unless_new(folder: Path) -> None:
         raise RunError(f"{folder} already holds a run; resume it with --resume {folder}, or give another --out")
     if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
         raise RunError(f"{folder} is not empty; give another --out")
-
-
-def read_manifest(folder: Path) -> RunManifest:
-    """Read `run.json` of a folder.
-
-    Raises:
-        RunError: for a folder without one, or one that cannot be read.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        raise RunError(f"{folder} holds no run: there is no run.json; give the --out folder of a training run")
-    try:
-        return RunManifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{path} is damaged; restore it, or start again in another folder (the transcoder in clt/ can still be"
-            " opened)"
-        ) from error
-
-
-def host_precision(manifest: RunManifest | None) -> str:
-    """Return the precision that a run's host had; `auto` without a run."""
-    if manifest is None:
-        return "auto"
-    return manifest.host.get("precision") or manifest.config.get("host_precision", "auto")
 
 
 def write_manifest(folder: Path, manifest: RunManifest) -> None:

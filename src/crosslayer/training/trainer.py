@@ -37,20 +37,14 @@ from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.host.host import Host, choose_device, load_host
 from crosslayer.parallel import Mesh
 from crosslayer.schemas.evaluation import Evaluation
+from crosslayer.schemas.run import host_precision, read_manifest
 from crosslayer.training import checkpoint
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import FusedUpdate, Gradients
 from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.plan import check_fits
 from crosslayer.training.publish import in_host_units, publish
-from crosslayer.training.run_folder import (
-    Log,
-    check_same_config,
-    host_precision,
-    read_manifest,
-    refuse_unless_new,
-    write_manifest,
-)
+from crosslayer.training.run_folder import Log, check_same_config, refuse_unless_new, write_manifest
 from crosslayer.training.schedule import l0_asked, learning_rate
 from crosslayer.training.setup import (
     check_same_text,

@@ -67,7 +67,7 @@ from crosslayer.core.console import progress
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
-    help="precision of the host; default: as in the run, or auto",
+    help="precision of the host; default: as in the run, or fp32",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
 @click.option(
@@ -100,7 +100,7 @@ def command(
     from crosslayer.core.errors import ConfigError
     from crosslayer.features.build import CLUSTER_WEIGHTS, build_features
     from crosslayer.host.host import choose_device
-    from crosslayer.training.run_folder import host_precision, read_manifest
+    from crosslayer.schemas.run import read_manifest
 
     manifest = read_manifest(Path(clt)) if (Path(clt) / "run.json").is_file() else None
     run = manifest.config if manifest else {}
@@ -132,7 +132,7 @@ def command(
             settings=settings,
             cluster_weights=CLUSTER_WEIGHTS | dict(map(_weight, cluster_weights)),
             rows_at_once=rows,
-            dtype=dtype_of(precision or host_precision(manifest), choose_device(device)),
+            dtype=dtype_of(precision, choose_device(device)) if precision else None,
             device=device,
             console=progress(),
         )
