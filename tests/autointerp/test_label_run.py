@@ -524,16 +524,16 @@ def test_bad_input_is_reported(bundle: FeatureBundle, tmp_path: Path, monkeypatc
     monkeypatch.setenv("SOME_KEY", KEY)
     here, base = ("--endpoint", "http://127.0.0.1:9/v1"), (bundle.path,)
     cases = [
-        ((*base, *here, "--model", "person"), "cannot be told from labels by person"),
-        ((*base, *here, "--model", " "), "cannot be told from"),
+        ((*base, *here, "--model", "person"), "is reserved for labels by person"),
+        ((*base, *here, "--model", " "), "is empty"),
         ((*base, "--endpoint", "nowhere", "--model", "m"), "is no address"),
         ((*base, *here, "--model", "m", "--key-env", "NO_SUCH"), "no such environment variable"),
         ((*base, "--endpoint", "http://10.1.1.1/v1", "--model", "m", "--key-env", "SOME_KEY"), "would go unencrypted"),
         ((tmp_path / "no", *here, "--model", "m"), "no feature bundle at"),
         ((*base, *here, "--model", "m", "--feature", "x"), "is not a feature"),
         ((*base, *here, "--model", "m", "--feature", "L7/0"), "there is no layer 7"),
-        ((*base, *here, "--model", "m", "--group", "x"), "names no group"),
-        ((*base, *here, "--model", "m", "--group", "0/0", "--feature", "0/0"), "each choose the features"),
+        ((*base, *here, "--model", "m", "--group", "x"), "is not a group"),
+        ((*base, *here, "--model", "m", "--group", "0/0", "--feature", "0/0"), "each select the features"),
         ((*base, *here, "--model", "m", "--graph", tmp_path / "g.json"), "there is no graph"),
         ((*base, *here, "--model", "m", "--feature", "0/0", "--unnamed"), "no feature is left"),
         ((*base, *here, "--model", "m", "--budget", 5), "--budget 5 is less than"),

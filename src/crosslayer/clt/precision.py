@@ -1,4 +1,4 @@
-"""Which precision to compute in, and whether bfloat16 is fast here."""
+"""Precision of computation, and whether bfloat16 is fast on a device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ NAMES: tuple[Precision, ...] = ("auto", "fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDE, TURNS = 512, 6
 FASTER = 1.2
-"""Times that a bfloat16 product must be faster than a float32 one. Processors with bfloat16 reach 2 and more, others
-stay under 0.6.
-"""
+"""Min speedup of a bfloat16 product over float32. Processors with bfloat16 reach 2 or more, others less than 0.6."""
 
 
 def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
-    """The dtype of a precision; `auto` is bfloat16 where that is fast and float32 elsewhere."""
+    """Return the dtype of a precision; `auto` is bfloat16 if the device is faster with it, else float32."""
     if precision == "auto":
         return torch.bfloat16 if bfloat16_is_fast(torch.device(device)) else torch.float32
     return DTYPES[precision]
@@ -27,9 +25,7 @@ def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
 
 @cache
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices faster than float32 ones: measured once in a process, in some
-    milliseconds.
-    """
+    """Return whether a device multiplies bfloat16 matrices faster than float32; measured once per process."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     best = dict.fromkeys(DTYPES.values(), float("inf"))
