@@ -83,7 +83,7 @@ def attribute(
     prompts: list[Any] = list(prompt) if several else [prompt]
     if isinstance(targets, Target | str) or hasattr(targets, "__index__"):
         targets = [targets]
-    asked: list[Target] | None = None if targets is None else [_target(t) for t in targets]
+    chosen: list[Target] | None = None if targets is None else [_target(t) for t in targets]
     settings = {
         "tolerance": tolerance,
         "max_nodes": max_nodes,
@@ -92,7 +92,7 @@ def attribute(
         "targets": None,
     }
     with track(console or Console(quiet=True), "trace", float(len(prompts))) as update:
-        graphs = _attribute(host, opened, prompts, asked, settings, update)
+        graphs = _attribute(host, opened, prompts, chosen, settings, update)
     return graphs if several else graphs[0]
 
 
@@ -101,7 +101,7 @@ def _attribute(
     host: Host,
     opened: Opened,
     prompts: list[Any],
-    asked: Sequence[Target] | None,
+    chosen: Sequence[Target] | None,
     settings: dict[str, Any],
     update: Update,
 ) -> list[Graph]:
@@ -115,8 +115,8 @@ def _attribute(
             raise ConfigError("the prompt is empty; give some text")
         _check_patterns(host, tokens_BT.shape[1])
         locals_.append(local_model(host, opened.clt, tokens_BT[0], anatomy))
-    resolved = [resolve(local, asked) for local in locals_]
-    if asked is not None:
+    resolved = [resolve(local, chosen) for local in locals_]
+    if chosen is not None:
         settings = settings | {"targets": [r.name for r in resolved[0]]}
     _check_memory(locals_, dtype, settings)
     graphs = []

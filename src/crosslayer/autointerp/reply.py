@@ -109,13 +109,13 @@ def probabilities(answer: Answer) -> dict[int, float]:
     """Return the probability of 1 against 0 for each judged text, from 1; empty without log-probabilities."""
     if answer.logprobs is None:
         return {}
-    whole = "".join(token for token, _ in answer.logprobs)
-    begin = whole.rfind("{")
+    text = "".join(token for token, _ in answer.logprobs)
+    begin = text.rfind("{")
     starts = [0]
     for token, _ in answer.logprobs:
         starts.append(starts[-1] + len(token))
     found: dict[int, float] = {}
-    for match in _JUDGED.finditer(whole, max(begin, 0)):
+    for match in _JUDGED.finditer(text, max(begin, 0)):
         at = match.start(2)
         k = next(i for i in range(len(starts) - 1) if starts[i] <= at < starts[i + 1])
         p = _probability(answer.logprobs[k], at - starts[k])

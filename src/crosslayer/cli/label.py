@@ -148,11 +148,11 @@ def command(
     dry_run: bool,
     out: Path | None,
 ) -> None:
-    """Let a language model label features of BUNDLE (or of a run that has one), and score the labels on documents that
-    did not make them.
+    """Label features of BUNDLE with a language model and score the labels (autointerp).
 
-    Labels, scores and who gave them go to the bundle's user.sqlite; a person's label counts before them. A run that was
-    stopped goes on when it is run again, and no answer is paid for twice.
+    BUNDLE is a feature bundle, or a run with one. Labels are scored on documents that were not used for the
+    explanation. Labels, scores and provenance are saved in user.sqlite of the bundle; your own labels take precedence.
+    An interrupted run resumes when the command is repeated, and no answered request is sent again.
     """
     from functools import partial
 

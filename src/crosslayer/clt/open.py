@@ -25,7 +25,7 @@ def load_clt(
         as_loader: interpret BluelightAI's `topk_all` as their loader does.
 
     Raises:
-        FormatError: naming the file, the tensor, what was found and what was expected.
+        FormatError: for a folder that does not match its format; the message names the file and the tensor.
     """
     opened = open_format(name, as_loader=as_loader)[1]
     if dtype is not None or device != "cpu":

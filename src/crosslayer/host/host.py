@@ -27,7 +27,7 @@ SHIPPED_FOLDER = Path(__file__).parent.parent / "assets" / SHIPPED
 
 @runtime_checkable
 class Visitor(Protocol):
-    """Called at each layer, bottom to top, with the MLP's input and output; what it returns replaces the output."""
+    """Called at each layer, bottom to top, with the MLP's input and output; a returned tensor replaces the output."""
 
     def __call__(self, layer: int, x_BTD: Tensor, y_BTD: Tensor, /) -> Tensor | None: ...
 
@@ -176,7 +176,7 @@ class Host:
 
     @property
     def first_token(self) -> int:
-        """The tokenizer's BOS, else PAD, else EOS.
+        """The tokenizer's BOS token, else PAD, else EOS.
 
         Raises:
             HostError: for a tokenizer that has none of the three.
@@ -234,8 +234,8 @@ def _cache_argument(model: nn.Module) -> str:
 
 def _check_sites(host: Host, input_hook: str, output_hook: str, policy: FirstPosition) -> None:
     found = (short_hook(host.input_hook), short_hook(host.output_hook), host.policy)
-    asked = (short_hook(input_hook), short_hook(output_hook), policy)
-    for name, has, wanted in zip(("input_hook", "output_hook", "policy"), found, asked, strict=True):
+    wanted_sites = (short_hook(input_hook), short_hook(output_hook), policy)
+    for name, has, wanted in zip(("input_hook", "output_hook", "policy"), found, wanted_sites, strict=True):
         if has != wanted:
             raise ConfigError(
                 f"{host.name} was loaded with {name}={has}, but {wanted} is needed; load it with that, or give its name"
