@@ -100,7 +100,7 @@ def test_parse_target(text: str, fields: dict[str, object]):
         ({"tolerance": 1.5}, "tolerance=1.5 must be between 0 and 1"),
         ({"tolerance": float("nan")}, "tolerance=nan must be"),
         ({"max_nodes": 0}, "max_nodes=0 must be at least 1"),
-        ({"precision": "fp8"}, "give fp32 or bf16"),
+        ({"precision": "fp8"}, "give one of auto, fp32, bf16"),
     ],
 )
 def test_bad_targets_and_settings(pair: Pair, knobs: dict[str, object], words: str):
