@@ -1,4 +1,4 @@
-"""Rules of the house: the public names, the shape alphabet, what may import torch."""
+"""Rules of the package: the public names, the axis letters, what may import torch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def local_of(pair: Pair) -> tuple[LocalModel, torch.Tensor]:
 @pytest.mark.parametrize(("family", "hooks", "skip"), CASES)
 def test_local_model_reproduces_the_host_logits(family: str, hooks: tuple[str, str], skip: bool):
     local, made_LTD = local_of(make_pair(family, hooks=hooks, skip=skip))
-    own = local.kept.logits_TV
+    own = local.host_pass.logits_TV
     assert (local.logits(made_LTD) - own).abs().max() <= 1e-5 * own.abs().max()
     assert not torch.allclose(local.logits(torch.zeros_like(made_LTD)), own, rtol=1e-2)
 
@@ -68,7 +68,7 @@ def brute_force(pair: Pair, graph: Graph) -> np.ndarray:
     host, clt = pair
     local, _ = local_of(pair)
     a, n_layers, n_positions = graph.arrays, host.n_layers, len(TOKENS)
-    leaves = [local.kept.y_LTD[i].clone()[None].requires_grad_() for i in range(n_layers)]
+    leaves = [local.host_pass.y_LTD[i].clone()[None].requires_grad_() for i in range(n_layers)]
     xs: list[torch.Tensor] = []
     embedded: list[torch.Tensor] = []
 

@@ -147,11 +147,11 @@ def test_all_rows_known_is_no_contamination(tmp_path: Path):
 def test_text_without_marks_is_cut_into_blocks_and_an_import_by_example(tmp_path: Path):
     bundle = write_bundle(tmp_path / "plain", text(60), [by_words(" zebra"), by_words(" whale")], prepend=False)
     documents = Documents(bundle)
-    assert documents.told == "as blocks of 8 rows"
+    assert documents.identification == "as blocks of 8 rows"
     assert [documents.number(p) for p in (0, 8 * CONTEXT - 1, 8 * CONTEXT)] == [0, 0, 1]
     back = import_packed("x", write_packed(bundle, tmp_path).joinpath, tmp_path / "back")
     documents = Documents(back)
-    assert documents.told == "by example"
+    assert documents.identification == "by example"
     for m in every_material(back):
         assert m.shown
         assert m.contamination["text"] == (None, None)

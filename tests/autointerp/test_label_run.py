@@ -524,22 +524,22 @@ def test_bad_input_is_reported(bundle: FeatureBundle, tmp_path: Path, monkeypatc
     monkeypatch.setenv("SOME_KEY", KEY)
     here, base = ("--endpoint", "http://127.0.0.1:9/v1"), (bundle.path,)
     cases = [
-        ((*base, *here, "--model", "person"), "cannot be told from labels by person"),
-        ((*base, *here, "--model", " "), "cannot be told from"),
+        ((*base, *here, "--model", "person"), "is reserved for labels by person"),
+        ((*base, *here, "--model", " "), "is empty"),
         ((*base, "--endpoint", "nowhere", "--model", "m"), "is no address"),
         ((*base, *here, "--model", "m", "--key-env", "NO_SUCH"), "no such environment variable"),
         ((*base, "--endpoint", "http://10.1.1.1/v1", "--model", "m", "--key-env", "SOME_KEY"), "would go unencrypted"),
         ((tmp_path / "no", *here, "--model", "m"), "no feature bundle at"),
         ((*base, *here, "--model", "m", "--feature", "x"), "is not a feature"),
         ((*base, *here, "--model", "m", "--feature", "L7/0"), "there is no layer 7"),
-        ((*base, *here, "--model", "m", "--group", "x"), "names no group"),
-        ((*base, *here, "--model", "m", "--group", "0/0", "--feature", "0/0"), "each choose the features"),
+        ((*base, *here, "--model", "m", "--group", "x"), "is not a group"),
+        ((*base, *here, "--model", "m", "--group", "0/0", "--feature", "0/0"), "each select the features"),
         ((*base, *here, "--model", "m", "--graph", tmp_path / "g.json"), "there is no graph"),
         ((*base, *here, "--model", "m", "--feature", "0/0", "--unnamed"), "no feature is left"),
         ((*base, *here, "--model", "m", "--budget", 5), "--budget 5 is less than"),
         ((*base, *here, "--model", "m", "--price-in", 1), "one price was given"),
         ((*base, *here, "--model", "m", "--score", "none", "--score", "fuzzing"), "contradicts"),
-        ((*base, *here, "--model", "m", "-o", tmp_path / "no" / "where"), "cannot be written"),
+        ((*base, *here, "--model", "m", "-o", f"{__file__}/where"), "cannot be written"),
         ((*base, *here, "--model", "m"), "nothing answers at http://127.0.0.1:9/v1"),
     ]
     for arguments, words in cases:
@@ -558,7 +558,7 @@ def test_model_without_labels_is_reported_as_failure(bundle: FeatureBundle, tmp_
         )
     assert code == 2
     assert "0 of 4 features labelled by m" in out
-    assert "m labelled none of 4 features (no JSON); see whether" in error
+    assert "m labelled none of 4 features (no JSON); check that" in error
     assert json.loads((tmp_path / "summary.json").read_text())["features"]["failed"] == 4
 
 

@@ -86,7 +86,7 @@ def test_bad_input_is_one_sentence(made: Made, tmp_path: Path, host_folder: Path
         (("build", "--clt", made.folder, "--text", made.text), "no output folder was given"),
         (
             ("build", "--clt", made.folder, "--text", made.text, "-o", tmp_path / "file" / "where"),
-            "is a file and no folder",
+            "is a file, not a folder",
         ),
         (
             ("build", "--clt", made.folder, "--text", tmp_path / "nothing", "-o", tmp_path / "b"),

@@ -117,7 +117,7 @@ def test_an_intervention_prints_before_and_after(clt_folder: Path):
         (("graph", "--prompt", PROMPT, "--tolerance", "2"), "tolerance=2.0 must be between 0 and 1"),
         (("graph", "--prompt", PROMPT, "--max-nodes", "0"), "max_nodes=0 must be at least 1"),
         (("graph", "--prompt", PROMPT * 40), "exceed the context"),
-        (("graph", "--prompt", PROMPT, "-o", f"{__file__}/place"), "is a file and no folder"),
+        (("graph", "--prompt", PROMPT, "-o", f"{__file__}/place"), "is a file, not a folder"),
         (("graph", "--prompt", PROMPT, "--export", "."), "it is a folder"),
         (("graph", "--prompt", PROMPT, "--node-threshold", "7"), "--node-threshold=7.0 must be between 0 and 1"),
         (("graph", "--prompt", PROMPT, "--model", "stdlib-qwen3"), "layers"),

@@ -129,7 +129,7 @@ DAMAGES = {
     "not yaml": (lambda d: (d / "config.yaml").write_text("{:"), "not YAML"),
     "a list": (lambda d: (d / "config.yaml").write_text("[1]"), "holds list, expected a mapping"),
     "no config": (lambda d: (d / "config.yaml").unlink(), "no config.yaml"),
-    "empty": (lambda d: [p.unlink() for p in d.iterdir()], "is no transcoder's folder"),
+    "empty": (lambda d: [p.unlink() for p in d.iterdir()], "is not a transcoder folder"),
 }
 
 

@@ -264,7 +264,7 @@ def test_resuming_with_other_settings_is_refused(
             "top_id.npy has .* bytes, expected",
         ),
         (lambda p: (p / "example.npy").unlink(), "example.npy is missing"),
-        (lambda p: (p / "manifest.json").write_text("{"), "is not whole JSON"),
+        (lambda p: (p / "manifest.json").write_text("{"), "is not valid JSON"),
         (lambda p: (p / "manifest.json").unlink(), "is no feature bundle"),
         (lambda p: (p / "manifest.json").write_text("[]"), "is not as expected"),
         (lambda p: rewrite(p, whole=False), "is not whole"),

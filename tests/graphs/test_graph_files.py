@@ -58,7 +58,7 @@ def test_other_files_are_not_overwritten(graph: xl.Graph, tmp_path: Path):
     assert (tmp_path / "run.json").read_text() == '{"state": "finished"}'
     assert not (tmp_path / "run.safetensors").exists()
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(ConfigError, match="no ordinary file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         graph.save(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="cannot be written"):
         graph.save(tmp_path / ("x" * 300))
@@ -112,7 +112,7 @@ def test_missing_files_and_folders(saved: Path, tmp_path: Path, graph: xl.Graph)
     with pytest.raises(FormatError, match=r"one\.safetensors is missing"):
         xl.Graph.load(tmp_path / "one")
     assert graph.save(tmp_path / "made" / "with parents" / "one").is_file()
-    with pytest.raises(ConfigError, match=r"one\.json is a file and no folder"):
+    with pytest.raises(ConfigError, match=r"one\.json is a file, not a folder"):
         graph.save(tmp_path / "one.json" / "where")
 
 
@@ -270,7 +270,7 @@ def test_truncated_graph_file(tmp_path: Path):
     text = json.dumps(old_file())
     for n in (0, 10, len(text) // 2, len(text) - 1):
         (tmp_path / "cut.json").write_text(text[:n])
-        with pytest.raises(FormatError, match="is not whole JSON"):
+        with pytest.raises(FormatError, match="is not valid JSON"):
             read_graph_file(tmp_path / "cut.json")
 
 

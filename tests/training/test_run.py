@@ -184,7 +184,7 @@ def test_other_text_is_refused_on_resume(tiny_config, text_folder: Path, tmp_pat
 
 def test_a_loaded_host_must_match_the_config(tiny_config, host_folder: Path, tmp_path: Path):
     other = load_host(host_folder, input_hook="hook_resid_mid")
-    with pytest.raises(ConfigError, match=r"loaded with input_hook=hook_resid_mid, but mlp\.hook_in is asked for"):
+    with pytest.raises(ConfigError, match=r"loaded with input_hook=hook_resid_mid, but mlp\.hook_in is needed"):
         train(tiny_config, tmp_path / "run", host=other)
     assert not (tmp_path / "run").exists()
 

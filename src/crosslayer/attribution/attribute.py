@@ -1,4 +1,4 @@
-"""`xl.attribute`: from a prompt to its attribution graph."""
+"""`xl.attribute`: compute the attribution graph of a prompt."""
 
 from __future__ import annotations
 
@@ -48,34 +48,34 @@ def attribute(
     device: str = "auto",
     console: Console | None = None,
 ) -> Any:
-    """The attribution `Graph` of a prompt, or a list with that of each of several; those share the reading of decoders.
+    """Compute the attribution `Graph` of a prompt, or a list of graphs; prompts share the reading of decoders.
 
     Args:
-        model: the host, or both in one object; None for the host that the transcoder names.
-        clt: a transcoder by folder, run or name on the hub, or opened; None if `model` holds it.
-        prompt: text, token ids, or a list of several of either.
-        targets: what to explain, one or several: `Target`s, token ids, or texts as the command line takes them; unless
-            given, the fewest most probable next tokens that reach 95 % of the probability, 10 at most.
-        tolerance: share of the targets' influence that may stay in nodes without a row; 0 gives every active feature
-            its row.
-        max_nodes: features that get a row at most; the bound reached is in the result.
-        precision: of the matrix products: `fp32`, `bf16` (edges within about 1 % of a row's largest), or `auto`, which
-            is bf16 where the device is faster with it. Sums are kept in float32.
-        device: cpu, cuda, or auto; a model or transcoder that is open already stays where it is.
-        console: where progress goes; quiet by default.
+        model: the host, or a `ReplacementModel`; None for the host named by the transcoder.
+        clt: a transcoder, loaded or by folder, run or Hub name; None if `model` holds it.
+        prompt: text or token ids, or a list of either.
+        targets: one or several `Target`s, token ids, or strings in command-line syntax. Default: the most probable next
+            tokens that reach 95 % of the probability, max 10.
+        tolerance: share of the targets' influence that may stay in nodes without a row; 0 computes a row for every
+            active feature.
+        max_nodes: max number of features with a row; the bound reached is in the result.
+        precision: precision of the matrix products: `fp32`, `bf16` (edges within about 1 % of a row's largest), or
+            `auto`, which is bf16 if the device is faster with it. Sums are always in float32.
+        device: cpu, cuda, or auto; a loaded model or transcoder is not moved.
+        console: console for progress; default: quiet.
 
     Raises:
-        ConfigError: for an empty prompt, a target, position or feature that is not there, a setting out of range, or a
-            transcoder of another shape than the host.
+        ConfigError: for an empty prompt, a target, position or feature that does not exist, a setting out of range, or
+            a transcoder of another shape than the host.
         HostError: for a prompt longer than the host's context.
-        ResourceError: where memory does not suffice, before it is taken.
+        ResourceError: if memory is too small; checked before it is allocated.
     """
     if not 0 <= tolerance <= 1:
         raise ConfigError(f"tolerance={tolerance} must be between 0 and 1")
     if max_nodes is not None and max_nodes < 1:
-        raise ConfigError(f"max_nodes={max_nodes} must be at least 1; leave it out for no limit")
+        raise ConfigError(f"max_nodes={max_nodes} must be at least 1; omit it for no limit")
     if precision not in NAMES:
-        raise ConfigError(f"precision {precision!r} is not known; give one of {', '.join(NAMES)}")
+        raise ConfigError(f"precision {precision!r} is unknown; give one of {', '.join(NAMES)}")
     host, opened = open_both(model, clt, device)
     if precision == "auto":
         precision = "bf16" if bfloat16_is_fast(host.device) else "fp32"
@@ -83,7 +83,7 @@ def attribute(
     prompts: list[Any] = list(prompt) if several else [prompt]
     if isinstance(targets, Target | str) or hasattr(targets, "__index__"):
         targets = [targets]
-    asked: list[Target] | None = None if targets is None else [_target(t) for t in targets]
+    chosen: list[Target] | None = None if targets is None else [_target(t) for t in targets]
     settings = {
         "tolerance": tolerance,
         "max_nodes": max_nodes,
@@ -92,7 +92,7 @@ def attribute(
         "targets": None,
     }
     with track(console or Console(quiet=True), "trace", float(len(prompts))) as update:
-        graphs = _attribute(host, opened, prompts, asked, settings, update)
+        graphs = _attribute(host, opened, prompts, chosen, settings, update)
     return graphs if several else graphs[0]
 
 
@@ -101,7 +101,7 @@ def _attribute(
     host: Host,
     opened: Opened,
     prompts: list[Any],
-    asked: Sequence[Target] | None,
+    chosen: Sequence[Target] | None,
     settings: dict[str, Any],
     update: Update,
 ) -> list[Graph]:
@@ -115,8 +115,8 @@ def _attribute(
             raise ConfigError("the prompt is empty; give some text")
         _check_patterns(host, tokens_BT.shape[1])
         locals_.append(local_model(host, opened.clt, tokens_BT[0], anatomy))
-    resolved = [resolve(local, asked) for local in locals_]
-    if asked is not None:
+    resolved = [resolve(local, chosen) for local in locals_]
+    if chosen is not None:
         settings = settings | {"targets": [r.name for r in resolved[0]]}
     _check_memory(locals_, dtype, settings)
     graphs = []
@@ -130,9 +130,9 @@ def _attribute(
             tolerance=settings["tolerance"],
             max_nodes=settings["max_nodes"],
             dtype=dtype,
-            on_progress=lambda share, figures, at=i: update(at + share, figures),
+            on_progress=lambda share, metrics, at=i: update(at + share, metrics),
         )
-        # What all prompts share is divided among them.
+        # The time shared by all prompts is divided among them.
         wall_s = shared_s / len(prompts) + time.perf_counter() - began
         graphs.append(
             Graph(_header(host, opened, prompt, local, targets, swept, settings, wall_s), _arrays(local, swept))
@@ -157,7 +157,7 @@ def _header(
     settings: dict[str, Any],
     wall_s: float,
 ) -> GraphHeader:
-    tokens = local.kept.tokens_T.tolist()
+    tokens = local.host_pass.tokens_T.tolist()
     strings = [host.decode_token(t) for t in tokens]
     p = opened.provenance
     records = [
@@ -217,7 +217,7 @@ def _arrays(local: LocalModel, s: Swept) -> GraphArrays:
 
 
 def _check_patterns(host: Host, n_positions: int) -> None:
-    """Attention patterns of all layers are the one thing that grows with the square of the prompt."""
+    """Check that the attention patterns fit; their size is quadratic in the prompt length."""
     if n_positions > host.max_positions:
         return
     config = host.model.config.get_text_config()  # type: ignore[operator]
@@ -226,14 +226,14 @@ def _check_patterns(host: Host, n_positions: int) -> None:
 
 
 def _check_memory(locals_: Sequence[LocalModel], dtype: torch.dtype, settings: dict[str, Any]) -> None:
-    """Refuse what cannot fit, before decoders are read."""
+    """Check that decoder rows and edges fit, before decoders are read."""
     needed = 0
     for local in locals_:
         n = len(local.features.layer_N)
         needed += Writes.n_bytes(local, dtype)
         rows = min(n, settings["max_nodes"] or n)
-        kept = 1.0 if settings["tolerance"] == 0 else 0.5
-        needed += int(rows * n / 2 * 8 * kept)
+        edges_share = 1.0 if settings["tolerance"] == 0 else 0.5
+        needed += int(rows * n / 2 * 8 * edges_share)
     what = f"decoder rows and edges of {sum(len(x.features.layer_N) for x in locals_)} active features"
     _refuse(
         needed + 2 * BYTES_AT_ONCE,

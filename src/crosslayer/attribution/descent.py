@@ -99,7 +99,7 @@ class Descent:
 
     def __init__(self, local: LocalModel, writes: Writes, dtype: torch.dtype) -> None:
         self.local, self.writes, self.dtype = local, writes, dtype
-        start_TD, token_TD = local.kept.start_TD.to(local.dtype), local.kept.token_TD.to(local.dtype)
+        start_TD, token_TD = local.host_pass.start_TD.to(local.dtype), local.host_pass.token_TD.to(local.dtype)
         self.bottom_T2D = torch.stack([token_TD, start_TD - token_TD], dim=1)
         early = list(_early(local, token_TD[: local.n_skip]))
         self.folded = [_fold(local, i, early[i], dtype) for i in range(local.n_layers)]
@@ -287,7 +287,7 @@ def _fold(local: LocalModel, layer: int, early_TJD: Tensor, dtype: torch.dtype) 
     block, scales = local.anatomy.blocks[layer], local.scales[layer]
     attention, full = block.attention, local.dtype
     output_DY = attention.output_DY.to(full)
-    pattern_HTT = local.kept.patterns[layer].to(full)
+    pattern_HTT = local.host_pass.patterns[layer].to(full)
     constant_TD = _attention_bias(local, layer)
     if block.after_attention_norm is not None:
         norm = block.after_attention_norm
@@ -334,7 +334,7 @@ def _attention_bias(local: LocalModel, layer: int) -> Tensor | None:
         return None if a.output_bias_D is None else a.output_bias_D.expand(local.n_positions, -1)
     value_HE = value_X.unflatten(0, (a.n_value_heads, -1)).repeat_interleave(a.n_heads // a.n_value_heads, dim=0)
     # A pattern's rows sum to one only to the precision of the host's softmax.
-    mixed_THE = local.kept.patterns[layer].to(full).sum(2).T[:, :, None] * value_HE
+    mixed_THE = local.host_pass.patterns[layer].to(full).sum(2).T[:, :, None] * value_HE
     return torch.nn.functional.linear(mixed_THE.flatten(1), a.output_DY, a.output_bias_D)
 
 

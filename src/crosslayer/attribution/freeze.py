@@ -27,7 +27,7 @@ def frozen(local: LocalModel, what: str) -> Iterator[None]:
         for layer, block in enumerate(local.anatomy.blocks):
             scales = local.scales[layer]
             if what in ("attention", "both"):
-                _freeze_attention(stack, block.attention, local.kept.patterns[layer])
+                _freeze_attention(stack, block.attention, local.host_pass.patterns[layer])
             if what in ("norms", "both"):
                 _freeze_norm(stack, block.attention_norm, scales.attention_T)
                 _freeze_norm(stack, block.mlp_norm, scales.mlp_T)

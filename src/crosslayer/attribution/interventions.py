@@ -168,9 +168,9 @@ class _Steer:
         first = max(self.n_skip - self.offset, 0)
         known = slice(first, max(self.n_prompt - self.offset, first))
         if self.offset == 0:
-            out_BTD[:, known] = self.local.kept.y_LTD[layer, first : self.n_prompt].to(y_BTD.dtype)
+            out_BTD[:, known] = self.local.host_pass.y_LTD[layer, first : self.n_prompt].to(y_BTD.dtype)
             if self.clt.config.skip:
-                x_TD = self.local.kept.x_LTD[layer, first : self.n_prompt].to(x_BTD.dtype)
+                x_TD = self.local.host_pass.x_LTD[layer, first : self.n_prompt].to(x_BTD.dtype)
                 out_BTD[:, known] += self.clt.skip(x_BTD[:, known] - x_TD, layer).to(y_BTD.dtype)
         elif not held:
             fresh = self.clt.b_dec[layer].to(y_BTD.dtype).expand_as(y_BTD)
@@ -194,7 +194,7 @@ class _Steer:
 
     def _firing(self, layer: int, first: int) -> Active:
         assert self.local is not None
-        return self.clt.encode_layer_sparse(self.local.kept.x_LTD[layer, first:], layer)
+        return self.clt.encode_layer_sparse(self.local.host_pass.x_LTD[layer, first:], layer)
 
     def _carry_out(self, layer: int, edit: _Edit, x_BTD: Tensor, positions: range) -> None:
         at = [
@@ -203,7 +203,7 @@ class _Steer:
         if not at:
             return
         held = layer in self.hold and self.local is not None and self.offset == 0
-        x_KD = self.local.kept.x_LTD[layer, at] if held and self.local is not None else x_BTD[edit.row, at]
+        x_KD = self.local.host_pass.x_LTD[layer, at] if held and self.local is not None else x_BTD[edit.row, at]
         was_K = self._activation(layer, edit, x_KD)
         i = edit.intervention
         new_K = torch.full_like(was_K, i.set) if i.set is not None else was_K * (i.scale or 0.0)

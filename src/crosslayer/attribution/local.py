@@ -104,7 +104,7 @@ class LocalModel:
     """A host and a transcoder on one prompt, linear in features, errors and tokens.
 
     Attributes:
-        kept: attention patterns and MLP outputs of the host.
+        host_pass: attention patterns and MLP outputs of the host.
         scales, final_scale_T: norm scales of the layers and of the final norm.
         features: the active features, with activations on this model's own residual stream.
         firing: the active features of each layer; positions count from 0.
@@ -116,17 +116,17 @@ class LocalModel:
         early: the residual stream before each layer and after the last, at the first positions of the policy.
     """
 
-    def __init__(self, anatomy: Anatomy, clt: CLT, kept: HostPass, firing: Sequence[Active]) -> None:
+    def __init__(self, anatomy: Anatomy, clt: CLT, host_pass: HostPass, firing: Sequence[Active]) -> None:
         host = anatomy.host
-        self.anatomy, self.clt, self.kept = anatomy, clt, kept
+        self.anatomy, self.clt, self.host_pass = anatomy, clt, host_pass
         self.dtype = torch.promote_types(host.dtype, torch.float32)
-        self.n_skip = min(host.policy.n_skip, len(kept.tokens_T))
+        self.n_skip = min(host.policy.n_skip, len(host_pass.tokens_T))
         self.reads_after_norm = short_hook(host.input_hook) == "mlp.hook_in"
         self.writes_before_norm = short_hook(host.output_hook) == "mlp.hook_out"
         self.scales: list[Scales] = []
         self.early: list[Tensor] = []
         xs: list[Tensor] = []
-        stream_TD = kept.start_TD.to(self.dtype)
+        stream_TD = host_pass.start_TD.to(self.dtype)
         for layer in range(len(anatomy.blocks)):
             self.early.append(stream_TD[: self.n_skip])
             scales, x_TD, stream_TD = self._up(layer, stream_TD)
@@ -146,7 +146,7 @@ class LocalModel:
 
     @property
     def n_positions(self) -> int:
-        return len(self.kept.tokens_T)
+        return len(self.host_pass.tokens_T)
 
     def _up(self, layer: int, stream_TD: Tensor) -> tuple[Scales, Tensor, Tensor]:
         """Run one layer with the host's MLP output."""
@@ -161,7 +161,7 @@ class LocalModel:
         read_TD = stream_TD if self.anatomy.parallel else middle_TD
         mlp_T = block.mlp_norm.scale(read_TD)
         x_TD = block.mlp_norm.apply(read_TD, mlp_T) if self.reads_after_norm else read_TD
-        y_TD = self.kept.y_LTD[layer].to(self.dtype)
+        y_TD = self.host_pass.y_LTD[layer].to(self.dtype)
         if block.after_mlp_norm and self.writes_before_norm:
             after_mlp_T = block.after_mlp_norm.scale(y_TD)
         scales = Scales(attention_T, after_attention_T, mlp_T, after_mlp_T)
@@ -172,7 +172,7 @@ class LocalModel:
 
     def _attend(self, layer: int, x_TD: Tensor) -> Tensor:
         attention = self._block(layer).attention.to(self.dtype)
-        return attention.apply(x_TD[None], self.kept.patterns[layer].to(self.dtype))[0]
+        return attention.apply(x_TD[None], self.host_pass.patterns[layer].to(self.dtype))[0]
 
     def carry_early(self, layer: int, h_XTD: Float[Tensor, "X T D"]) -> Float[Tensor, "X T D"]:
         """Carry parts of the residual stream at the first positions through one layer, without biases and MLPs."""
@@ -180,7 +180,7 @@ class LocalModel:
         linear = lambda norm: norm._replace(bias_D=None)  # noqa: E731
         attention = block.attention.to(self.dtype)._replace(value_bias_X=None, output_bias_D=None)
         x_XTD = linear(block.attention_norm).apply(h_XTD, scales.attention_T[:n])
-        written_XTD = attention.apply(x_XTD, self.kept.patterns[layer][:, :n, :n].to(self.dtype))
+        written_XTD = attention.apply(x_XTD, self.host_pass.patterns[layer][:, :n, :n].to(self.dtype))
         if scales.after_attention_T is not None:
             written_XTD = linear(block.after_attention_norm).apply(written_XTD, scales.after_attention_T[:n])
         return h_XTD + written_XTD
@@ -208,7 +208,7 @@ class LocalModel:
         Args:
             made_LTD: what features write, without biases and skips.
         """
-        y_LTD = self.kept.y_LTD.to(self.dtype)
+        y_LTD = self.host_pass.y_LTD.to(self.dtype)
         later = slice(self.n_skip, None)
         self.constant_LTD[:, : self.n_skip] = y_LTD[:, : self.n_skip]
         for layer in range(self.n_layers):
@@ -224,7 +224,7 @@ class LocalModel:
             made_LTD: what features write. Other activations than the prompt's own give the linear response of this
                 model.
         """
-        stream_TD = self.kept.start_TD.to(self.dtype)
+        stream_TD = self.host_pass.start_TD.to(self.dtype)
         for layer, scales in enumerate(self.scales):
             block = self._block(layer)
             written_TD = self._attend(layer, block.attention_norm.apply(stream_TD, scales.attention_T))
@@ -269,12 +269,12 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
             f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need a"
             " transcoder of all layers"
         )
-    kept = run_host(host, anatomy, tokens_T)
+    host_pass = run_host(host, anatomy, tokens_T)
     n_skip = min(host.policy.n_skip, len(tokens_T))
-    x_BLD = kept.x_LTD[:, n_skip:].transpose(0, 1)
+    x_BLD = host_pass.x_LTD[:, n_skip:].transpose(0, 1)
     firing = clt.encode_sparse(x_BLD)
     firing = [_only_firing(a) for a in firing]
-    return LocalModel(anatomy, clt, kept, firing)
+    return LocalModel(anatomy, clt, host_pass, firing)
 
 
 def _only_firing(active: Active) -> Active:

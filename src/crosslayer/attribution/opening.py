@@ -1,4 +1,4 @@
-"""Open a host and a transcoder that belong together, given by name, folder or object."""
+"""Open a host and its transcoder, given by name, folder or object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
     """Open a host and its transcoder, given by name, folder or object."""
     if isinstance(model, ReplacementModel):
         if clt is not None:
-            raise ConfigError("the model holds a transcoder already; leave clt out, or give the host alone")
+            raise ConfigError("the model already holds a transcoder; omit clt, or give the host alone")
         return model.host, Opened(model.clt, model.provenance)
     if clt is None:
         raise ConfigError("no transcoder was given; give clt, or a ReplacementModel")
@@ -30,9 +30,7 @@ def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
         where = str(clt.clt.device) if isinstance(clt, Opened) else choose_device(device)
     if isinstance(clt, CLT):
         if not isinstance(model, Host):
-            raise ConfigError(
-                "a bare CLT does not say where it reads and writes; give a loaded host with it, or open both by name"
-            )
+            raise ConfigError("a bare CLT has no hook names; give a loaded host with it, or give both by name")
         check_shape(model, clt)
         provenance = Provenance(
             model_name=model.name,
@@ -44,5 +42,7 @@ def open_both(model: Any, clt: Any, device: str) -> tuple[Host, Opened]:
         return model, Opened(clt, provenance)
     opened = clt if isinstance(clt, Opened) else load_clt(clt, device=where)
     if opened.clt.device.type != torch.device(where).type:
-        raise ConfigError(f"the host is on {where}, the transcoder on {opened.clt.device}; open both on one device")
+        raise ConfigError(
+            f"the host is on {where}, the transcoder on {opened.clt.device}; load both on the same device"
+        )
     return host_of(opened, model, device=where), opened

@@ -31,7 +31,7 @@ class Documents:
     """The documents of a bundle.
 
     Attributes:
-        told: how the documents were identified.
+        identification: how the documents were identified.
         body: positions of a row that hold text.
     """
 
@@ -42,16 +42,19 @@ class Documents:
         self.body = max(1, self.context - m.policy.n_skip)
         self._hashes: dict[int, bytes] = {}
         if m.imported is not None:
-            self.told, self._begin = "by example", np.unique(np.asarray(bundle.array("example_start"), np.int64))
+            self.identification, self._begin = (
+                "by example",
+                np.unique(np.asarray(bundle.array("example_start"), np.int64)),
+            )
             self._row = self._begin
         else:
             self._row = np.arange(0, len(self.tokens), self.context, dtype=np.int64)
             streams = np.cumsum([0, *(s.n_rows * self.context for s in m.text)])[:-1]
             if self.prepended and len(self.tokens):
                 marks = np.flatnonzero(np.asarray(self.tokens) == self.tokens[0])
-                self.told, begin = "by their first token", marks[marks % self.context != 0]
+                self.identification, begin = "by their first token", marks[marks % self.context != 0]
             else:
-                self.told, begin = f"as blocks of {BLOCK_ROWS} rows", self._row[::BLOCK_ROWS]
+                self.identification, begin = f"as blocks of {BLOCK_ROWS} rows", self._row[::BLOCK_ROWS]
             self._begin = np.unique(np.concatenate([streams, begin]).astype(np.int64))
 
     def number(self, position: int) -> int:

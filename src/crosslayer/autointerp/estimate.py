@@ -1,4 +1,4 @@
-"""What labelling will take, before the first call: counted on some of the features, whose questions are written out."""
+"""Estimate calls, tokens, time and cost of labelling, from the requests of a sample of features."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from crosslayer.autointerp.scores import chosen
 from crosslayer.autointerp.settings import LabelSettings
 from crosslayer.bundles.bundle import FeatureBundle
 
-COUNTED = 32
-"""Features whose questions are written out."""
+SAMPLED = 32
+"""Features whose requests are built and counted."""
 EXPLAINED_TOKENS = 80
-"""Tokens of an explanation, about: a label with its sentence."""
+"""Approximate tokens of an explanation: a label with its sentence."""
 GROUP_TOKENS = 500
-"""Of the question about a group, about."""
-SECONDS_A_CALL = 2.0
-"""Taken where the model was not asked before."""
+"""Approximate prompt tokens of a request about a group."""
+SECONDS_PER_CALL = 2.0
+"""Assumed if the model has no measured answers yet."""
 MEASURED = 20
-"""Answers of the model from which on their mean time is taken."""
+"""Min number of measured answers of the model to use their mean time."""
 TYPICAL = Explanation(
     "words of about this many letters",
     "A sentence of a usual length that says what the marked tokens have in common, and where.",
@@ -37,18 +37,18 @@ TYPICAL = Explanation(
 
 
 class Estimate(NamedTuple):
-    """About what a run takes."""
+    """Estimated cost of a run."""
 
     n_features: int
     calls: int
     prompt_tokens: int
     completion_tokens: int
     cost: float | None
-    """In the currency of the prices; None without them."""
+    """In the currency of the prices; None without prices."""
     wall_s: float
-    seconds_a_call: float
+    seconds_per_call: float
     measured: bool
-    """Whether that was measured with this model, or is taken."""
+    """Whether the time per call was measured with this model, or assumed."""
 
     @property
     def tokens(self) -> int:
@@ -56,7 +56,7 @@ class Estimate(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """Of a million tokens."""
+    """Prices per million tokens."""
 
     prompt: float
     completion: float
@@ -76,21 +76,21 @@ def estimate(
     prices: Prices | None,
     groups: bool = False,
 ) -> Estimate:
-    """What labelling and scoring the features takes if nothing is known yet.
+    """Estimate labelling and scoring of the features with an empty cache.
 
     Args:
-        known: what the cache holds of the model.
-        groups: whether clusters are named.
+        known: the model's answers in the cache.
+        groups: whether clusters are labelled.
     """
-    step = max(1, len(features) // COUNTED)
-    counted = features[::step][:COUNTED]
+    step = max(1, len(features) // SAMPLED)
+    sampled = features[::step][:SAMPLED]
     calls = prompt = completion = 0
-    for f in counted:
+    for f in sampled:
         for request, n_completion in requests_of(bundle, documents, f, settings):
             calls += 1
             prompt += estimated_tokens(request)
             completion += n_completion + settings.thinking
-    share = len(features) / max(1, len(counted))
+    share = len(features) / max(1, len(sampled))
     calls, prompt, completion = (round(x * share) for x in (calls, prompt, completion))
     n_groups = _shared_groups(bundle, features) if groups else 0
     calls, prompt, completion = (
@@ -99,13 +99,13 @@ def estimate(
         completion + EXPLAINED_TOKENS * n_groups,
     )
     measured = known.n >= MEASURED and known.wall_s is not None
-    seconds = known.wall_s if measured and known.wall_s is not None else SECONDS_A_CALL
+    seconds = known.wall_s if measured and known.wall_s is not None else SECONDS_PER_CALL
     cost = prices.cost(prompt, completion) if prices else None
     return Estimate(len(features), calls, prompt, completion, cost, calls * seconds / concurrency, seconds, measured)
 
 
 def _shared_groups(bundle: FeatureBundle, features: Sequence[int]) -> int:
-    """Groups, of all levels, that hold enough of the features to be named."""
+    """Return the number of groups, of all levels, with enough of the features to be labelled."""
     if not bundle.has("group"):
         return 0
     of_levels = np.asarray(bundle.array("group"))[np.asarray(features, np.int64)].T
@@ -116,21 +116,19 @@ def _shared_groups(bundle: FeatureBundle, features: Sequence[int]) -> int:
 def requests_of(
     bundle: FeatureBundle, documents: Documents, feature: int, settings: LabelSettings
 ) -> list[tuple[Request, int]]:
-    """All that is asked of a feature, with the tokens of each answer; labels of a usual length stand for those not yet
-    known.
-    """
+    """Return all requests about a feature with the tokens of their answers; unknown labels have a typical length."""
     m = material(bundle, documents, feature, settings)
     if not m.shown:
         return []
     found = [(explain_request(m.shown, m.contrast, [], settings.thinking), EXPLAINED_TOKENS)]
     row = bundle.index.row(feature)
-    said = [TYPICAL]
+    labels = [TYPICAL]
     if "shuffled" in settings.baselines:
-        said.append(TYPICAL)
+        labels.append(TYPICAL)
     if "rule" in settings.baselines and row.label and row.rule not in NAMELESS:
-        said.append(Explanation(row.label, ""))
+        labels.append(Explanation(row.label, ""))
     for score in chosen(settings):
         for question in score.questions(m, settings):
-            for label in said if score.of_label else (None,):
+            for label in labels if score.of_label else (None,):
                 found.append((score.request(question, label, settings.thinking), score.answer_tokens(question)))
     return found

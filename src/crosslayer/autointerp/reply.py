@@ -1,4 +1,4 @@
-"""What a model answered, held to what it was asked for. Whatever else it says is no answer."""
+"""Parse and validate the answers of a model; answers of another form are unusable."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from typing import Any, NamedTuple
 from crosslayer.autointerp.endpoint import Answer
 
 MOST_LABEL, MOST_EXPLANATION = 100, 500
-"""Characters."""
-_LOOKED_AT = 20
-"""Places at which an object is looked for."""
+"""Max number of characters."""
+_MOST_TRIES = 20
+"""Max number of opening braces at which parsing is tried."""
 _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 _JUDGED = re.compile(r'"([0-9]+)"\s*:\s*([01])\b')
 
 
 class Unusable(Exception):
-    """An answer that is not what was asked for; the message is one of a few reasons, to be counted."""
+    """An answer of another form than requested; the message is one of a few countable reasons."""
 
 
 class Explanation(NamedTuple):
-    """What a model says of a feature: a few words, and a sentence."""
+    """An explanation of a feature: a label of a few words, and a sentence."""
 
     label: str
     explanation: str
 
 
 class Judgement(NamedTuple):
-    """Whether a text fits a label; the probability of yes where log-probabilities came back."""
+    """Whether a text fits a label, and the probability of yes if the answer has log-probabilities."""
 
     fits: bool
     probability: float | None
 
 
 def json_object(answer: Answer) -> dict[str, Any]:
-    """The object in an answer, which may have thoughts before it and a fence around it.
+    """Return the JSON object in an answer, which may follow reasoning and be in a code block.
 
     Raises:
-        Unusable: where there is none.
+        Unusable: if there is none.
     """
     text = _THOUGHT.sub("", answer.text)
     decoder, at = json.JSONDecoder(), -1
-    for _ in range(_LOOKED_AT):
+    for _ in range(_MOST_TRIES):
         at = text.find("{", at + 1)
         if at < 0:
             break
@@ -58,13 +58,13 @@ def json_object(answer: Answer) -> dict[str, Any]:
 
 
 def explanation_in(answer: Answer) -> Explanation:
-    """A label and its sentence, each one line within bounds.
+    """Return a label and its sentence, each on one line.
 
     Raises:
-        Unusable: for anything else.
+        Unusable: if either is missing or too long.
     """
-    said = json_object(answer)
-    label, sentence = (_line(said.get(key)) for key in ("label", "explanation"))
+    found = json_object(answer)
+    label, sentence = (_line(found.get(key)) for key in ("label", "explanation"))
     if not label or not sentence:
         raise Unusable("no label")
     if len(label) > MOST_LABEL or len(sentence) > MOST_EXPLANATION:
@@ -73,7 +73,7 @@ def explanation_in(answer: Answer) -> Explanation:
 
 
 def _line(value: Any) -> str:
-    """One line without characters that cannot be seen."""
+    """Join a text to one line without invisible characters."""
     if not isinstance(value, str):
         return ""
     seen = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in value)
@@ -81,43 +81,41 @@ def _line(value: Any) -> str:
 
 
 def judgements_in(answer: Answer, n: int) -> list[Judgement]:
-    """A judgement of each of `n` texts.
+    """Return the judgements of `n` texts.
 
     Raises:
-        Unusable: unless every text was judged, once, and nothing else.
+        Unusable: unless every text, and nothing else, was judged once.
     """
-    said = json_object(answer)
-    if set(said) != {str(i) for i in range(1, n + 1)} or any(v not in (0, 1) for v in said.values()):
+    verdicts = json_object(answer)
+    if set(verdicts) != {str(i) for i in range(1, n + 1)} or any(v not in (0, 1) for v in verdicts.values()):
         raise Unusable("not every text was judged")
     found = probabilities(answer)
-    return [Judgement(bool(said[str(i)]), found.get(i)) for i in range(1, n + 1)]
+    return [Judgement(bool(verdicts[str(i)]), found.get(i)) for i in range(1, n + 1)]
 
 
 def intruder_in(answer: Answer, n: int) -> int:
-    """The number, from 0, of the text that was called the intruder.
+    """Return the number, from 0, of the text named as the intruder.
 
     Raises:
-        Unusable: for no number of 1 to n.
+        Unusable: unless the answer is a number from 1 to n.
     """
-    said = json_object(answer).get("intruder")
-    if isinstance(said, bool) or not isinstance(said, int) or not 1 <= said <= n:
+    found = json_object(answer).get("intruder")
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= n:
         raise Unusable("no text was named")
-    return said - 1
+    return found - 1
 
 
 def probabilities(answer: Answer) -> dict[int, float]:
-    """For each text that was judged, from 1, the probability of 1 against 0 at that place of the answer; none without
-    log-probabilities.
-    """
+    """Return the probability of 1 against 0 for each judged text, from 1; empty without log-probabilities."""
     if answer.logprobs is None:
         return {}
-    whole = "".join(token for token, _ in answer.logprobs)
-    begin = whole.rfind("{")
+    text = "".join(token for token, _ in answer.logprobs)
+    begin = text.rfind("{")
     starts = [0]
     for token, _ in answer.logprobs:
         starts.append(starts[-1] + len(token))
     found: dict[int, float] = {}
-    for match in _JUDGED.finditer(whole, max(begin, 0)):
+    for match in _JUDGED.finditer(text, max(begin, 0)):
         at = match.start(2)
         k = next(i for i in range(len(starts) - 1) if starts[i] <= at < starts[i + 1])
         p = _probability(answer.logprobs[k], at - starts[k])
@@ -127,7 +125,7 @@ def probabilities(answer: Answer) -> dict[int, float]:
 
 
 def _probability(place: tuple[str, Sequence[tuple[str, float]]], offset: int) -> float | None:
-    """Of the digit 1 against 0 at an offset inside a token, over the alternatives that agree with it up to there."""
+    """Return the probability of 1 against 0 at an offset in a token, over alternatives with the same prefix."""
     token, alternatives = place
     mass = {"0": 0.0, "1": 0.0}
     for other, logprob in alternatives:

@@ -29,7 +29,7 @@ def print_estimate(
             f" about {e.calls:,} calls, {e.prompt_tokens:,} prompt tokens and"
             f" {e.completion_tokens:,} completion tokens{cost}"
         ),
-        f"about {duration(e.wall_s)}, at {e.seconds_a_call:.1f} s per call ({how}) and {concurrency} at once",
+        f"about {duration(e.wall_s)}, at {e.seconds_per_call:.1f} s per call ({how}) and {concurrency} at once",
     ]
     if known.n:
         lines.append(f"{known.n:,} answers of this model are cached; matching requests are not sent again")

@@ -1,8 +1,8 @@
-"""A run: explain, score, keep, some features at a time.
+"""A labelling run: explain and score features in batches, and save each label.
 
-A label is kept as soon as it is there, its scores when they are. All that was answered is in the cache, so a run that
-was stopped, however, is run again by the same command: it goes through the same questions, asks those that have no
-answer, and ends the same.
+Labels and scores are saved as soon as they are available, and all answers are cached. An interrupted run resumes when
+its command is repeated: the run builds the same requests, sends only those without a cached answer, and ends with the
+same result.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.core.progress import Update
 
 AT_ONCE = 64
-"""Features explained before the first of them is scored; labels are shuffled among them."""
+"""Features per batch: all are explained before the first is scored, and labels are shuffled within it."""
 VIEW = "labelling"
-"""The kind under which a run's summary is kept in `user.sqlite`, by the model's name."""
+"""Kind of the view in `user.sqlite` that stores the summary of a run, named by the model."""
 
 Parse = Callable[[Answer], Any]
 
 
 class _Job(NamedTuple):
-    """A question about a feature, and about whose label it is."""
+    """A question about a feature, and whose label it shows: the feature's own or a baseline's."""
 
     feature: int
     whose: str
@@ -50,22 +50,21 @@ class _Job(NamedTuple):
 
 
 class Labelling:
-    """Labels features of a bundle with what a model says.
+    """Labels features of a bundle with a language model.
 
     Args:
-        concurrency: requests at once.
+        concurrency: max concurrent requests.
 
     Raises:
-        ConfigError: for a model whose name is that of another source of labels, and a score that is not known.
+        ConfigError: for a model name that is empty or reserved for another source of labels, and an unknown score.
     """
 
     def __init__(self, bundle: FeatureBundle, asker: Asker, settings: LabelSettings, *, concurrency: int = 8) -> None:
         self.source = asker.endpoint.model
         if self.source.strip().lower() in (PERSON, "rule", ""):
-            raise ConfigError(
-                f"--model {self.source!r} cannot be told from labels by {self.source or 'nobody'}; serve it under"
-                " another name"
-            )
+            name = self.source.strip().lower()
+            problem = f"is reserved for labels by {name}" if name else "is empty"
+            raise ConfigError(f"--model {self.source!r} {problem}; serve the model under another name")
         self.bundle, self.asker, self.settings, self.concurrency = bundle, asker, settings, concurrency
         self.scores = chosen(settings)
         self.documents = Documents(bundle)
@@ -74,14 +73,14 @@ class Labelling:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Of each label: who said it, asked what, shown what."""
+        """Provenance of each label: model, endpoint, prompt version and settings."""
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
         settings["methods"] = [score.name for score in self.scores]
         return {
             "model": self.source,
             "endpoint": self.asker.endpoint.host,
             "prompt_version": PROMPT_VERSION,
-            "documents": self.documents.told,
+            "documents": self.documents.identification,
             "settings": settings,
             "crosslayer": version("crosslayer"),
         }
@@ -92,26 +91,26 @@ class Labelling:
         *,
         groups: bool = True,
         prices: Prices | None = None,
-        on_progress: Update = lambda done, figures="": None,
+        on_progress: Update = lambda done, metrics="": None,
     ) -> dict[str, Any]:
-        """Label and score the features, and name the groups that they are in; gives the summary, and keeps it.
+        """Label and score the features and label their groups; save and return the summary.
 
         Args:
-            on_progress: told the share that is done.
+            on_progress: called with the fraction done.
 
         Raises:
-            EndpointError: where the endpoint answers nothing at all. What was answered is kept.
+            EndpointError: if the endpoint stops answering; answers so far are saved.
         """
         began = time.monotonic()
         n_parts = -(-len(features) // AT_ONCE)
         for part in range(n_parts):
-            # Parts of one size, so that the last is not too small to shuffle labels in.
+            # Batches of equal size, so that the last is large enough to shuffle labels.
             at, end = (len(features) * i // n_parts for i in (part, part + 1))
-            some = features[at:end]
+            batch = features[at:end]
             if self._over_budget:
-                self.tally.unasked += len(some)
+                self.tally.unasked += len(batch)
                 continue
-            self._some(some, partial(_share, on_progress, self._figures, at, len(some), len(features)))
+            self._batch(batch, partial(_share, on_progress, self._metrics, at, len(batch), len(features)))
         if groups and not self._over_budget:
             self._groups(features)
         found = summary(
@@ -127,18 +126,18 @@ class Labelling:
         self.bundle.user.save_view(VIEW, self.source, found)
         return found
 
-    def _figures(self) -> str:
+    def _metrics(self) -> str:
         spent = self.asker.spent
         return f"{self.tally.labelled:,} labelled, {spent.calls:,} calls, {spent.tokens:,} tokens"
 
-    def _some(self, features: Sequence[int], on_progress: Callable[[float], None]) -> None:
+    def _batch(self, features: Sequence[int], on_progress: Callable[[float], None]) -> None:
         materials = {f: material(self.bundle, self.documents, f, self.settings) for f in features}
         shown = [m for m in materials.values() if m.shown]
         self.tally.no_examples += len(features) - len(shown)
         labels = self._explain(shown, on_progress)
-        said = self._said({f: label for f, (label, _) in labels.items()})
-        jobs = self._jobs([materials[f] for f in labels], said)
-        answers = self._ask([self._question(j, said) for j in jobs], lambda share: on_progress(0.1 + 0.9 * share))
+        judged = self._labels_to_judge({f: label for f, (label, _) in labels.items()})
+        jobs = self._jobs([materials[f] for f in labels], judged)
+        answers = self._ask([self._question(j, judged) for j in jobs], lambda share: on_progress(0.1 + 0.9 * share))
         by_feature: dict[int, list[tuple[_Job, Any]]] = {f: [] for f in labels}
         for job, answer in zip(jobs, answers, strict=True):
             by_feature[job.feature].append((job, answer))
@@ -150,12 +149,12 @@ class Labelling:
             else:
                 scores = _collated(materials[f], asked)
                 self.tally.scores[f] = scores
-                self._keep(f, labels[f], scores)
+                self._save(f, labels[f], scores)
 
     def _explain(
         self, shown: Sequence[Material], on_progress: Callable[[float], None]
     ) -> dict[int, tuple[Explanation, Answer]]:
-        """What is said of each feature; those labels are kept at once."""
+        """Explain features and save the labels at once."""
         requests = [
             explain_request(m.shown, m.contrast, self._promoted(m.feature), self.settings.thinking) for m in shown
         ]
@@ -164,9 +163,9 @@ class Labelling:
             shown, self._ask([(r, explanation_in) for r in requests], lambda s: on_progress(0.1 * s)), strict=True
         ):
             match answer:
-                case Usable(said, raw):
-                    found[m.feature] = (said, raw)
-                    self._keep(m.feature, found[m.feature], None)
+                case Usable(explanation, raw):
+                    found[m.feature] = (explanation, raw)
+                    self._save(m.feature, found[m.feature], None)
                     self.tally.labelled += 1
                 case Failure():
                     self.tally.failed += 1
@@ -179,26 +178,22 @@ class Labelling:
             return []
         return [self.bundle.text(t) for t in self.bundle.at("top_id", feature).tolist() if t >= 0]
 
-    def _keep(self, feature: int, said: tuple[Explanation, Answer], scores: dict[str, Any] | None) -> None:
-        """Write a label; without scores only if it is new, so that those of the same label stay until there are
-        others.
-        """
-        label, answer = said
+    def _save(self, feature: int, explained: tuple[Explanation, Answer], scores: dict[str, Any] | None) -> None:
+        """Save a label; if it has no scores and equals the saved label, keep the saved one with its scores."""
+        label, answer = explained
         if scores is None:
-            kept = next(
+            saved = next(
                 (x for x in self.bundle.user.labels([feature]).get(feature, []) if x.source == self.source), None
             )
-            if kept is not None and (kept.label, kept.explanation) == label:
+            if saved is not None and (saved.label, saved.explanation) == label:
                 return
         provenance = self.provenance | {"time": answer.time}
         self.bundle.user.set_label(
             Label(feature, self.source, label.label, label.explanation, scores, provenance, answer.time)
         )
 
-    def _said(self, labels: dict[int, Explanation]) -> dict[int, dict[str, Explanation]]:
-        """What is to be judged of each feature: its label, another feature's that differs, and the rule's, as far as
-        there are any.
-        """
+    def _labels_to_judge(self, labels: dict[int, Explanation]) -> dict[int, dict[str, Explanation]]:
+        """Return the labels to judge per feature: its own, another feature's different label, and the label by rule."""
         others = in_drawn_order(labels, self.settings.seed, "shuffled")
         found: dict[int, dict[str, Explanation]] = {}
         for at, f in enumerate(others):
@@ -212,25 +207,25 @@ class Labelling:
                 found[f]["rule"] = Explanation(row.label, "")
         return found
 
-    def _jobs(self, materials: Sequence[Material], said: dict[int, dict[str, Explanation]]) -> list[_Job]:
-        """All questions that score some features."""
+    def _jobs(self, materials: Sequence[Material], labels: dict[int, dict[str, Explanation]]) -> list[_Job]:
+        """Return all questions that score the features."""
         return [
             _Job(m.feature, who, score, question)
             for m in materials
             for score in self.scores
             for question in score.questions(m, self.settings)
-            for who in (said[m.feature] if score.of_label else ("label",))
+            for who in (labels[m.feature] if score.of_label else ("label",))
         ]
 
-    def _question(self, job: _Job, said: dict[int, dict[str, Explanation]]) -> tuple[Request, Parse]:
-        label = said[job.feature][job.whose] if job.score.of_label else None
+    def _question(self, job: _Job, labels: dict[int, dict[str, Explanation]]) -> tuple[Request, Parse]:
+        label = labels[job.feature][job.whose] if job.score.of_label else None
         request = job.score.request(job.question, label, self.settings.thinking)
         return request, partial(job.score.parse, question=job.question)
 
     def _ask(
         self, jobs: Sequence[tuple[Request, Parse]], on_progress: Callable[[float], None]
     ) -> list[Usable | Failure | None]:
-        """The answers in order, None for what the budget does not reach."""
+        """Return the answers in order; None for requests beyond the budget."""
         found: list[Usable | Failure | None] = [None] * len(jobs)
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = {pool.submit(self.asker.ask, request, parse): i for i, (request, parse) in enumerate(jobs)}
@@ -242,7 +237,7 @@ class Labelling:
                         self._over_budget = True
                     on_progress(n / len(jobs))
             except BaseException:
-                # What is on its way is paid for, and waited for; nothing else is sent.
+                # Requests in flight are paid for, so wait for them; send no others.
                 self.asker.endpoint.end()
                 for future in futures:
                     future.cancel()
@@ -250,16 +245,22 @@ class Labelling:
         return found
 
     def _groups(self, features: Sequence[int]) -> None:
-        """Name the groups that the features are in."""
+        """Label the groups that the features are in."""
         found = groups_of(self.bundle, features, self.source, self.settings.seed)
         jobs = [(group_request(g.labels, self.settings.thinking), explanation_in) for g in found]
         for group, answer in zip(found, self._ask(jobs, lambda share: None), strict=True):
             match answer:
-                case Usable(said, raw):
+                case Usable(explanation, raw):
                     provenance = self.provenance | {"time": raw.time, "members": len(group.labels)}
                     self.bundle.user.set_group_label(
                         GroupLabel(
-                            group.level, group.number, self.source, said.label, said.explanation, provenance, raw.time
+                            group.level,
+                            group.number,
+                            self.source,
+                            explanation.label,
+                            explanation.explanation,
+                            provenance,
+                            raw.time,
                         )
                     )
                     self.tally.groups += 1
@@ -267,13 +268,13 @@ class Labelling:
                     self.tally.groups_failed += 1
 
 
-def _share(update: Update, figures: Callable[[], str], at: int, n: int, n_all: int, share: float) -> None:
-    """Tell how much of all is done by how much is done of some."""
-    update((at + share * n) / n_all, figures())
+def _share(update: Update, metrics: Callable[[], str], at: int, n: int, n_all: int, share: float) -> None:
+    """Report progress of all features from the progress of one batch."""
+    update((at + share * n) / n_all, metrics())
 
 
 def _collated(m: Material, asked: Sequence[tuple[_Job, Usable | Failure]]) -> dict[str, Any]:
-    """A feature's scores, as they are stored."""
+    """Return a feature's scores in their stored form."""
     by: dict[tuple[str, str], list[tuple[_Job, Any]]] = {}
     for job, answer in asked:
         value = answer.value if isinstance(answer, Usable) else None

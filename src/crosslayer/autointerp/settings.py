@@ -1,4 +1,4 @@
-"""What is shown to a model of each feature, and how much of it is asked."""
+"""Settings of automated interpretability: the texts in prompts, and the scores."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from crosslayer.core.errors import ConfigError
 
 BASELINES = ("shuffled", "rule")
-"""Another feature's label, and the label by rule, judged on the same texts."""
+"""Baselines: another feature's label, and the label by rule, scored on the same texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
-    """Bounds of what a model is shown and asked.
+    """Settings of a labelling run.
 
     Attributes:
-        window, before: tokens of a text, and how many of them stand before its peak where the row and the document
-            allow it.
-        n_shown, n_contrast: texts to explain with, on which the feature fires, and of its neighbours, on which it does
-            not.
-        n_positive, n_negative: texts to judge, of each kind; half of the negatives are random, half neighbours'.
-        n_intruder: times that the intruder is looked for, among `per_intruder` texts of the feature.
-        per_call: texts judged in one call.
+        window, before: tokens per text, and how many of them precede the peak, if the row and the document allow it.
+        n_shown, n_contrast: texts in the explanation prompt with the feature active, and texts of neighbours with it
+            inactive.
+        n_positive, n_negative: scoring texts with the feature active and inactive; half of the negatives are random,
+            half come from neighbours.
+        n_intruder, per_intruder: intruder questions per feature, and texts of the feature in each.
+        per_call: texts per scoring request.
         methods: names of the scores to compute (`crosslayer.autointerp.scores`); None for all.
         baselines: names of `BASELINES`.
-        thinking: tokens more in each answer, for models that think before they answer.
-        seed: of every draw.
+        thinking: extra completion tokens per answer, for reasoning models.
+        seed: seed of all sampling.
     """
 
     window: int = 24
@@ -52,4 +52,4 @@ class LabelSettings:
             raise ConfigError(f"before={self.before} must be less than window={self.window}; lower it")
         for value in self.baselines:
             if value not in BASELINES:
-                raise ConfigError(f"baselines: {value!r} is not known; give some of {', '.join(BASELINES)}")
+                raise ConfigError(f"baselines: {value!r} is unknown; give some of {', '.join(BASELINES)}")

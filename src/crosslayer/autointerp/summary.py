@@ -1,4 +1,4 @@
-"""What came of a run, over all of its features: how many were labelled, how good the labels are, and against what."""
+"""Summary of a run: counts of features, scores of labels and baselines, and cost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ OF_RULED = "label, where a rule names it"
 
 @dataclass
 class Tally:
-    """Counts of features, each in one of the first four; `unscored` and `unreached` are of those labelled.
+    """Counts of features; each is in one of the first four, and `unscored` and `unreached` count labelled ones.
 
     Attributes:
-        labelled, failed, no_examples, unasked: got a label; got none that could be used; has no text to show; the
-            budget ended before.
-        unscored: had too few texts that were not used to explain.
-        unreached: were labelled, but the budget ended before they were scored.
-        scores: by feature.
+        labelled, failed, no_examples, unasked: labelled; no usable answer; no example; beyond the budget.
+        unscored: too few texts in the scoring split.
+        unreached: labelled, but not scored within the budget.
+        scores: scores by feature.
     """
 
     labelled: int = 0
@@ -48,7 +47,7 @@ def summary(
     prices: Prices | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything, as it is kept."""
+    """Return the summary in its stored form."""
     counts = {
         "chosen": n_chosen,
         "labelled": tally.labelled,
@@ -77,7 +76,7 @@ def summary(
 
 
 def _scores(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each of the label, the label on features that have a rule, the baselines, and each method."""
+    """Return a row per method for the label, the label on features with a rule, and each baseline."""
     baseline = lambda name: [s["baselines"][name] for s in found if name in s.get("baselines", {})]  # noqa: E731
     with_rule = [s for s in found if "rule" in s.get("baselines", {})]
     whose = {

@@ -1,4 +1,4 @@
-"""Features in words, for a terminal. No torch."""
+"""Print features on a terminal. No torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ AROUND = 12
 def print_feature(
     console: Console, bundle: FeatureBundle, feature: Feature, *, examples: int = 8, neighbours: int = 4
 ) -> None:
-    """One feature: what it is called and why, when it fires, what it writes, and its neighbours."""
+    """Print a feature: label, density, activations, logits, decoder norms, examples and neighbours."""
     f = feature
-    title = f"L{f.layer}/{f.index}  {f.label or 'no rule names it'}"
+    title = f"L{f.layer}/{f.index}  {f.label or 'no label'}"
     console.print(Text(title, style="bold"))
     if f.label_from:
-        console.print(Text(f"label from {f.label_from}{_figures(f) if f.label_from == 'rule' else ''}", style="dim"))
+        console.print(
+            Text(f"label from {f.label_from}{_rule_metrics(f) if f.label_from == 'rule' else ''}", style="dim")
+        )
     elif f.rule:
-        console.print(Text(f"best rule: {f.rule.kind}{_figures(f)}", style="dim"))
+        console.print(Text(f"best rule: {f.rule.kind}{_rule_metrics(f)}", style="dim"))
     for x in bundle.user.labels([bundle.id(f.layer, f.index)]).get(bundle.id(f.layer, f.index), []):
         console.print(Text(f"{x.source}: {_added(x)}"), soft_wrap=True)
     if (
@@ -37,11 +39,11 @@ def print_feature(
         and f.label_from not in (None, "rule")
         and (by_rule := bundle.index.row(bundle.id(f.layer, f.index)).label)
     ):
-        console.print(Text(f"rule: {by_rule}{_figures(f)}"), soft_wrap=True)
-    said = f"fires on {f.density:.3%} of tokens" + (f" ({f.count:,} of {f.n_tokens:,})" if f.n_tokens else "")
+        console.print(Text(f"rule: {by_rule}{_rule_metrics(f)}"), soft_wrap=True)
+    line = f"fires on {f.density:.3%} of tokens" + (f" ({f.count:,} of {f.n_tokens:,})" if f.n_tokens else "")
     if f.density:
-        said += f", at {f.mean:.3g} on average, {f.max:.3g} at most" if f.mean == f.mean else f", {f.max:.3g} at most"
-    console.print(Text(said))
+        line += f", mean activation {f.mean:.3g}, max {f.max:.3g}" if f.mean == f.mean else f", max {f.max:.3g}"
+    console.print(Text(line))
     if len(f.density_by_source) > 1:
         console.print(Text("by source: " + ", ".join(f"{name} {d:.3%}" for name, d in f.density_by_source.items())))
     if any(f.linear.counts):
@@ -67,25 +69,25 @@ def print_feature(
         for by in NEIGHBOURS:
             near = bundle.neighbours(f.layer, f.index, by)[:neighbours]
             if near:
-                said = ";  ".join(f"L{x.layer}/{x.index} {x.value:.2f} {x.label or ''}".rstrip() for x in near)
-                console.print(Text(f"{by:<12} {said}"), soft_wrap=True)
+                line = ";  ".join(f"L{x.layer}/{x.index} {x.value:.2f} {x.label or ''}".rstrip() for x in near)
+                console.print(Text(f"{by:<12} {line}"), soft_wrap=True)
 
 
 def _added(x: Label) -> str:
-    """A label that was added, what was said with it, and how it was scored."""
-    said = f"{x.label}: {x.explanation}" if x.explanation else x.label
+    """Format an added label with its explanation and scores."""
+    text = f"{x.label}: {x.explanation}" if x.explanation else x.label
     scored = scores_in_words(x.scores or {})
-    return f"{said} ({scored})" if scored else said
+    return f"{text} ({scored})" if scored else text
 
 
 def _scores(scores: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Values alone, in the order of the names."""
+    """Format values without names, in the order of the names."""
     values = [_value(scores.get(name)) for name in names] if scores else []
     return " ".join("  – " if x is None else f"{x:.2f}" for x in values)
 
 
 def _metric(score: Any) -> str | None:
-    """Name of the value that stands for a score: the first one that has an interval."""
+    """Return the name of the main value of a score: the first one with an interval."""
     return next((name for name in score if f"{name}_low" in score), None) if isinstance(score, Mapping) else None
 
 
@@ -97,12 +99,12 @@ def _value(score: Any) -> float | None:
 
 
 def _names(scores: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of all scores that some features have, in the order in which they are stored."""
+    """Return the names of all scores of some features, in the stored order."""
     return [n for n in dict.fromkeys(n for some in scores for n in some) if n != "baselines"]
 
 
 def scores_in_words(scores: Mapping[str, Any]) -> str:
-    """`detection 0.85 [0.64, 0.95], fuzzing ...`: values, with their 95 % intervals if there are any."""
+    """Format scores with 95 % intervals, like `detection 0.85 [0.64, 0.95], fuzzing ...`."""
     parts = []
     for name in _names([scores]):
         value, metric = _value(scores[name]), _metric(scores[name])
@@ -112,18 +114,18 @@ def scores_in_words(scores: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _figures(f: Feature) -> str:
+def _rule_metrics(f: Feature) -> str:
     if f.rule is None or f.rule.auroc is None:
         return ""
     return (
         f" ({f.rule.kind}; AUROC {f.rule.auroc:.3f}, precision {f.rule.precision:.2f}, recall {f.rule.recall:.2f} on"
-        " other text)"
+        " held-out text)"
     )
 
 
 def _bars(counts: Sequence[float]) -> str:
     most = max(counts)
-    # Any count shows, however small.
+    # Every count above zero gets a visible bar.
     return "".join(BARS[0 if not c else max(1, round(c / most * (len(BARS) - 1)))] for c in counts)
 
 
@@ -133,12 +135,12 @@ def _logits(side: Sequence[Logit]) -> Text:
 
 
 def visible(token: str) -> str:
-    """A token on one line."""
+    """Replace line breaks and tabs in a token by visible characters."""
     return token.replace("\n", "↵").replace("\t", "→").replace("\r", "")
 
 
 def _spread(examples: Sequence[Example], n: int) -> list[Example]:
-    """The top half of what is asked for, then one of each quantile bin in turn, from the highest down."""
+    """Select top examples for half of `n`, then examples of the quantile bins in turn, from the top bin down."""
     top = [e for e in examples if e.bin == 0]
     rest = [e for e in examples if e.bin]
     bins = sorted({e.bin for e in rest}, reverse=True)
@@ -148,7 +150,7 @@ def _spread(examples: Sequence[Example], n: int) -> list[Example]:
 
 
 def _example(example: Example, most: float) -> Text:
-    """A stretch of text, active tokens on a ground that is the warmer the more active they are."""
+    """Return the text around the peak; background colour shows the activation."""
     first, last = max(0, example.peak - AROUND), example.peak + AROUND + 1
     text = Text("…" if first else "")
     for i, (token, activation) in enumerate(
@@ -161,9 +163,9 @@ def _example(example: Example, most: float) -> Text:
 
 
 def print_found(console: Console, bundle: FeatureBundle, found: Sequence[Found]) -> None:
-    """A list of features; with the scores of labels by models, where some of these have any."""
+    """Print a table of features, with a column of autointerp scores if a label has any."""
     labels = bundle.user.labels([bundle.id(x.layer, x.index) for x in found])
-    # Those of the label that counts, and of no other.
+    # Only the scores of the label in effect.
     scored = {f: some[0].scores for f, some in labels.items() if some[0].scores}
     names = _names(s for s in scored.values() if s)
     heading = " ".join(f"{name[:3]}." for name in names)
@@ -199,7 +201,11 @@ def print_found(console: Console, bundle: FeatureBundle, found: Sequence[Found])
 def print_top(
     console: Console, bundle: FeatureBundle, tokens: Sequence[str], active: Sequence[Sequence[tuple[int, float]]]
 ) -> None:
-    """Features active on each token of a prompt, as (flat id, activation), the most active first."""
+    """Print the features active on each token of a prompt.
+
+    Args:
+        active: per token, pairs of flat id and activation, top activations first.
+    """
     labels = bundle.labels({f for some in active for f, _ in some})
     for position, (token, some) in enumerate(zip(tokens, active, strict=True)):
         console.print(Text(f"{position:>3} {visible(token)!r}", style="bold"))

@@ -1,4 +1,4 @@
-"""`crosslayer label`: labels by a language model, and their scores."""
+"""`crosslayer label`: label features with a language model and score the labels (autointerp)."""
 
 from __future__ import annotations
 
@@ -20,84 +20,106 @@ if TYPE_CHECKING:
     "--endpoint",
     required=True,
     metavar="URL",
-    help="OpenAI-compatible, as http://127.0.0.1:8080/v1 (llama.cpp, vLLM, Ollama, or hosted)",
+    help="URL of an OpenAI-compatible API, for example http://127.0.0.1:8080/v1 (llama.cpp, vLLM, Ollama, or hosted)",
 )
-@click.option("--model", required=True, help="name that the endpoint knows the model by; labels are kept under it")
+@click.option("--model", required=True, help="model name at the endpoint; also the source of the saved labels")
 @click.option(
     "--key-env",
     metavar="VARIABLE",
-    help="environment variable that holds the endpoint's key; no key is sent unless given",
+    help="environment variable with the API key; default: no key is sent",
 )
 @click.option(
     "--feature",
     "features",
     multiple=True,
     metavar="L/I",
-    help="a feature to label, as L3/753; repeatable; all unless chosen otherwise",
+    help="feature to label, for example L3/753; repeatable; default: all features",
 )
 @click.option(
-    "--graph", type=click.Path(path_type=Path), help="label the features of a saved or exported graph, as it is shown"
+    "--graph",
+    type=click.Path(path_type=Path),
+    help="label the features of a saved or exported graph, pruned as on the page",
 )
-@click.option("--group", metavar="LEVEL/NUMBER", help="label the features of a cluster")
-@click.option("--unnamed", is_flag=True, help="of these, only what no rule names, nor a person")
-@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="of these, N evenly over layers and densities")
+@click.option("--group", metavar="LEVEL/NUMBER", help="label the features of a cluster, for example 0/12")
+@click.option("--unnamed", is_flag=True, help="only features without a label by a rule or a person")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="sample N of these features, evenly over layers and densities",
+)
 @click.option(
     "--budget",
     type=click.IntRange(min=1),
     metavar="TOKENS",
-    help="tokens to spend at most, read and written; as many features as that reaches",
+    help="max tokens, prompt and completion; labels as many features as fit",
 )
 @click.option(
     "--score",
     "methods",
     multiple=True,
     type=click.Choice([*SCORES, "none"]),
-    help="how labels are scored; repeatable; in all three ways unless given",
+    help="score to compute; repeatable; default: all",
 )
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
     type=click.Choice(["shuffled", "rule", "none"]),
-    help=(
-        "what else is judged on the same texts: other features' labels, the labels by rule; repeatable; both unless"
-        " given"
-    ),
+    help="baseline scored on the same texts: another feature's label, or the label by rule; repeatable; default: both",
 )
 @click.option(
-    "--groups/--no-groups", default=True, help="name the clusters that the features are in, from their members' labels"
+    "--groups/--no-groups",
+    default=True,
+    help="also label the clusters of these features, from the labels of their members",
 )
-@click.option("--shown", type=click.IntRange(min=1), default=12, show_default=True, help="texts to explain with")
+@click.option(
+    "--shown", type=click.IntRange(min=1), default=12, show_default=True, help="texts in the explanation prompt"
+)
 @click.option(
     "--texts",
     type=click.IntRange(min=2),
     default=10,
     show_default=True,
-    help="texts to judge on which the feature fires, and as many on which it does not",
+    help="texts to score with the feature active, and as many with it inactive",
 )
-@click.option("--window", type=click.IntRange(min=4, max=255), default=24, show_default=True, help="tokens of a text")
-@click.option("--per-call", type=click.IntRange(min=1), default=5, show_default=True, help="texts judged in one call")
+@click.option("--window", type=click.IntRange(min=4, max=255), default=24, show_default=True, help="tokens per text")
+@click.option("--per-call", type=click.IntRange(min=1), default=5, show_default=True, help="texts per scoring request")
 @click.option(
     "--thinking",
     type=click.IntRange(min=0),
     default=0,
     metavar="TOKENS",
-    help="more in each answer, for models that think before they answer",
+    help="extra completion tokens per answer, for reasoning models",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of every draw")
-@click.option("--concurrency", type=click.IntRange(1, 512), default=8, show_default=True, help="requests at once")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="seed of all sampling")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0.1), default=120.0, show_default=True, metavar="S", help="for an answer"
-)
-@click.option(
-    "--retries", type=click.IntRange(min=0), default=6, show_default=True, help="of a request, with ever longer waits"
+    "--concurrency", type=click.IntRange(1, 512), default=8, show_default=True, help="max concurrent requests"
 )
 @click.option(
-    "--price-in", type=click.FloatRange(min=0), metavar="PRICE", help="of a million tokens read, for the estimate"
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=120.0,
+    show_default=True,
+    metavar="S",
+    help="seconds to wait for an answer",
 )
-@click.option("--price-out", type=click.FloatRange(min=0), metavar="PRICE", help="of a million tokens written")
-@click.option("--dry-run", is_flag=True, help="say what it would take, and ask nothing")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="also write the summary to this file, as JSON")
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=6,
+    show_default=True,
+    help="retries per request, with exponential backoff",
+)
+@click.option(
+    "--price-in",
+    type=click.FloatRange(min=0),
+    metavar="PRICE",
+    help="price per million prompt tokens, for the estimate",
+)
+@click.option("--price-out", type=click.FloatRange(min=0), metavar="PRICE", help="price per million completion tokens")
+@click.option("--dry-run", is_flag=True, help="print the estimate and stop, without any request")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="also write the summary to this JSON file")
 def command(
     bundle: Path,
     endpoint: str,
@@ -126,11 +148,11 @@ def command(
     dry_run: bool,
     out: Path | None,
 ) -> None:
-    """Let a language model label features of BUNDLE (or of a run that has one), and score the labels on documents that
-    did not make them.
+    """Label features of BUNDLE with a language model and score the labels (autointerp).
 
-    Labels, scores and who gave them go to the bundle's user.sqlite; a person's label counts before them. A run that was
-    stopped goes on when it is run again, and no answer is paid for twice.
+    BUNDLE is a feature bundle, or a run with one. Labels are scored on documents that were not used for the
+    explanation. Labels, scores and provenance are saved in user.sqlite of the bundle; your own labels take precedence.
+    An interrupted run resumes when the command is repeated, and no answered request is sent again.
     """
     from functools import partial
 
@@ -186,8 +208,8 @@ def command(
             chosen = chosen[: int(len(chosen) * budget / expected.tokens)]
             if not chosen:
                 raise ConfigError(
-                    f"--budget {budget} is less than the {expected.tokens // expected.n_features:,} tokens that one"
-                    " feature takes, about; raise it"
+                    f"--budget {budget} is less than the estimated {expected.tokens // expected.n_features:,} tokens"
+                    " per feature; raise it"
                 )
             expected = count(chosen)
         print_estimate(console, model, server.host, expected, known, budget, concurrency)
@@ -203,8 +225,8 @@ def command(
     if tried["failed"] and not tried["labelled"]:
         reason = next(iter(summary["reasons"]), "no answer")
         raise EndpointError(
-            f"{model} labelled none of {tried['failed']} features ({reason}); see whether {endpoint} serves a model"
-            " that follows instructions, or give another --model"
+            f"{model} labelled none of {tried['failed']} features ({reason}); check that {endpoint} serves an"
+            " instruction-tuned model, or give another --model"
         )
 
 
@@ -225,14 +247,14 @@ def _features(
     sample: int | None,
     seed: int,
 ) -> list[int]:
-    """Flat ids of the features that are meant, in the order in which they are labelled."""
+    """Return the flat ids of the selected features, in labelling order."""
     from crosslayer.autointerp import choose
     from crosslayer.cli.features import parse_feature
     from crosslayer.core.errors import ConfigError
 
     given = [flag for flag, x in (("--feature", features), ("--graph", graph), ("--group", group)) if x]
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} each choose the features; give one of them")
+        raise ConfigError(f"{' and '.join(given)} each select the features; give one of them")
     if features:
         found = list(dict.fromkeys(opened.id(*parse_feature(text)) for text in features))
     elif graph is not None:
@@ -246,7 +268,7 @@ def _features(
     if sample is not None:
         found = choose.sample(opened, found, sample, seed)
     if not found:
-        raise ConfigError("no feature is left to label; choose others, or leave --unnamed out")
+        raise ConfigError("no feature is left to label; select others, or omit --unnamed")
     return found
 
 
@@ -257,5 +279,5 @@ def _group(text: str) -> tuple[int, int]:
 
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip())
     if match is None:
-        raise ConfigError(f"{text!r} names no group; write LEVEL/NUMBER, as in 0/12")
+        raise ConfigError(f"{text!r} is not a group; write LEVEL/NUMBER, for example 0/12")
     return int(match[1]), int(match[2])

@@ -1,4 +1,4 @@
-"""`crosslayer`: loads commands on demand, and prints errors as one sentence with exit code 2."""
+"""`crosslayer`: loads commands on demand, and prints errors in one sentence with exit code 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VERBS = {
 
 
 class Verbs(click.Group):
-    """Loads `crosslayer.cli.VERB` when VERB is called."""
+    """A group that imports `crosslayer.cli.VERB` when VERB is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)

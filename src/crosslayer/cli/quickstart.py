@@ -1,6 +1,4 @@
-"""`crosslayer quickstart`: the `stdlib` recipe from nothing to a table of measures, a feature bundle and a traced
-prompt.
-"""
+"""`crosslayer quickstart`: train with the `stdlib` recipe, evaluate, build a feature bundle, trace a prompt."""
 
 from __future__ import annotations
 
@@ -25,15 +23,15 @@ PROMPT = "class Shape:\n    def __init__(self, width):\n        self.width ="
     type=click.Path(path_type=Path),
     default=Path("runs/quickstart"),
     show_default=True,
-    help="run folder to make",
+    help="run folder to create, or to resume",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="of initial weights and of the order of text")
-@click.option("--serve/--no-serve", default=None, help="show the page at the end; only on a terminal unless given")
+@click.option("--seed", type=int, default=0, show_default=True, help="seed of initial weights and of the order of text")
+@click.option("--serve/--no-serve", default=None, help="open the page at the end; default: only on a terminal")
 def command(out: Path, seed: int, serve: bool | None) -> None:
-    """Train a transcoder of the shipped host on Python's standard library, measure and save it, collect its features,
-    and trace a prompt.
+    """Train a transcoder of the bundled model, build its features and trace a prompt.
 
-    Needs no network and no GPU. A run that was stopped goes on where it stood.
+    Trains on the source code of Python's standard library; needs no network and no GPU. An interrupted run resumes when
+    the command is repeated.
     """
     from dataclasses import replace
 
@@ -49,16 +47,16 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
     from crosslayer.training.trainer import train
 
     config = replace(stdlib(), seed=seed)
-    there = read_manifest(out) if (out / "run.json").exists() else None
-    if there is not None and there.config != config.as_dict():
-        raise RunError(f"{out} holds another run; give another --out")
-    if there is not None and there.state == "finished":
-        click.echo(f"{out} is finished already; these are its measures")
+    manifest = read_manifest(out) if (out / "run.json").exists() else None
+    if manifest is not None and manifest.config != config.as_dict():
+        raise RunError(f"{out} holds a run with other settings; give another --out")
+    if manifest is not None and manifest.state == "finished":
+        click.echo(f"{out} is already finished; its metrics:")
         evaluation = Evaluation.model_validate_json((out / "eval.json").read_text(encoding="utf-8"))
     else:
-        evaluation = train(config, out, resume=there is not None, console=progress()).evaluation
+        evaluation = train(config, out, resume=manifest is not None, console=progress()).evaluation
     print_table(results(), evaluation)
-    click.echo(f"saved in {out}/clt, with a model card; look closer with: crosslayer inspect {out}\n")
+    click.echo(f"saved in {out}/clt, with a model card; to inspect it: crosslayer inspect {out}\n")
     if not (out / "features").exists():
         build_features(
             out,
@@ -73,17 +71,15 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
     print_feature(
         results(), bundle, bundle.feature(bundle.page()[0].layer, bundle.page()[0].index), examples=4, neighbours=2
     )
-    click.echo(
-        f"features are in {out}/features; look for others with: crosslayer features search self --bundle {out}\n"
-    )
+    click.echo(f"features are in {out}/features; to search them: crosslayer features search self --bundle {out}\n")
     (out / "graphs").mkdir(exist_ok=True)
     graph = attribute(None, out, PROMPT, device="cpu", console=progress())
     print_graph(results(), graph, top=5, labels=labels_of(graph, out, None))
     saved = graph.save(out / "graphs" / "width")
-    click.echo(f"saved as {saved}; trace your own with: crosslayer graph --clt {out} --prompt TEXT\n")
+    click.echo(f"saved as {saved}; to trace another prompt: crosslayer graph --clt {out} --prompt TEXT\n")
     if serve if serve is not None else sys.stdin.isatty() and sys.stdout.isatty():
         from crosslayer.serve.listen import listen
 
         listen([out], host="127.0.0.1", port=PORT, show=True)
     else:
-        click.echo(f"look at all of it on a page with: crosslayer serve {out}")
+        click.echo(f"to open the page: crosslayer serve {out}")

@@ -1,4 +1,4 @@
-"""Flags made from the fields of `TrainConfig`: their names, types, explanations and headings have one home."""
+"""Command-line flags derived from the fields of `TrainConfig`: names, types, help and headings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosslayer.training.recipes import RECIPES
 
 
 class GroupedHelp(click.Command):
-    """Prints options under the headings that the config's fields name."""
+    """A command that prints its options grouped by the headings of the config's fields."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups = {_flag(f.name): f.metadata["group"] for f in fields(TrainConfig)}
@@ -30,7 +30,7 @@ class GroupedHelp(click.Command):
 
 
 def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command a flag for each field; those not given arrive as None."""
+    """Add a flag to a command for each field; flags that are not given are None."""
     hints = get_type_hints(TrainConfig)
     for f in reversed(fields(TrainConfig)):
         hint, text = hints[f.name], f.metadata["help"]
@@ -48,7 +48,7 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             )
             choices = f.metadata["choices"] or (get_args(kinds[0]) if get_origin(kinds[0]) is Literal else None)
             kind = click.Choice(choices) if choices else kinds[0]
-            # Not the option's own default, which a recipe could not be told from a value that was given.
+            # Not passed as the option's default: a given value must be distinguishable from the default, for recipes.
             value = f"{f.default:,}" if hint is int else f.default
             shown = "" if value is None else f"  [default: {value}]"
             option = click.option(flag, f.name, type=kind, default=None, help=f"{text}{shown}")
@@ -57,13 +57,13 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "--recipe",
         type=click.Choice(list(RECIPES)),
         default=None,
-        help="settings that replace the defaults; flags replace both",
+        help="named settings that replace the defaults; other flags override them",
     )
     return recipe(command)
 
 
 def config_from(flags: dict[str, Any], recipe: str | None) -> TrainConfig:
-    """The config that flags ask for, on top of a recipe's settings or the defaults."""
+    """Return the config of the flags, which override the recipe's settings or the defaults."""
     base = RECIPES[recipe]().as_dict() if recipe else {}
     given = given_flags(flags)
     if "l0" in given and "l0_per_layer" not in given:
@@ -77,7 +77,7 @@ def config_from(flags: dict[str, Any], recipe: str | None) -> TrainConfig:
 
 
 def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given on the command line."""
+    """Return the settings that were given on the command line."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items() if v is not None and v != ()}
 
 

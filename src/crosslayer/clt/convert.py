@@ -38,14 +38,14 @@ def convert(
     Args:
         source: a folder, a run, or a name on the Hub, in any known format.
         target: a folder that does not exist yet; an interrupted call resumes when repeated.
-        to: the name of a format that can be written: `published`, or `per-layer` (a set of per-layer transcoders).
+        to: name of a writable format: `published`, or `per-layer` (a set of per-layer transcoders).
         dtype: dtype of all tensors; default: unchanged.
         skip: what to do with an affine skip in the published format, which circuit-tracer does not open.
         on_progress: called with "write" or "verify", and the fraction done.
 
     Raises:
-        ConfigError: for what the format cannot hold.
-        FormatError: for a source that is not whole, a target that is there, or a written tensor that differs.
+        ConfigError: for a transcoder that the format cannot hold.
+        FormatError: for an incomplete source, an existing target, or a written tensor that differs.
     """
     writable = {f.target: f for f in FORMATS if f.target}
     if to not in writable:
@@ -54,8 +54,8 @@ def convert(
     if opened.clt.config.skip and not target_format.holds_skip and skip != "keep":
         if skip == "refuse":
             raise ConfigError(
-                f"{source} has an affine skip, which circuit-tracer does not open; give --drop-skip to leave it out, or"
-                " --keep-skip to write it for crosslayer alone"
+                f"{source} has an affine skip, which circuit-tracer does not open; give --drop-skip to omit it, or"
+                " --keep-skip to write it for crosslayer only"
             )
         opened = _without_skip(opened)
     assert target_format.plan is not None
@@ -72,8 +72,7 @@ def convert(
         except FormatError as error:
             if dtype == torch.float16:
                 raise FormatError(
-                    f"{source} does not fit into fp16, whose greatest number is 65,504 ({error}); give --dtype bf16 or"
-                    " fp32"
+                    f"{source} does not fit into fp16, whose max is 65,504 ({error}); give --dtype bf16 or fp32"
                 ) from error
             raise
 
@@ -89,7 +88,7 @@ def _without_skip(opened: Opened) -> Opened:
 
 @torch.no_grad()
 def _check_sample(source: Opened, written: Opened, dtype: torch.dtype | None) -> None:
-    """Both must encode and decode some inputs alike; at most a few features a token and layer are decoded."""
+    """Check that both encode and decode a sample of inputs alike, with a few features per token and layer."""
     generator = torch.Generator().manual_seed(0)
     config = source.clt.config
     x_BLD = torch.randn(SAMPLE_TOKENS, config.n_layers, config.d_model, generator=generator)
@@ -103,12 +102,12 @@ def _check_sample(source: Opened, written: Opened, dtype: torch.dtype | None) ->
         scale = max(1e-6, expected.abs().max().item())
         if (expected.float() - found.float()).abs().max().item() > loose * scale:
             raise FormatError(
-                f"layer {i} of what was written encodes or decodes otherwise than its source; write it again"
+                f"layer {i} of the written transcoder encodes or decodes differently from the source; convert again"
             )
 
 
 def _some_features(clt: CLT, x_BLD: torch.Tensor) -> list[Active]:
-    """Pre-activations of the first features that lie at every so many places: a sample that needs few decoder rows."""
+    """Return pre-activations of evenly spaced features; such a sample needs few decoder rows."""
     n_tokens, n_features = x_BLD.shape[0], clt.config.n_features
     features = torch.arange(0, n_features, max(1, n_features // SAMPLE_FEATURES))[:SAMPLE_FEATURES]
     token_K = torch.arange(n_tokens).repeat_interleave(len(features))

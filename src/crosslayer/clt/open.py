@@ -1,4 +1,4 @@
-"""Open a transcoder of any known format, by folder, run or name on the Hub."""
+"""Open a transcoder of any known format, by folder, run or Hub name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_clt(
         as_loader: interpret BluelightAI's `topk_all` as their loader does.
 
     Raises:
-        FormatError: naming the file, the tensor, what was found and what was expected.
+        FormatError: for a folder that does not match its format; the message names the file and the tensor.
     """
     opened = open_format(name, as_loader=as_loader)[1]
     if dtype is not None or device != "cpu":
@@ -42,11 +42,10 @@ def open_format(name: str | Path, *, as_loader: bool = False) -> tuple[str, Open
     if published.CONFIG in folder.names:
         kind = published.read_yaml(folder).get("model_kind")
         raise FormatError(
-            f"{folder.name}/config.yaml says model_kind {kind!r}; expected {published.KIND!r} or"
-            f" {transcoder_set.KIND!r}"
+            f"{folder.name}/config.yaml has model_kind {kind!r}; expected {published.KIND!r} or {transcoder_set.KIND!r}"
         )
     *some, last = dict.fromkeys(known.marker for known in FORMATS)
-    raise FormatError(f"{folder.name} has no {', '.join(some)} or {last}, so it is no transcoder's folder")
+    raise FormatError(f"{folder.name} has no {', '.join(some)} or {last}, so it is not a transcoder folder")
 
 
 def _move(opened: Opened, dtype: torch.dtype | None, device: str) -> None:
@@ -59,12 +58,12 @@ def _move(opened: Opened, dtype: torch.dtype | None, device: str) -> None:
             setattr(
                 clt,
                 name,
-                Weights.promised(
+                Weights.lazy(
                     shapes, kind, in_dtype(weights.reader, kind, device), by_row=weights.by_row and device == "cpu"
                 ),
             )
     for name in ("b_enc", "b_dec"):
-        kept = [nn.Parameter(t.detach().to(device, dtype), requires_grad=False) for t in getattr(clt, name)]
-        setattr(clt, name, Weights(kept))
+        biases = [nn.Parameter(t.detach().to(device, dtype), requires_grad=False) for t in getattr(clt, name)]
+        setattr(clt, name, Weights(biases))
     thresholds = [t.detach().to(device, torch.promote_types(t.dtype, dtype or t.dtype)) for t in clt.threshold]
     clt.threshold = Weights(nn.Parameter(t, requires_grad=False) for t in thresholds)

@@ -29,7 +29,7 @@ class Weights(nn.ParameterList):
     """Whether the reader reads single rows cheaply, so that products need not cache the matrix."""
 
     @classmethod
-    def promised(
+    def lazy(
         cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, reader: Reader, *, by_row: bool = False
     ) -> Weights:
         """Return lazily loaded weights of these shapes."""

@@ -1,1 +1,1 @@
-"""What everything else stands on: the shape alphabet, errors, files, progress. Imports no torch."""
+"""Shared basics: axis names, errors, files, progress. Imports no torch."""

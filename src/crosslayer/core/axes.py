@@ -1,10 +1,10 @@
-"""The alphabet of shapes: one letter an axis, in jaxtyping strings, in suffixes of names, and in einsum strings.
+"""Axis letters, used in jaxtyping strings, suffixes of names, and einsum strings.
 
 `W_enc_FD` is (features, width); `Float[Tensor, "B L D"]` is a batch of tokens at every layer.
 """
 
 AXES = {
-    "B": "tokens of a batch, or rows of one where T follows",
+    "B": "tokens of a batch, or its rows if T follows",
     "T": "positions of a sequence",
     "L": "layer read",
     "M": "layer written",
@@ -13,14 +13,14 @@ AXES = {
     "V": "vocabulary",
     "N": "nodes of a graph",
     "H": "attention heads",
-    "G": "heads of attention's values, each shared by H / G heads",
+    "G": "key-value heads, each shared by H / G attention heads",
     "E": "width of an attention head; edges of a graph",
-    "R": "rows of a graph: the nodes whose incoming edges are known",
-    "S": "slots of a decoder: the layers that one layer's features write to",
+    "R": "rows of a graph: nodes whose incoming edges are computed",
+    "S": "decoder slots: layers that a layer's features write to",
     "C": "sources of a group of targets",
-    "J": "tokens at the first positions of the policy, and the constant",
-    "X": "a width that the signature alone fixes",
-    "Y": "another such",
-    "R1": "rows and one more",
-    "K": "active features, as listed by a sparse encoding",
+    "J": "tokens at the policy's first positions, and the constant",
+    "X": "any size, local to a signature",
+    "Y": "another size, local to a signature",
+    "R1": "rows + 1",
+    "K": "active entries of a sparse encoding",
 }

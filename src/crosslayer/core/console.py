@@ -1,4 +1,4 @@
-"""Consoles for results and for progress: as wide as the terminal, and never wrapped in a file or a pipe."""
+"""Consoles for results and progress, as wide as the terminal; lines in files and pipes are not wrapped."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from rich.console import Console
 
 WIDE = 4096
-"""Columns where nothing has a width: tables are as wide as their contents, lines as long as they are."""
+"""Width of a console that is not a terminal; it is large enough that no line is wrapped."""
 
 
 def results() -> Console:
-    """Console on standard output."""
+    """Return a console on standard output."""
     return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def progress() -> Console:
-    """Console on standard error."""
+    """Return a console on standard error."""
     return Console(stderr=True, width=None if sys.stderr.isatty() else WIDE)

@@ -1,29 +1,29 @@
-"""The errors that people see. Each message is one sentence that names the value and the remedy.
+"""Errors for users. Each message is one sentence with the wrong value and the remedy.
 
     CrosslayerError
-    ├── ConfigError      a setting, or two that contradict each other
-    ├── HostError        a language model that cannot be found, read or tapped
+    ├── ConfigError      an invalid setting, or two that contradict each other
+    ├── HostError        a language model that cannot be found, read or hooked
     ├── SourceError      text that cannot be found or read, or is empty
-    ├── FormatError      a file or folder that is not what its format says
-    ├── ResourceError    not enough memory or disk for what was asked
-    ├── ConflictError    what was to be replaced has been changed by another
-    ├── EndpointError    a language model's server that cannot be reached, or that refuses
-    └── RunError         a run folder in use, or a resume that does not fit it
+    ├── FormatError      a file or folder that does not match its format
+    ├── ResourceError    not enough memory or disk
+    ├── ConflictError    a value that was changed elsewhere before it was replaced
+    ├── EndpointError    an LLM endpoint that cannot be reached, or that refuses requests
+    └── RunError         a run folder in use, or one that cannot be resumed this way
 
-The command line prints the message and exits with 2. Invariants of our own are `assert`s, not these.
+The command line prints the message and exits with 2. Internal invariants are `assert`s.
 """
 
 
 class CrosslayerError(Exception):
-    """Base of every error meant for people."""
+    """Base class of errors for users."""
 
 
 class ConfigError(CrosslayerError):
-    """A setting that cannot be, or two that contradict each other."""
+    """An invalid setting, or two that contradict each other."""
 
 
 class HostError(CrosslayerError):
-    """A language model that cannot be found, read or tapped."""
+    """A language model that cannot be found, read or hooked."""
 
 
 class SourceError(CrosslayerError):
@@ -31,20 +31,20 @@ class SourceError(CrosslayerError):
 
 
 class FormatError(CrosslayerError):
-    """A file or folder that is not what its format says."""
+    """A file or folder that does not match its format."""
 
 
 class ResourceError(CrosslayerError):
-    """Not enough memory or disk for what was asked."""
+    """Not enough memory or disk."""
 
 
 class ConflictError(CrosslayerError):
-    """What was to be replaced has been changed by another in the meantime."""
+    """A value that was changed elsewhere before it was replaced."""
 
 
 class EndpointError(CrosslayerError):
-    """A language model's server that cannot be reached, or that refuses."""
+    """An LLM endpoint that cannot be reached, or that refuses requests."""
 
 
 class RunError(CrosslayerError):
-    """A run folder that is in use, or a resume that does not fit it."""
+    """A run folder that is in use, or that cannot be resumed with these settings."""

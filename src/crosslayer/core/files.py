@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees half a file: to a temporary name beside it, then renamed."""
+"""Atomic file writes, through a temporary file that is renamed; locks and positional reads."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunE
 
 
 def require_writable(path: Path) -> None:
-    """Refuse, before any work is done, an output file that could not be written. Missing folders are fine.
+    """Check that an output file can be written, before any work; missing parent folders are allowed.
 
     Raises:
-        ConfigError: for a folder, a device, a name that is too long, and a place that takes no files.
+        ConfigError: for a folder, a device, a name that is too long, or a folder that is not writable.
     """
     try:
         if path.is_dir() or (path.exists() and not path.is_file()):
-            kind = "a folder" if path.is_dir() else "no ordinary file"
-            raise ConfigError(f"{path} cannot be written: it is {kind}; give the name of a file")
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise ConfigError(f"{path} cannot be written: it is {kind}; give a file name")
         above = next(parent for parent in path.absolute().parents if parent.exists())
         if not above.is_dir():
-            raise ConfigError(f"{path} cannot be written: {above} is a file and no folder; give another name")
-        # The name itself is tried where its folder exists, any name where the folder is still to be made.
+            raise ConfigError(f"{path} cannot be written: {above} is a file, not a folder; give another name")
+        # Tests the name itself if its folder exists, and any name otherwise.
         probe = above / (
             f".{path.name}.{os.getpid()}.tmp" if above == path.absolute().parent else f".{os.getpid()}.tmp"
         )
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"{str(path)[:200]} cannot be written ({said}); give the name of a file in a folder that you may write to"
+            f"{str(path)[:200]} cannot be written ({reason}); give a file in a writable folder"
         ) from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` if the block succeeds and removed if not; makes the folders."""
+    """Yield a temporary path that replaces `path` if the block succeeds; create missing folders."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ConfigError(f"{path} is no ordinary file and would be replaced by one; give another name")
+        raise ConfigError(f"{path} is not a regular file and would be replaced by one; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -60,25 +60,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all."""
+    """Write `text` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, *, missing: str, remedy: str) -> Any:
-    """What a JSON file says.
+    """Read a JSON file.
 
     Args:
-        missing: what to say where there is no such file.
-        remedy: what to do about one that is cut short or cannot be read.
+        missing: error message for a missing file.
+        remedy: what the user can do about a truncated or unreadable file.
 
     Raises:
-        FormatError: for either.
+        FormatError: if the file is missing, truncated or unreadable.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -87,11 +87,11 @@ def read_json(path: Path, *, missing: str, remedy: str) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} cannot be read ({error}); {remedy}") from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not whole JSON ({error}); {remedy}") from error
+        raise FormatError(f"{path} is not valid JSON ({error}); {remedy}") from error
 
 
 def require_free_disk(folder: Path, needed_bytes: int, remedy: str) -> None:
-    """Refuse before starting what the disk cannot hold."""
+    """Check that the disk has enough space, before any work."""
     existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     free_bytes = shutil.disk_usage(existing).free
     if needed_bytes > free_bytes:
@@ -102,18 +102,18 @@ def require_free_disk(folder: Path, needed_bytes: int, remedy: str) -> None:
 
 @contextmanager
 def locked(folder: Path, remedy: str = "wait for it, or give another --out") -> Iterator[None]:
-    """Lock the folder, which is made where it is missing, for this process.
+    """Lock a folder for this process; create it if it is missing.
 
     Args:
-        remedy: what to do where another process has locked it.
+        remedy: what the user can do if another process holds the lock.
 
     Raises:
-        RunError: for a folder that another process has locked, or that cannot be made.
+        RunError: for a folder that another process has locked, or that cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{folder} cannot be made ({error.strerror}); give another --out") from error
+        raise RunError(f"{folder} cannot be created ({error.strerror}); give another --out") from error
     lock = FileLock(folder / ".lock", blocking=False)
     try:
         lock.acquire()
@@ -126,21 +126,21 @@ def locked(folder: Path, remedy: str = "wait for it, or give another --out") -> 
 
 
 class PositionalFile:
-    """A file of which parts are read by offset, from any thread, without mapping it.
+    """A file that is read by offset, from any thread, without memory mapping.
 
-    A mapped page brings its neighbours into memory, which costs more than it is worth where single rows are read.
+    Memory mapping also loads neighbouring pages, which is slow for reads of single rows.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
-        self._turn = Lock()
+        self._lock = Lock()
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the buffer from `offset` on; gives the number of bytes read, fewer only where the file ends."""
+        """Fill the buffer from `offset`; return the number of bytes read, fewer only at the end of the file."""
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [buffer], offset)
-        # Windows, and macOS before 11, have no positional read: one thread moves the file's position at a time.
-        with self._turn:
+        # Windows, and macOS before 11, have no positional read, so a lock guards the file position.
+        with self._lock:
             self._file.seek(offset)
             done = 0
             while done < len(buffer) and (n := self._file.readinto(buffer[done:])):
@@ -148,11 +148,11 @@ class PositionalFile:
             return done
 
     def close(self) -> None:
-        """Close the file; more than once is fine."""
+        """Close the file; repeated calls are allowed."""
         self._file.close()
 
     def __del__(self) -> None:
-        # A bundle is often left open to the end.
+        # Bundles are often not closed explicitly.
         if hasattr(self, "_file"):
             self._file.close()
 

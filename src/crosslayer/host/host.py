@@ -1,8 +1,7 @@
-"""A Hugging Face causal language model whose MLPs can be watched and replaced.
+"""A Hugging Face causal language model whose MLP inputs and outputs can be read and replaced.
 
-There is one mechanism: `Host.run` calls a visitor at each layer with what its MLP reads and writes; what the
-visitor returns, if anything, takes the place of what the MLP wrote. Tapping is a visitor that keeps, patching one
-that returns.
+`Host.run` calls a visitor at each layer with the MLP's input and output. A tensor that the visitor returns replaces the
+output. Tapping is a visitor that stores them, patching one that returns a tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SHIPPED_FOLDER = Path(__file__).parent.parent / "assets" / SHIPPED
 
 @runtime_checkable
 class Visitor(Protocol):
-    """Called at each layer, bottom to top, with the MLP's input and output; what it returns replaces the output."""
+    """Called at each layer, bottom to top, with the MLP's input and output; a returned tensor replaces the output."""
 
     def __call__(self, layer: int, x_BTD: Tensor, y_BTD: Tensor, /) -> Tensor | None: ...
 
@@ -44,8 +43,8 @@ class Host:
     """A language model with its tokenizer and the places where a transcoder reads and writes.
 
     Attributes:
-        name: what it was asked for by; written into the CLTs trained on it.
-        layers, n_layers: those whose MLPs are tapped and patched, all unless some were named.
+        name: the name it was loaded by; written into the CLTs trained on it.
+        layers, n_layers: layers whose MLPs are tapped and patched; default: all.
         d_model, n_vocab, max_positions: its sizes.
         input_hook, output_hook: the sites tapped and patched, in TransformerLens' names.
     """
@@ -65,7 +64,7 @@ class Host:
         text_config = config.get_text_config()
         self.model, self.tokenizer, self.name = model, tokenizer, name
         if getattr(text_config, "attn_logit_softcapping", None):
-            # PyTorch's fused attention has no soft-cap, and transformers before 5.24 left it out without a word.
+            # PyTorch's fused attention has no soft-cap; transformers before 5.24 omitted it without a warning.
             model.set_attn_implementation("eager")  # type: ignore[operator]
         self.model_type: str = config.model_type
         self.family: Family = family_of(config.model_type, name)
@@ -99,13 +98,13 @@ class Host:
     def run(
         self, tokens_BT: Int[Tensor, "B T"], visit: Visitor | None = None, *, logits: bool = True, cache: Any = None
     ) -> Float[Tensor, "B T V"] | None:
-        """One forward pass over rows of equal length, calling `visit` at each MLP.
+        """Run a forward pass over rows of equal length, calling `visit` at each MLP.
 
         Args:
-            tokens_BT: token ids, used as they are.
-            visit: watches, and by returning a tensor replaces, each MLP's output.
-            logits: compute and return the logits; without, the unembedding is not run.
-            cache: from `cache()`; the tokens follow those that it has seen.
+            tokens_BT: token ids, used unchanged.
+            visit: called at each MLP; a tensor that it returns replaces the MLP's output.
+            logits: compute and return the logits; if false, the unembedding is not run.
+            cache: from `cache()`; the tokens continue those already in it.
 
         Raises:
             HostError: for rows longer than the model's context.
@@ -124,7 +123,7 @@ class Host:
         return output.logits if logits else None
 
     def cache(self) -> Any:
-        """An empty cache of keys and values, for a generation."""
+        """Return an empty key-value cache."""
         from transformers import DynamicCache
 
         config: Any = self.model.config
@@ -133,38 +132,38 @@ class Host:
     def _hook(self, hooks: ExitStack, layer: int, block: nn.Module, visit: Visitor) -> None:
         seen: list[Tensor] = []
 
-        def keep_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def store_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen.append(inputs[0])
 
         def on_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
             return visit(layer, seen.pop(), output)
 
-        into = block.get_submodule(self._input_site.module).register_forward_pre_hook(keep_input)
+        into = block.get_submodule(self._input_site.module).register_forward_pre_hook(store_input)
         out = block.get_submodule(self._output_site.module).register_forward_hook(on_output)
         hooks.callback(into.remove)
         hooks.callback(out.remove)
 
     @torch.no_grad()
     def tap(self, tokens_BT: Int[Tensor, "B T"]) -> Tapped:
-        """MLP inputs and outputs of all layers on rows of token ids."""
+        """Return MLP inputs and outputs of all layers on rows of token ids."""
         xs: list[Tensor] = []
         ys: list[Tensor] = []
 
-        def keep(_layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
+        def store(_layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
             xs.append(x_BTD)
             ys.append(y_BTD)
 
-        self.run(tokens_BT, keep, logits=False)
+        self.run(tokens_BT, store, logits=False)
         return Tapped(torch.stack(xs, dim=2), torch.stack(ys, dim=2))
 
     def encode(self, text: str) -> Int[Tensor, "1 T"]:
-        """Token ids of a text, with the policy's special token in front."""
+        """Return the token ids of a text, with the policy's special token in front."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise HostError(
-                f"the text holds {text[error.start]!r} at {error.start}, which is no letter of any script; give UTF-8"
-                " text"
+                f"the text has {text[error.start]!r} at position {error.start}, which is not a valid character; give"
+                " UTF-8 text"
             ) from error
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.policy.prepend and not (ids and ids[0] in self.tokenizer.all_special_ids):
@@ -172,12 +171,12 @@ class Host:
         return torch.tensor([ids], dtype=torch.long)
 
     def decode_token(self, token: int) -> str:
-        """The text of one token."""
+        """Return the text of a token."""
         return self.tokenizer.decode([token]) if self.tokenizer is not None else f"#{token}"
 
     @property
     def first_token(self) -> int:
-        """The tokenizer's BOS, else PAD, else EOS.
+        """The tokenizer's BOS token, else PAD, else EOS.
 
         Raises:
             HostError: for a tokenizer that has none of the three.
@@ -187,7 +186,7 @@ class Host:
             if token is not None:
                 return int(token)
         raise HostError(
-            f"the tokenizer of {self.name} has no BOS, PAD or EOS to begin a text with; set one of them in its"
+            f"the tokenizer of {self.name} has no BOS, PAD or EOS token to start a text with; set one of them in its"
             " tokenizer_config.json"
         )
 
@@ -202,18 +201,18 @@ def load_host(
     policy: FirstPosition | None = None,
     layers: Sequence[int] | None = None,
 ) -> Host:
-    """A host by hub name, local folder, the name `stdlib-qwen3`, or as it is if it is one already.
+    """Load a host by hub name, local folder or the name `stdlib-qwen3`; return a `Host` unchanged.
 
     Raises:
-        ConfigError: for a host that was loaded with other sites or another policy than are asked for.
-        HostError: for a model that is not there, cannot be read, or is of no known family.
+        ConfigError: for a loaded host with other sites, layers or another policy.
+        HostError: for a model that is missing, cannot be read, or is of an unsupported family.
     """
     if isinstance(name, Host):
         _check_sites(name, input_hook, output_hook, policy or FirstPosition())
         if layers is not None and tuple(layers) != name.layer_numbers:
             raise ConfigError(
-                f"{name.name} was loaded with the layers {list(name.layer_numbers)}, but {list(layers)} are asked for;"
-                " load it again with those, or give its name"
+                f"{name.name} was loaded with the layers {list(name.layer_numbers)}, but {list(layers)} are needed;"
+                " load it with these layers, or give its name"
             )
         return name
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -229,34 +228,36 @@ def load_host(
 
 
 def _cache_argument(model: nn.Module) -> str:
-    """What a model calls its cache of keys and values: `cache` since transformers 5.24, `past_key_values` before."""
+    """Return the name of the key-value cache argument: `cache` since transformers 5.24, else `past_key_values`."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def _check_sites(host: Host, input_hook: str, output_hook: str, policy: FirstPosition) -> None:
     found = (short_hook(host.input_hook), short_hook(host.output_hook), host.policy)
-    asked = (short_hook(input_hook), short_hook(output_hook), policy)
-    for name, has, wanted in zip(("input_hook", "output_hook", "policy"), found, asked, strict=True):
+    wanted_sites = (short_hook(input_hook), short_hook(output_hook), policy)
+    for name, has, wanted in zip(("input_hook", "output_hook", "policy"), found, wanted_sites, strict=True):
         if has != wanted:
             raise ConfigError(
-                f"{host.name} was loaded with {name}={has}, but {wanted} is asked for; load it again with that, or give"
-                " its name"
+                f"{host.name} was loaded with {name}={has}, but {wanted} is needed; load it with that, or give its name"
             )
 
 
 def choose_device(name: str) -> str:
-    """The device to use: `auto` is cuda where there is one and cpu elsewhere.
+    """Return the device to use: for `auto`, cuda if available, else cpu.
 
     Raises:
-        ConfigError: for a device that PyTorch does not know or does not find.
+        ConfigError: for a device that is unknown or not available.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return "cuda" if there["cuda"] else "cpu"
+        return "cuda" if available["cuda"] else "cpu"
     kind, _, number = name.partition(":")
-    if not there.get(kind) or (number and not (number.isdecimal() and int(number) < _count(kind))):
+    if not available.get(kind) or (number and not (number.isdecimal() and int(number) < _count(kind))):
         found = ", ".join(
-            f"{kind}:{i}" if kind == "cuda" else kind for kind in there if there[kind] for i in range(_count(kind))
+            f"{kind}:{i}" if kind == "cuda" else kind
+            for kind, there in available.items()
+            if there
+            for i in range(_count(kind))
         )
         raise ConfigError(f"device={name} is not available; give one of auto, {found}")
     return name
@@ -268,7 +269,7 @@ def _count(kind: str) -> int:
 
 @contextmanager
 def _no_loading_bar() -> Iterator[None]:
-    """`transformers` draws a bar over the weights it reads; it would break ours."""
+    """Disable the progress bar of `transformers`, which would interfere with the package's own."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -279,12 +280,12 @@ def _no_loading_bar() -> Iterator[None]:
 
 
 def folder_of(name: str | Path) -> str:
-    """What `transformers` is to open: the shipped host's folder for its name, anything else as it is."""
+    """Return the path that `transformers` opens: the bundled model's folder for its name, other names unchanged."""
     return str(SHIPPED_FOLDER) if str(name) == SHIPPED else str(name)
 
 
 def reading(name: str, read: Callable[[], Any], what: str = "Hugging Face causal language model") -> Any:
-    """Turn the many errors of a loader into one sentence."""
+    """Call a loader and convert its errors to a `HostError` of one sentence."""
     from safetensors import SafetensorError
 
     try:
@@ -292,8 +293,8 @@ def reading(name: str, read: Callable[[], Any], what: str = "Hugging Face causal
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if not Path(name).exists() and name != SHIPPED:
             raise HostError(
-                f"no model {name!r}: it is no local folder, and the Hugging Face hub did not give it; check the name,"
-                " or the network"
+                f"no model {name!r}: it is not a local folder and could not be loaded from the Hugging Face Hub; check"
+                " the name, or the network"
             ) from error
         if what == "tokenizer":
             raise HostError(

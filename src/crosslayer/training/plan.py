@@ -1,4 +1,4 @@
-"""What a run will take, before anything is allocated: parameters, memory by part, FLOPs a token, time."""
+"""Estimate parameters, memory by part, FLOPs per token and time of a run, without allocating it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from crosslayer.training.gradients import NUMBERS_AT_ONCE
 from crosslayer.training.objective import SPARSE_BELOW
 
 GIB = 2**30
-RING = "ring of activations"
+BUFFER, COLLECTION = "activation buffer", "activation collection"
 LIBRARIES = 450 << 20
-"""What a process takes that has imported everything."""
+"""Memory of a process after all imports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostShape:
-    """What of a host a plan needs to know."""
+    """The sizes of a host that a plan depends on."""
 
     name: str
     n_layers: int
     d_model: int
     n_parameters: int
     n_matrix_parameters: int
-    """Without embeddings: what a token is multiplied by, the unembedding not among them."""
+    """Parameters without embeddings and unembedding: the matrices that each token is multiplied by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class Plan:
     memory_bytes: dict[str, int]
     disk_bytes: int
     host_flops: float
-    """FLOPs a token of the host's forward pass."""
+    """FLOPs per token of the host's forward pass."""
     dense_flops: float
-    """FLOPs a token of a training step with matrix products throughout."""
+    """FLOPs per token of a training step with dense matrix products."""
     sparse_flops: float
-    """FLOPs a token of a training step whose decoder and gradients touch active features alone."""
+    """FLOPs per token of a training step whose decoder and gradients use active features only."""
     tokens: int
     reuse: int
 
@@ -57,17 +57,17 @@ class Plan:
 
     @property
     def device_bytes(self) -> int:
-        """Without the ring, which is in main memory whatever the device."""
-        return self.total_bytes - self.memory_bytes[RING]
+        """Total without the activation buffer, which is in main memory on every device."""
+        return self.total_bytes - self.memory_bytes[BUFFER]
 
     def seconds(self, flops_per_s: float, *, sparse: bool) -> float:
-        """Time of the whole run at a rate of matrix products."""
+        """Return the duration of the run at a rate of matrix products."""
         flops = self.host_flops / self.reuse + (self.sparse_flops if sparse else self.dense_flops)
         return flops * self.tokens / flops_per_s
 
 
 def host_shape(name: str) -> HostShape:
-    """The shape of a host from its config alone; no weight is read or allocated.
+    """Return the shape of a host from its config, without reading or allocating weights.
 
     Raises:
         HostError: as `load_host` does.
@@ -93,7 +93,7 @@ def host_shape(name: str) -> HostShape:
 
 
 def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
-    """The plan of a run of `config` on a host of this shape."""
+    """Return the plan of a run on a host of this shape."""
     on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = "cuda" if on_gpu else "cpu"
     c = config.clt(shape.n_layers, shape.d_model)
@@ -106,7 +106,7 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     activations = micro * c.n_layers * width * 4
     rows = config.rows_per_forward * config.context
     start = min(l0 * config.l0_start, 0.5 * c.n_layers * c.n_features)
-    # Layers are dense at first, unless they rank few: then gradients are kept whole until the norm is known.
+    # Unless k is small, layers start dense, and full gradients are stored until their norm is known.
     dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device] or not c.ranks
     largest = c.n_features * width * (max(slots) + 1)
     gradients = 0 if not dense else largest if config.fused_update else n
@@ -116,18 +116,16 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
         "transcoder weights": n * weight,
         "gradients": gradients * weight + min(NUMBERS_AT_ONCE[device], largest) * 4,
         "Adam moments": 2 * n * 4 if config.moments == "fp32" else round(2 * n * (1 + 4 / width)),
-        # One copy that becomes the JumpReLU transcoder in the host's units; moments and gradients are still there.
+        # A copy, converted to JumpReLU in the host's units while moments and gradients are still allocated.
         "transcoder as saved": n * weight,
-        RING: config.buffer_tokens * c.n_layers * width * 2 * 2,
-        "harvest": rows * (2 * c.n_layers + 24) * width * host_weight,
-        # Of one layer: pre-activations, activations, what pulls them, and masks; of all of them: the entries that are
-        # kept.
+        BUFFER: config.buffer_tokens * c.n_layers * width * 2 * 2,
+        COLLECTION: rows * (2 * c.n_layers + 24) * width * host_weight,
+        # For one layer: pre-activations, activations, their gradients and masks. For all layers: the active entries.
         "features of a micro-batch": round(
             (micro * c.n_features * 24 if dense else min(micro, TOKENS_AT_ONCE[device]) * c.n_features * 16)
             + entries * 48
         ),
-        # Inputs and outputs as served and in the units of training, the reconstruction, and a layer's gradient laid out
-        # in rows.
+        # Inputs and outputs in the buffer's units and in training units, the reconstruction, and one layer's gradient.
         "reconstructions": 6 * activations + micro * max(slots) * width * 4,
     }
     if device == "cpu":
@@ -149,10 +147,10 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
 
 
 def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
-    """Refuse what cannot fit, naming the largest part and the setting to change.
+    """Raise an error if the run does not fit, naming the largest part and the setting to change.
 
     Raises:
-        ResourceError: for too little memory or disk.
+        ResourceError: if memory or disk is too small.
     """
     if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
         needed, free, where = plan.device_bytes, torch.cuda.mem_get_info()[0], "on the GPU"
@@ -161,8 +159,8 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
     if needed > free:
         part = max(plan.memory_bytes, key=lambda name: plan.memory_bytes[name])
         remedy = {
-            RING: "lower --buffer-tokens",
-            "harvest": "lower --rows-per-forward or --context",
+            BUFFER: "lower --buffer-tokens",
+            COLLECTION: "lower --rows-per-forward or --context",
             "features of a micro-batch": "lower --batch or raise --accumulate",
             "reconstructions": "lower --batch or raise --accumulate",
             "host weights": "use --host-precision bf16",

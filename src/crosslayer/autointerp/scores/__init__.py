@@ -1,4 +1,4 @@
-"""Scores of labels, one file each. To add one, write its file and put it into `SCORES`."""
+"""Scores of labels, one file each. To add one, write its file and add it to `SCORES`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SCORES: dict[str, Score] = {s.name: s for s in (DETECTION, FUZZING, INTRUDER)}
 
 
 def chosen(settings: LabelSettings) -> list[Score]:
-    """The scores that the settings name.
+    """Return the scores named in the settings.
 
     Raises:
-        ConfigError: for a name that is not known.
+        ConfigError: for an unknown name.
     """
     names = tuple(SCORES) if settings.methods is None else settings.methods
     for name in names:
         if name not in SCORES:
-            raise ConfigError(f"methods: {name!r} is not known; give some of {', '.join(SCORES)}")
+            raise ConfigError(f"methods: {name!r} is unknown; give some of {', '.join(SCORES)}")
     return [score for name, score in SCORES.items() if name in names]
 
 

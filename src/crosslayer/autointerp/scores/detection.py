@@ -1,4 +1,4 @@
-"""Detection (Bills et al. 2023; Paulo et al. 2024, arXiv:2410.13928): does the feature fire somewhere in this text?"""
+"""Detection (Bills et al. 2023; Paulo et al. 2024, arXiv:2410.13928): is the feature active in this text?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fuzzing (Paulo et al. 2024, arXiv:2410.13928): does the feature fire on the tokens marked in this text?"""
+"""Fuzzing (Paulo et al. 2024, arXiv:2410.13928): is the feature active on the marked tokens?"""
 
 from __future__ import annotations
 

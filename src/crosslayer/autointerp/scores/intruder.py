@@ -1,4 +1,4 @@
-"""Intruder: of some texts one is another feature's; a model finds it without a label if the feature has a meaning."""
+"""Intruder test: the model must find the one text that is not of the feature; no label is shown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANSWER_TOKENS = 8
 
 
 class Intruder:
-    """The truth of a question is the number of the intruder, from 0."""
+    """The intruder score; the truth of a question is the intruder's number, from 0."""
 
     name: str = "intruder"
     metric: str = "accuracy"
@@ -32,7 +32,7 @@ class Intruder:
     sees: Literal["text", "marks"] = "marks"
 
     def questions(self, material: Material, settings: LabelSettings) -> list[Question]:
-        """Texts with an intruder; no text of the feature is in two questions, so that they are independent."""
+        """Return questions with one intruder each; no two share a text of the feature, so they are independent."""
         n, found = settings.per_intruder, list[Question]()
         order = in_drawn_order(range(len(material.positives)), settings.seed, material.feature, self.name)
         # Texts of neighbours, which are harder, alternate with random ones.

@@ -1,6 +1,6 @@
-"""Scores that show a label and ask of each text whether it fits: detection and fuzzing.
+"""Scores that show a label and ask for each text whether the label fits: detection and fuzzing.
 
-Texts on which the feature fires and texts on which it does not are mixed in an order that depends on the feature alone.
+Texts with the feature active and inactive are shuffled; the order depends on the seed, the feature and the score.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crosslayer.autointerp.scores.score import Question, rounded
 from crosslayer.autointerp.settings import LabelSettings
 
 MIN_TEXTS = 2
-"""Texts of each kind that a feature must have to be scored."""
+"""Min number of texts of each kind for a score."""
 ANY = "Any number of the texts may be yes: none, some, or all."
 ANSWER = 'Reply with JSON only: the number of each text, and 1 for yes or 0 for no, as in {"1": 0, "2": 1}.'
 TOKENS_PER_TEXT = 8
@@ -28,11 +28,11 @@ TOKENS_PER_TEXT = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Judging:
-    """A score by judging texts; the truth of a question is on which texts the feature fires.
+    """A score from judgements of texts; the truth of a question is whether the feature is active, per text.
 
     Attributes:
         system: the system prompt.
-        show: a text as it is shown.
+        show: formats a text for the prompt.
     """
 
     name: str

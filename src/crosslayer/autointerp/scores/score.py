@@ -1,4 +1,4 @@
-"""What a score of labels is: how the model is asked about held-out texts, and what its answers are worth."""
+"""The interface of label scores: requests about held-out texts, and metrics from the answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crosslayer.autointerp.settings import LabelSettings
 
 
 class Question(NamedTuple):
-    """Texts that are shown together, and what is true of them."""
+    """Texts of one request, with the correct answer."""
 
     texts: list[Window]
     truth: Any
@@ -30,44 +30,44 @@ class Score(Protocol):
 
     @property
     def metric(self) -> str:
-        """Name of the value that stands for it; its bounds have the suffixes `_low` and `_high`."""
+        """Name of the main value; its bounds have the suffixes `_low` and `_high`."""
         ...
 
     @property
     def of_label(self) -> bool:
-        """Whether a label is shown, so that the labels of baselines can be scored in the same way."""
+        """Whether a label is shown, so that baseline labels can be scored as well."""
         ...
 
     @property
     def sees(self) -> Literal["text", "marks"]:
-        """Whether the whole text counts or only its marked tokens, for the share of false negatives."""
+        """Whether the whole text is judged or its marked tokens, for the estimate of false negatives."""
         ...
 
     def questions(self, material: Material, settings: LabelSettings) -> list[Question]:
-        """All questions about a feature; none if it has too few texts."""
+        """Return all questions about a feature; none if it has too few texts."""
         ...
 
     def request(self, question: Question, label: Explanation | None, thinking: int) -> Request:
-        """The request that asks a question about a label."""
+        """Return the request for a question about a label."""
         ...
 
     def parse(self, answer: Answer, question: Question) -> Any:
-        """The content of an answer.
+        """Parse an answer.
 
         Raises:
-            Unusable: for an answer that is not of the form asked for.
+            Unusable: for an answer of another form than requested.
         """
         ...
 
     def answer_tokens(self, question: Question) -> int:
-        """Tokens of an answer, about."""
+        """Return the approximate number of tokens of an answer."""
         ...
 
     def values(self, asked: Sequence[tuple[Question, Any]]) -> dict[str, Any]:
-        """Values of a feature from its questions and the parsed answers, None for one that failed."""
+        """Return a feature's values from its questions and parsed answers; a failed answer is None."""
         ...
 
 
 def rounded(name: str, x: Interval) -> dict[str, float]:
-    """A value with its interval, as it is stored."""
+    """Return a value and its interval in the stored form."""
     return {name: round(x.value, 4), f"{name}_low": round(x.low, 4), f"{name}_high": round(x.high, 4)}

@@ -49,10 +49,10 @@ def assemble(
     """
     layers = range(config.n_layers)
     clt = CLT(config, dtype=dtype, device="meta")
-    clt.W_enc = Weights.promised([(config.n_features, config.d_model) for _ in layers], dtype, W_enc, by_row=by_row)
-    clt.W_dec = Weights.promised([(config.n_features, config.n_slots(i), config.d_model) for i in layers], dtype, W_dec)
+    clt.W_enc = Weights.lazy([(config.n_features, config.d_model) for _ in layers], dtype, W_enc, by_row=by_row)
+    clt.W_dec = Weights.lazy([(config.n_features, config.n_slots(i), config.d_model) for i in layers], dtype, W_dec)
     if W_skip is not None:
-        clt.W_skip = Weights.promised([(config.d_model, config.d_model) for _ in layers], dtype, W_skip)
+        clt.W_skip = Weights.lazy([(config.d_model, config.d_model) for _ in layers], dtype, W_skip)
     loaded = lambda tensors: Weights(nn.Parameter(t, requires_grad=False) for t in tensors)  # noqa: E731
     clt.b_enc, clt.b_dec = loaded(v.b_enc for v in vectors), loaded(v.b_dec for v in vectors)
     clt.threshold = loaded(v.threshold for v in vectors if v.threshold is not None)
