@@ -161,6 +161,10 @@ def export(model: Qwen3ForCausalLM, tokenizer_file: Path, folder: Path, facts: d
         tokenizer_file=str(tokenizer_file), eos_token=EOT, pad_token=EOT, clean_up_tokenization_spaces=False
     )
     fast.save_pretrained(folder)
+    # transformers 5 writes a class that 4 does not know; this one both know.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k != "backend"} | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     (folder / "README.md").write_text(model_card(model.config, facts))
 

@@ -133,6 +133,7 @@ with PositionalFile(path) as file:
     buffer = bytearray(64)
     assert file.read_into(memoryview(buffer), 100) == 64 and bytes(buffer) == path.read_bytes()[100:164]
     assert file.read_into(memoryview(bytearray(64)), path.stat().st_size - 10) == 10
+    assert file.read(64, 100) == bytes(buffer) and len(file.read(64, path.stat().st_size - 10)) == 10
 print(load_clt({str(clt_folder)!r}).clt.decoder_rows(0, torch.tensor([3, 1, 2])).sum().item())
 """
     hide = "import os\nfor name in ('pread', 'preadv'): delattr(os, name)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,10 @@ def test_repeated_random_tokens_are_predicted_the_second_time(shipped: Host):
     logp = shipped.run(rows)[:, :-1].log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
     first, second = -logp[:, 1:40].mean(), -logp[:, 41:].mean()
     assert second < first - 2.0, (first, second)
+
+
+def test_the_tokenizer_is_of_a_class_that_transformers_4_and_5_know():
+    """circuit-tracer opens the host with transformers 4; AutoTokenizer goes by the class that the folder names."""
+    settings = json.loads((SHIPPED_FOLDER / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "backend" not in settings

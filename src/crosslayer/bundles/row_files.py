@@ -52,10 +52,10 @@ class RowFile:
             FormatError: for rows that the file does not have.
         """
         n = 1 if last is None else last - first
-        rows = np.empty((n, *self.shape), self.dtype)
-        raw = rows.reshape(-1).view(np.uint8).data
-        if first < 0 or self.file.read_into(raw, self.begin + first * self.row_bytes) != len(raw):
+        raw = self.file.read(n * self.row_bytes, self.begin + first * self.row_bytes) if first >= 0 else b""
+        if len(raw) != n * self.row_bytes or first < 0:
             raise FormatError(f"{self.path} ended at row {first} of {self.n}; {REBUILD}")
+        rows = np.frombuffer(raw, self.dtype).reshape(n, *self.shape)
         return rows[0] if last is None else rows
 
     def close(self) -> None:

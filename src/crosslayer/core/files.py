@@ -133,12 +133,20 @@ class PositionalFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
+        self._number = self._file.fileno()
         self._lock = Lock()
+
+    def read(self, n_bytes: int, offset: int) -> bytes:
+        """Return `n_bytes` from `offset`, fewer only at the end of the file."""
+        if hasattr(os, "pread"):
+            return os.pread(self._number, n_bytes, offset)
+        buffer = bytearray(n_bytes)
+        return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill the buffer from `offset`; return the number of bytes read, fewer only at the end of the file."""
         if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [buffer], offset)
+            return os.preadv(self._number, [buffer], offset)
         # Windows, and macOS before 11, have no positional read, so a lock guards the file position.
         with self._lock:
             self._file.seek(offset)
@@ -150,6 +158,7 @@ class PositionalFile:
     def close(self) -> None:
         """Close the file; repeated calls are allowed."""
         self._file.close()
+        self._number = -1
 
     def __del__(self) -> None:
         # Bundles are often not closed explicitly.
