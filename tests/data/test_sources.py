@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from crosslayer.core.errors import SourceError
-from crosslayer.data.documents import HELD_OUT_SHARE, split_of
+from crosslayer.data.documents import HELD_OUT_SHARE, LONGEST, PIECE_CHARACTERS, split_of
 from crosslayer.data.rows import Documents
 from crosslayer.data.sources import ListedSource, Weighted, open_source, open_sources
 from crosslayer.data.sources.hub import HubSource
@@ -52,6 +52,25 @@ def test_a_long_text_is_cut_at_blank_lines_without_loss(tmp_path: Path):
     pieces = open_source(str(tmp_path / "book.txt")).documents
     assert len(pieces) > 2
     assert "\n\n".join(d.text for d in pieces) == text
+
+
+@pytest.mark.parametrize("joint", [" \n ", "\n", " ", ""])
+def test_a_long_text_without_blank_lines_is_cut_too(joint: str, tmp_path: Path):
+    """At line breaks if it has any, else at spaces, else anywhere; WikiText has no blank line."""
+    text = joint.join(f"{i:06d}" * 12 for i in range(2000))
+    (tmp_path / "book.txt").write_text(text)
+    parts = [d.text for d in open_source(str(tmp_path / "book.txt")).documents]
+    assert "".join(parts) == text
+    assert len(parts) > 20
+    assert max(map(len, parts)) <= LONGEST * PIECE_CHARACTERS
+    breaks = [c for c in ("\n", " ") if c in joint]
+    assert all(part.endswith(breaks[0]) for part in parts[:-1] if breaks)
+
+
+def test_endoftext_separates_documents_and_is_never_part_of_one(tmp_path: Path):
+    (tmp_path / "stories.txt").write_text("Once.<|endoftext|>\nTwice.\n<|endoftext|><|endoftext|>Thrice.")
+    assert texts(tmp_path / "stories.txt") == ["\nTwice.\n", "Once.", "Thrice."]
+    assert len({d.id for d in open_source(str(tmp_path)).documents}) == 3
 
 
 def test_split_is_a_function_of_the_id_with_the_stated_share():

@@ -14,6 +14,9 @@ Split = Literal["train", "held_out"]
 
 HELD_OUT_SHARE = 0.1
 PIECE_CHARACTERS = 4_000
+LONGEST = 4
+"""Pieces longer than this many times the usual size are cut where there is no blank line."""
+SEPARATOR = "<|endoftext|>"
 
 
 class Document(NamedTuple):
@@ -38,11 +41,16 @@ def split_of(document_id: str, held_out_share: float = HELD_OUT_SHARE) -> Split:
     return "held_out" if int.from_bytes(digest, "big") < held_out_share * 2**64 else "train"
 
 
-def pieces(text: str, n_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Split a long text at blank lines into pieces of about `n_characters`.
+def separated(text: str) -> list[str]:
+    """Split a text at `<|endoftext|>`, which many corpora write between documents and is never a token of them."""
+    return text.split(SEPARATOR)
 
-    The pieces joined by blank lines are the text again. Pieces are shuffled separately, so that one long document does
-    not fill a batch.
+
+def pieces(text: str, n_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Split a long text into pieces of about `n_characters`: at blank lines, else at line breaks, else anywhere.
+
+    Blank lines between pieces are dropped, a line break stays with the piece before it. Pieces are shuffled separately,
+    so that one long document does not fill a batch.
     """
     piece: list[str] = []
     size = 0
@@ -50,7 +58,16 @@ def pieces(text: str, n_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
         piece.append(paragraph)
         size += len(paragraph) + 2
         if size >= n_characters:
-            yield "\n\n".join(piece)
+            yield from _cut("\n\n".join(piece), n_characters)
             piece, size = [], 0
     if piece:
-        yield "\n\n".join(piece)
+        yield from _cut("\n\n".join(piece), n_characters)
+
+
+def _cut(piece: str, n_characters: int) -> Iterator[str]:
+    """Cut a piece that blank lines have left much too long."""
+    while len(piece) > LONGEST * n_characters:
+        at = piece.rfind("\n", 0, n_characters) + 1 or piece.rfind(" ", 0, n_characters) + 1 or n_characters
+        yield piece[:at]
+        piece = piece[at:]
+    yield piece

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crosslayer.core.errors import SourceError
-from crosslayer.data.documents import Document, pieces, text_hash
+from crosslayer.data.documents import Document, pieces, separated, text_hash
 
 TEXT_SUFFIXES = frozenset(
     {
@@ -40,6 +40,7 @@ def local_documents(path: Path) -> Iterator[Document]:
 
     A `.jsonl` line or a Parquet row is a document (its `text` or `content`). A plain text file in a folder is a
     document: its pieces share an id, and so a split. If the source is a single file, each piece is a document.
+    `<|endoftext|>` in a text file separates documents.
 
     Raises:
         SourceError: for a path that does not exist, or a file whose content does not match its suffix.
@@ -61,10 +62,10 @@ def _file(path: Path, *, alone: bool) -> Iterator[Document]:
         if records is not None:
             yield from (Document(text_hash(text), text) for text in records(path) if text.strip())
             return
-        text = path.read_text(encoding="utf-8")
-        for piece in pieces(text):
-            if piece.strip():
-                yield Document(text_hash(piece if alone else text), piece)
+        for text in separated(path.read_text(encoding="utf-8")):
+            for piece in pieces(text):
+                if piece.strip():
+                    yield Document(text_hash(piece if alone else text), piece)
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text (byte {error.start}); convert it or remove it") from error
     except OSError as error:
