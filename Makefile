@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 # What runs at both ends of the versions that pyproject.toml allows. TORCH=2.13.0 takes that version of torch at either end.
-QUICK := tests/test_house.py tests/host tests/clt tests/data tests/eval tests/graphs tests/attribution tests/bundles tests/training/test_run.py
+QUICK := tests/test_house.py tests/host tests/clt tests/data tests/eval tests/graphs tests/attribution tests/bundles tests/features/test_clusters.py tests/training/test_run.py
 TORCH ?=
 
 .PHONY: quickstart test check install docs constraints test-lowest test-latest clean
