@@ -210,7 +210,7 @@ def test_text_without_held_out_documents(made: Made, tmp_path: Path):
 
     text = next(t for t in (f"def value {i}\n" * 30 for i in range(100)) if split_of(text_hash(t)) == "train")
     (tmp_path / "all.txt").write_text(text)
-    with pytest.raises(SourceError, match="has no held_out text: 1 document; give more text"):
+    with pytest.raises(SourceError, match="has no held-out text: 1 document; give more text"):
         build(made, tmp_path / "none", text=[str(tmp_path / "all.txt")])
 
 

@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_names_an_earlier_one(tiny_config, finished: Path, 
     state.write_bytes(raw)
     with pytest.raises(RunError, match=r"damaged.*resume from an earlier one with --step 40"):
         train(tiny_config, run, resume=True)
-    with pytest.raises(RunError, match="no checkpoint of step 41; there are 40, 60"):
+    with pytest.raises(RunError, match="no checkpoint of step 41; its checkpoints are of steps 40, 60"):
         train(tiny_config, run, resume=True, step=41)
     train(tiny_config, run, resume=True, step=40)
     assert same(finished, run)

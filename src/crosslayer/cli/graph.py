@@ -85,6 +85,7 @@ def command(
 ) -> None:
     """Compute the attribution graph of PROMPT: the features that lead to the next token, and their connections."""
     from crosslayer.attribution.attribute import attribute
+    from crosslayer.bundles.bundle import load_features
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable
     from crosslayer.graphs.files import files_of, refuse_other_file
@@ -100,6 +101,8 @@ def command(
     for name, value in (("--node-threshold", node_threshold), ("--edge-threshold", edge_threshold)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value} must be between 0 and 1")
+    if features is not None:
+        load_features(features).close()
     text = prompt_text(prompt)
     graph = attribute(
         model,

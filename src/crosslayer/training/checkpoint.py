@@ -113,7 +113,8 @@ def find(run: Path, step: int | None, mesh: Mesh) -> Path | None:
     if not there and step is None:
         return None
     if step is not None and step not in there:
-        raise RunError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, there)) or 'none'}")
+        steps_there = ", ".join(map(str, there)) or "none"
+        raise RunError(f"{run} has no checkpoint of step {step}; its checkpoints are of steps {steps_there}")
     chosen = there[-1] if step is None else step
     folder = _folder(run, chosen)
     damage = _damage(folder, mesh)

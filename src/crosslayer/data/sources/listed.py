@@ -33,7 +33,8 @@ class ListedSource:
         if not chosen:
             count = len(self.documents)
             raise SourceError(
-                f"{self.name} has no {side} text: {count} document{'s' * (count > 1)}; give more text, in more files"
+                f"{self.name} has no {side.replace('_', '-')} text: {count} document{'s' * (count > 1)};"
+                " give more text, in more files"
             )
         return (chosen[i] for i in np.random.default_rng((seed, epoch)).permutation(len(chosen)))
 
