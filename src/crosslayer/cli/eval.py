@@ -44,12 +44,12 @@ def command(
     from crosslayer.core.files import require_writable, write_json
     from crosslayer.eval.api import evaluate
     from crosslayer.eval.report import print_table
-    from crosslayer.schemas.run import read_manifest
+    from crosslayer.schemas.run import manifest_of
 
     if out is not None:
         require_writable(out)
     open_folder(clt)
-    manifest = read_manifest(Path(clt)) if (Path(clt) / "run.json").is_file() else None
+    manifest = manifest_of(clt)
     run = manifest.config if manifest else {}
     text = text or tuple(run.get("text", ()))
     if not text:

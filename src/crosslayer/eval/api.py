@@ -18,7 +18,7 @@ from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.replacement_model import host_of
 from crosslayer.host.host import Host, choose_device
 from crosslayer.schemas.evaluation import Evaluation
-from crosslayer.schemas.run import host_precision, read_manifest
+from crosslayer.schemas.run import host_precision, manifest_of
 
 
 def evaluate(
@@ -63,6 +63,5 @@ def evaluate(
 
 def host_dtype(clt: object, device: str) -> torch.dtype:
     """Return the dtype that a run's host had; float32 for a transcoder without a run."""
-    run = Path(clt) if isinstance(clt, str | Path) else None
-    manifest = read_manifest(run) if run is not None and (run / "run.json").is_file() else None
+    manifest = manifest_of(clt) if isinstance(clt, str | Path) else None
     return dtype_of(host_precision(manifest), device)

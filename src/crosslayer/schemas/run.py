@@ -56,6 +56,11 @@ def read_manifest(folder: Path) -> RunManifest:
         ) from error
 
 
+def manifest_of(path: str | Path) -> RunManifest | None:
+    """Read `run.json` of a run folder; None for anything else, such as a transcoder's folder or a name on the Hub."""
+    return read_manifest(Path(path)) if (Path(path) / "run.json").is_file() else None
+
+
 def host_precision(manifest: RunManifest | None) -> str:
     """Return the precision that a run's host had; float32 without a run."""
     if manifest is None:

@@ -288,6 +288,10 @@ class TrainConfig:
         """Return the target L0 per token, summed over layers."""
         return self.l0 if self.l0 is not None else (self.l0_per_layer or 0) * n_layers
 
+    def first_l0(self, n_layers: int) -> float:
+        """Return the L0 requested at the first step, summed over layers: at most half of all features."""
+        return min(self.target_l0(n_layers) * self.l0_start, 0.5 * n_layers * self.n_features)
+
     def clt(self, n_layers: int, d_model: int) -> CLTConfig:
         """Return the config of the transcoder to train on a host of this shape.
 

@@ -92,10 +92,13 @@ def host_shape(name: str) -> HostShape:
     )
 
 
+def _on_gpu(config: TrainConfig) -> bool:
+    return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+
+
 def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     """Return the plan of a run on a host of this shape."""
-    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
-    device = "cuda" if on_gpu else "cpu"
+    device = "cuda" if _on_gpu(config) else "cpu"
     c = config.clt(shape.n_layers, shape.d_model)
     l0 = config.target_l0(shape.n_layers)
     n, width = c.n_parameters, c.d_model
@@ -105,7 +108,7 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     slots = [c.n_slots(i) for i in range(c.n_layers)]
     activations = micro * c.n_layers * width * 4
     rows = config.rows_per_forward * config.context
-    start = min(l0 * config.l0_start, 0.5 * c.n_layers * c.n_features)
+    start = config.first_l0(shape.n_layers)
     # Unless k is small, layers start dense, and full gradients are stored until their norm is known.
     dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device] or not c.ranks
     largest = c.n_features * width * (max(slots) + 1)
@@ -152,7 +155,7 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
     Raises:
         ResourceError: if memory or disk is too small.
     """
-    if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
+    if _on_gpu(config):
         needed, free, where = plan.device_bytes, torch.cuda.mem_get_info()[0], "on the GPU"
     else:
         needed, free, where = plan.total_bytes, psutil.virtual_memory().available, "of memory"

@@ -48,7 +48,7 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
     groups = [{"params": weights, "lr": config.lr}]
     if thresholds:
         groups.append({"params": thresholds, "lr": config.threshold_lr})
-    start_density = first_l0(config, whole.n_layers) / (whole.n_layers * config.n_features) if whole.ranks else 1.0
+    start_density = config.first_l0(whole.n_layers) / (whole.n_layers * config.n_features) if whole.ranks else 1.0
     return TrainState(
         clt=clt,
         optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments),
@@ -59,16 +59,11 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
     )
 
 
-def first_l0(config: TrainConfig, n_layers: int) -> float:
-    """Return the L0 requested at the first step, summed over layers."""
-    return min(config.target_l0(n_layers) * config.l0_start, 0.5 * n_layers * config.n_features)
-
-
 def set_first_weights(clt: CLT, config: TrainConfig, host: Host, sources: Sequence[Weighted], units: Units) -> None:
     """Initialise weights, and set biases so that the first L0 is the requested one."""
     initialise(clt, config.seed, config.threshold)
     if not clt.config.ranks:
-        share = first_l0(config, host.n_layers) / (host.n_layers * config.n_features)
+        share = config.first_l0(host.n_layers) / (host.n_layers * config.n_features)
         set_bias_for_density(clt, _sample(config, host, sources, units), share)
     clt.mesh.data.copy_from_first(clt.parameters())
 

@@ -49,7 +49,6 @@ from crosslayer.training.schedule import l0_asked, learning_rate
 from crosslayer.training.setup import (
     check_same_text,
     empty_state,
-    first_l0,
     new_manifest,
     set_first_weights,
     shape_of,
@@ -119,16 +118,19 @@ def _train(
     parallel.start()
     if not parallel.is_first():
         console = Console(quiet=True)
+    # A resumed run keeps the precision that it started with, whatever is faster now.
+    precision = config.host_precision
     if resume:
         manifest = read_manifest(run)
         check_same_config(manifest.config, config.as_dict())
+        precision = host_precision(manifest)
     else:
         parallel.world().by_first(lambda: refuse_unless_new(run))
     device = choose_device(config.device)
     mesh = parallel.lay_out(config.feature_ranks, torch.device(device).type)
     host = load_host(
         host or config.model,
-        dtype=_host_dtype(config, run, resume, device),
+        dtype=dtype_of(precision, device),
         device=device,
         input_hook=config.input_hook,
         output_hook=config.output_hook,
@@ -146,11 +148,6 @@ def _train(
         trainer.prepare(resume, step)
         trainer.run_steps(held_out)
         return trainer.finish(held_out)
-
-
-def _host_dtype(config: TrainConfig, run: Path, resume: bool, device: str) -> torch.dtype:
-    """Return the dtype of the host; a resumed run keeps the one it started with, whatever is faster now."""
-    return dtype_of(host_precision(read_manifest(run)) if resume else config.host_precision, device)
 
 
 class Trainer:
@@ -261,7 +258,7 @@ class Trainer:
         config, state = self.config, self.state
         clt, steps = state.clt, config.steps
         progress = state.step / steps
-        asked = l0_asked(progress, first_l0(config, self.host.n_layers), self.target, config.l0_ramp)
+        asked = l0_asked(progress, config.first_l0(self.host.n_layers), self.target, config.l0_ramp)
         coefficient = state.controller.coefficient(asked) if config.sparsity == "tanh" else 1.0
         for group, base in zip(state.optimiser.param_groups, self.base_lr, strict=False):
             group["lr"] = base * learning_rate((state.step + 1) / (steps + 1), config.warmup, config.decay)

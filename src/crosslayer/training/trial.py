@@ -62,7 +62,7 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
     x_BLD, y_BLD = torch.randn(2, n_tokens, n_layers, shape.d_model, device=device)
     optimiser = Adam([{"params": list(clt.parameters()), "lr": 0.0}], (0.9, 0.999), 0, config.moments)
     inactive_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
-    start = min(part.target_l0(n_layers) * config.l0_start, 0.5 * n_entries)
+    start = part.first_l0(n_layers)
     passes, updates = list[float](), list[float]()
     for progress in POINTS:
         asked = l0_asked(progress, start, part.target_l0(n_layers), config.l0_ramp)

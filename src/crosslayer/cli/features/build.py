@@ -100,9 +100,9 @@ def command(
     from crosslayer.core.errors import ConfigError
     from crosslayer.features.build import CLUSTER_WEIGHTS, build_features
     from crosslayer.host.host import choose_device
-    from crosslayer.schemas.run import read_manifest
+    from crosslayer.schemas.run import manifest_of
 
-    manifest = read_manifest(Path(clt)) if (Path(clt) / "run.json").is_file() else None
+    manifest = manifest_of(clt)
     run = manifest.config if manifest else {}
     text = text or tuple(run.get("text", ()))
     if not text:
