@@ -14,7 +14,7 @@ from crosslayer.clt.transcoder import CLT
 
 
 @torch.no_grad()
-def initialise(clt: CLT, seed: int, threshold: float = 0.03) -> None:
+def initialise(clt: CLT, seed: int, threshold: float = 0.0) -> None:
     """Draw all weights from `seed`; set biases to zero and thresholds to `threshold`."""
     c, group = clt.config, clt.mesh.features
     generator = torch.Generator().manual_seed(seed)
@@ -37,9 +37,20 @@ def initialise(clt: CLT, seed: int, threshold: float = 0.03) -> None:
 
 @torch.no_grad()
 def set_bias_for_density(clt: CLT, x_BLD: Float[Tensor, "B L D"], fire: float) -> None:
-    """Set encoder biases so that each feature is active on a fraction `fire` of these tokens."""
+    """Set encoder biases so that each feature is active on a fraction `fire` of these tokens; for ReLU."""
     for i in range(clt.config.n_layers):
         z_BF = x_BLD[:, i].to(clt.W_enc[i].dtype) @ clt.W_enc[i].T
         kth = max(1, min(z_BF.shape[0], round((1.0 - fire) * z_BF.shape[0])))
-        threshold = clt.threshold[i] if len(clt.threshold) else 0.0
-        clt.b_enc[i].copy_(threshold - z_BF.float().kthvalue(kth, dim=0).values)
+        clt.b_enc[i].copy_(-z_BF.float().kthvalue(kth, dim=0).values)
+
+
+@torch.no_grad()
+def cut_for_density(clt: CLT, x_BLD: Float[Tensor, "B L D"], fire: float) -> float:
+    """Return the cut on f ||W_dec|| that a fraction `fire` of all entries of these tokens exceed, at least 1e-6."""
+    # A sample of tokens and features gives the quantile within a few per cent.
+    x_BLD, group = x_BLD[:: max(1, len(x_BLD) // 512)], clt.mesh.features
+    features = slice(None, None, max(1, clt.config.n_features * group.size // 1024))
+    scores = [(clt.pre(x_BD, i) * clt.decoder_norm(i))[:, features] for i, x_BD in enumerate(x_BLD.unbind(1))]
+    score_K = group.cat(torch.cat([s.flatten().float() for s in scores]))
+    kth = max(1, min(len(score_K), round((1.0 - fire) * len(score_K))))
+    return max(score_K.kthvalue(kth).values.item(), 1e-6)

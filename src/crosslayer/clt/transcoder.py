@@ -30,10 +30,6 @@ from crosslayer.clt.sparse import Active, add_rows, by_kernels, sparse_decode, s
 from crosslayer.clt.weights import Weights
 from crosslayer.parallel import ALONE, Mesh
 
-DEFAULT_EPS = 0.5
-"""Width of the straight-through window, in units of normalised pre-activations."""
-
-
 ROWS_AT_ONCE = 256
 """Rows of a matrix that are converted to another dtype at once; they fit the processor's cache."""
 
@@ -70,6 +66,8 @@ class CLT(nn.Module):
         self.W_dec = parameters([(c.n_features, c.n_slots(i), c.d_model) for i in layers])
         self.b_dec = parameters([(c.d_model,) for _ in layers], small)
         self.threshold = parameters([(c.n_features,) for _ in layers if c.kind.thresholds], small)
+        for theta_F in self.threshold:
+            theta_F.requires_grad_(False)
         self.W_skip = parameters([(c.d_model, c.d_model) for _ in layers if c.skip])
 
     @property
@@ -88,29 +86,24 @@ class CLT(nn.Module):
         z_BF = _linear(x_BD.to(wide), self.W_enc, layer)
         return z_BF.add_(b_F) if z_BF.dtype == torch.promote_types(z_BF.dtype, b_F.dtype) else z_BF + b_F
 
-    def encode(
-        self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
-    ) -> list[Float[Tensor, "B F"]]:
-        """Return dense activations of all layers.
+    def encode(self, x_BLD: Float[Tensor, "B L D"], k: float | None = None) -> list[Float[Tensor, "B F"]]:
+        """Return dense activations of all layers; thresholds get no gradient.
 
         Args:
             x_BLD: MLP inputs.
-            eps: width of the straight-through window; affects gradients only.
             k: replaces the config's k, for a schedule; top-k only.
         """
-        return self.activate([self.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))], eps, k)
+        return self.activate([self.pre(x_BD, i) for i, x_BD in enumerate(x_BLD.unbind(1))], k)
 
-    def activate(
-        self, pre: Sequence[Float[Tensor, "B F"]], eps: float = DEFAULT_EPS, k: float | None = None
-    ) -> list[Float[Tensor, "B F"]]:
+    def activate(self, pre: Sequence[Float[Tensor, "B F"]], k: float | None = None) -> list[Float[Tensor, "B F"]]:
         """Return dense activations, given the pre-activations of all layers."""
         if not self.config.ranks:
-            return [self.config.kind.apply(z, self._theta(i), eps) for i, z in enumerate(pre)]
+            return [self.config.kind.apply(z, self.theta(i)) for i, z in enumerate(pre)]
         known = [z.detach() for z in pre]
         if self.config.scope == "all":
             found = self._ranked_together(Given(known), k)
         else:
-            found = [self._firing_layer(Given([z]), i, 0.0, k) for i, z in enumerate(known)]
+            found = [self._firing_layer(Given([z]), i, k) for i, z in enumerate(known)]
         return [torch.zeros_like(z).index_put(e, z[e]) for (e, _), z in zip(found, pre, strict=True)]
 
     def encode_layer(self, x_BD: Float[Tensor, "B D"], layer: int) -> Float[Tensor, "B F"]:
@@ -119,38 +112,27 @@ class CLT(nn.Module):
         with torch.no_grad():
             z = self.pre(x_BD, layer)
             if not self.config.ranks:
-                return self.config.kind.apply(z, self._theta(layer), 0.0)
+                return self.config.kind.apply(z, self.theta(layer))
             entries, z_K = self._ranked(Given([z]), [self.rank_norm(layer)], None)[0]
             return torch.zeros_like(z).index_put(entries, z_K)
 
-    def encode_sparse(
-        self, x_BLD: Float[Tensor, "B L D"], eps: float = DEFAULT_EPS, k: float | None = None
-    ) -> list[Active]:
-        """Return sparse activations of all layers; the gradients are those of `encode`.
-
-        In training, entries inside JumpReLU's straight-through window are included.
-        """
+    def encode_sparse(self, x_BLD: Float[Tensor, "B L D"], k: float | None = None) -> list[Active]:
+        """Return sparse activations of all layers; the gradients are those of `encode`."""
         wide = torch.promote_types(x_BLD.dtype, self.dtype)
         x_LBD = [x_BD.to(wide) for x_BD in x_BLD.unbind(1)]
-        found = self.find(x_LBD, eps if self._trains(0) else 0.0, k, coarse=self.config.ranks)
-        return [self._active(x_BD, i, each, eps) for i, (x_BD, each) in enumerate(zip(x_LBD, found, strict=True))]
+        found = self.find(x_LBD, k, coarse=self.config.ranks)
+        return [self._active(x_BD, i, each) for i, (x_BD, each) in enumerate(zip(x_LBD, found, strict=True))]
 
-    def encode_layer_sparse(self, x_BD: Float[Tensor, "B D"], layer: int, eps: float = DEFAULT_EPS) -> Active:
+    def encode_layer_sparse(self, x_BD: Float[Tensor, "B D"], layer: int) -> Active:
         """Return sparse activations of one layer; not for top-k over all layers."""
         x_BD = x_BD.to(torch.promote_types(x_BD.dtype, self.dtype))
-        window = eps if self._trains(layer) else 0.0
-        return self._active(x_BD, layer, self.find_layer(x_BD, layer, window, coarse=self.config.ranks), eps)
+        return self._active(x_BD, layer, self.find_layer(x_BD, layer, coarse=self.config.ranks))
 
-    def _trains(self, layer: int) -> bool:
-        return torch.is_grad_enabled() and self.b_enc[layer].requires_grad
-
-    def _active(self, x_BD: Tensor, layer: int, found: Found, eps: float) -> Active:
+    def _active(self, x_BD: Tensor, layer: int, found: Found) -> Active:
         """Convert entries to activations, with the gradients of `encode`."""
         (entries, z_K), shape = found, (x_BD.shape[0], self.config.n_features)
         if torch.is_grad_enabled() and (x_BD.requires_grad or self.b_enc[layer].requires_grad):
             z_K = sparse_pre(x_BD, self.W_enc[layer].to(x_BD.dtype), self.b_enc[layer], entries, z_K)
-        theta_F = self._theta(layer)
-        z_K = self.config.kind.apply(z_K, None if theta_F is None else theta_F[entries.feature_K], eps)
         return Active(*entries, z_K, shape)
 
     def finder(self, x_LBD: Sequence[Float[Tensor, "B D"]], first: int = 0, *, coarse: bool = True) -> Finder:
@@ -174,47 +156,42 @@ class CLT(nn.Module):
     def find(
         self,
         x_LBD: Sequence[Float[Tensor, "B D"]],
-        window: float = 0.0,
         k: float | None = None,
         *,
         coarse: bool = True,
     ) -> list[Found]:
-        """Return the active entries of all layers; for JumpReLU also those inside its window.
+        """Return the active entries of all layers.
 
         Args:
             x_LBD: MLP inputs, in the dtype of the computation.
-            window: width of the straight-through window.
             k: replaces the config's k, for a schedule; top-k only.
             coarse: find candidates in bfloat16 if that is faster; values may then differ from `pre` by rounding.
         """
         c = self.config
         if c.ranks and c.scope == "all":
             return self._ranked_together(self.finder(x_LBD, coarse=coarse), k)
-        return [self.find_layer(x_BD, i, window, k, coarse=coarse) for i, x_BD in enumerate(x_LBD)]
+        return [self.find_layer(x_BD, i, k, coarse=coarse) for i, x_BD in enumerate(x_LBD)]
 
     @torch.no_grad()
     def find_layer(
         self,
         x_BD: Float[Tensor, "B D"],
         layer: int,
-        window: float = 0.0,
         k: float | None = None,
         *,
         coarse: bool = True,
     ) -> Found:
         """Return the active entries of one layer; not for top-k over all layers. See `find`."""
-        return self._firing_layer(self.finder([x_BD], layer, coarse=coarse), layer, window, k)
+        return self._firing_layer(self.finder([x_BD], layer, coarse=coarse), layer, k)
 
     def _ranked_together(self, finder: Finder, k: float | None) -> list[Found]:
         return self._ranked(finder, [self.rank_norm(i).detach() for i in range(self.config.n_layers)], k)
 
-    def _firing_layer(self, finder: Finder, layer: int, window: float, k: float | None = None) -> Found:
+    def _firing_layer(self, finder: Finder, layer: int, k: float | None = None) -> Found:
         """Return the active entries of the only layer of the finder."""
         if self.config.ranks:
             return self._ranked(finder, [self.rank_norm(layer).detach()], k)[0]
-        theta_F = self._theta(layer)
-        theta_F = None if theta_F is None else theta_F.detach()
-        return above(finder, 0, self.config.kind.bound(theta_F, self.b_enc[layer].detach(), window))
+        return above(finder, 0, self.config.kind.bound(self.theta(layer), self.b_enc[layer].detach()))
 
     def _ranked(self, finder: Finder, norms: Sequence[Tensor], k: float | None) -> list[Found]:
         """Return the top k by value times norm, over all these layers."""
@@ -223,9 +200,15 @@ class CLT(nn.Module):
         per_token = chosen / finder.n_tokens if self.config.k_per_batch else chosen
         return self.config.kind.choose(finder, norms, per_token, self.mesh)
 
-    def _theta(self, layer: int) -> Tensor | None:
-        """Return the thresholds of a layer; None if the activation has none."""
-        return self.threshold[layer] if self.config.kind.thresholds else None
+    def theta(self, layer: int) -> Float[Tensor, " F"] | None:
+        """Return the thresholds of a layer, without gradient; None if the activation has none."""
+        return self.threshold[layer].detach() if self.config.kind.thresholds else None
+
+    @torch.no_grad()
+    def set_cut(self, tau: float) -> None:
+        """Set all thresholds to tau / ||W_dec||, so that a feature is active where f ||W_dec|| exceeds one cut."""
+        for i, theta_F in enumerate(self.threshold):
+            theta_F.copy_(tau / self.decoder_norm(i).clamp(min=1e-8))
 
     def rank_norm(self, layer: int) -> Float[Tensor, " F"]:
         """Return the factors of activations in the ranking score."""
@@ -235,7 +218,8 @@ class CLT(nn.Module):
 
     def decoder_norm(self, layer: int) -> Float[Tensor, " F"]:
         """Return the norm of each feature's decoder over all layers written; differentiable."""
-        return self.W_dec[layer].flatten(1).to(torch.promote_types(self.dtype, torch.float32)).norm(dim=1)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.W_dec[layer].flatten(1), dim=1, dtype=wide)
 
     def decode(
         self, f: Sequence[Float[Tensor, "B F"] | Active], x_BLD: Float[Tensor, "B L D"] | None = None

@@ -14,7 +14,6 @@ from crosslayer.schemas.policy import FirstPosition
 Precision = Literal["fp32", "bf16"]
 HostPrecision = Literal["auto", "fp32", "bf16"]
 Moments = Literal["fp32", "8bit"]
-Sparsity = Literal["tanh", "l0"]
 
 RENAMED = {"ring": "buffer_tokens", "rows_per_harvest": "rows_per_forward"}
 """Old setting names, as saved in `run.json` by earlier versions, and their current names."""
@@ -74,17 +73,12 @@ class TrainConfig:
         None, "target L0 per layer: active features per token and layer; give this or --l0", "transcoder"
     )
 
-    sparsity: Sparsity = setting("tanh", "sparsity penalty: tanh of the activation, or l0 (jumprelu only)", "objective")
+    sparsity: float = setting(
+        0.0, "jumprelu: coefficient of the sparsity penalty tanh(c ||W_dec|| f), as a multiple of the squared cut", "objective"
+    )
     sparsity_c: float = setting(1.0, "c in tanh(c ||W_dec|| f)", "objective")
     l0_start: float = setting(20.0, "L0 at the start, as a multiple of the target", "objective")
     l0_ramp: float = setting(0.5, "fraction of the run over which the requested L0 falls to the target", "objective")
-    eps: float = setting(0.5, "jumprelu: width of the straight-through window", "objective")
-    window_cap: float = setting(
-        4.0,
-        "jumprelu: narrow the window if it holds more inactive entries than this multiple of the L0; 0: never",
-        "objective",
-    )
-    threshold: float = setting(0.1, "jumprelu: initial threshold", "objective")
     dead_after: int = setting(1_000_000, "tokens without activation after which a feature counts as dead", "objective")
     revive: float = setting(
         3e-3, "coefficient of the pre-activation loss that revives dead features (jumprelu)", "objective"
@@ -93,14 +87,12 @@ class TrainConfig:
         1 / 32, "coefficient of the auxiliary loss on dead features (topk, batchtopk)", "objective"
     )
     auxiliary_k: int = setting(32, "dead features per token and layer in the auxiliary loss", "objective")
-    auxiliary_every: int = setting(1, "steps between auxiliary losses", "objective")
 
     batch: int = setting(4096, "batch size: tokens per step, over all ranks", "optimiser")
     accumulate: int = setting(
         1, "gradient accumulation: micro-batches per step, each of batch / accumulate tokens", "optimiser"
     )
     lr: float = setting(4e-4, "learning rate of weights and biases", "optimiser")
-    threshold_lr: float = setting(1e-3, "learning rate of the thresholds", "optimiser")
     warmup: float = setting(0.02, "fraction of the run for the learning-rate warm-up", "optimiser")
     decay: float = setting(
         0.2, "fraction of the run, at its end, over which the learning rate decays to zero", "optimiser"
@@ -159,7 +151,6 @@ class TrainConfig:
             "eval_tokens",
             "dead_after",
             "auxiliary_k",
-            "auxiliary_every",
         ):
             self._at_least(name, 1)
         for name in (
@@ -167,7 +158,7 @@ class TrainConfig:
             "eval_every",
             "clip",
             "revive",
-            "window_cap",
+            "sparsity",
             "auxiliary",
             "warmup",
             "decay",
@@ -175,7 +166,7 @@ class TrainConfig:
             "seed",
         ):
             self._at_least(name, 0)
-        for name in ("lr", "threshold_lr", "eps", "threshold", "sparsity_c"):
+        for name in ("lr", "sparsity_c"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and finite")
         for name in ("beta1", "beta2"):
@@ -183,10 +174,6 @@ class TrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation={self.activation} is unknown; give one of {', '.join(ACTIVATIONS)}")
-        if self.sparsity == "l0" and not (self.ranks or ACTIVATIONS[self.activation].thresholds):
-            raise ConfigError(
-                "sparsity=l0 works through thresholds, and relu has none; use --sparsity tanh or --activation jumprelu"
-            )
         self._at_least("l0_start", 1)
         if self.context <= self.n_skip + 1:
             raise ConfigError(f"context={self.context} leaves no tokens after n_skip={self.n_skip}; raise --context")

@@ -5,6 +5,8 @@ Losses on feature activations take a dense matrix or a list of entries; both are
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,20 +18,32 @@ def reconstruction(yhat_BLD: Float[Tensor, "B L D"], y_BLD: Float[Tensor, "B L D
     return (yhat_BLD.to(wide) - y_BLD.to(wide)).square().sum() / y_BLD.shape[0]
 
 
-def tanh_sparsity(f: Float[Tensor, ...], norm: Float[Tensor, ...], c: float, n_tokens: int) -> Float[Tensor, ""]:
-    """Return the sum over features of tanh(c ||W_dec|| f) (Ameisen et al. 2025)."""
-    return torch.tanh(c * norm * f).sum() / n_tokens
+@runtime_checkable
+class Activations(Protocol):
+    """Activations of one layer, as a matrix or a list of entries."""
+
+    f: Tensor
+
+    def of(self, number_F: Tensor) -> Tensor:
+        """Return per-feature numbers, broadcastable to `f`."""
+        ...
+
+    def total(self, number: Tensor) -> Tensor:
+        """Return the sum over tokens, per feature, of numbers like `f`."""
+        ...
 
 
-def l0_target(fired: Float[Tensor, ...], running_l0: float, target: float, n_tokens: int) -> Float[Tensor, ""]:
-    """Return a loss whose straight-through gradient is that of (2 / L0*) (L0 - L0*)^2.
+def tanh_sparsity(
+    features: Activations, norm_F: Float[Tensor, " F"], c: float, n_tokens: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ...], Float[Tensor, " F"]]:
+    """Return the sum over features of tanh(c ||W_dec|| f) (Ameisen et al. 2025), and its gradients.
 
-    Args:
-        fired: `activations.step` of one layer's features, entries or matrix.
-        running_l0: running mean of the L0 summed over layers; replaces L0 in the outer factor, as a constant.
-        target: L0*.
+    The gradients are those by each active entry of f, and by the norm ||W_dec|| of each feature.
     """
-    return (4.0 / target) * (running_l0 - target) * fired.sum() / n_tokens
+    f, norm = features.f, features.of(norm_F)
+    value = torch.tanh(c * norm * f)
+    slope = (1.0 - value.square()) * (c / n_tokens) * (f > 0)
+    return value.sum() / n_tokens, slope * norm, features.total(slope * f)
 
 
 def preactivation(

@@ -8,12 +8,13 @@ Both passes process one layer at a time, so features of all layers are never hel
 
 The features of a layer are either `Points` (sparse: each entry costs one decoder row) or a `Matrix` (dense products;
 pre-activations are recomputed in the backward pass). Both give the same numbers. The faster one is chosen by the
-density of the previous step. Autograd differentiates only elementwise functions: activations with their
-straight-through estimator, and penalties.
+density of the previous step. All gradients are written out. Thresholds are constants: they follow from one cut on
+f ||W_dec|| (`schedule.Cut`), which no gradient moves.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.clt.activations.straight_through import step
 from crosslayer.clt.finding import Found, Given
 from crosslayer.clt.ranking import token_top
 from crosslayer.clt.sparse import Active, sampled_products, starts
@@ -31,6 +31,7 @@ from crosslayer.clt.transcoder import CLT
 from crosslayer.training import losses
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import Gradients, Outer, Scaled, Some
+from crosslayer.training.schedule import STEP
 
 SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006, "mps": 0.006}
 """Density of a layer below which the sparse path is faster (benchmarks/bench_step.py)."""
@@ -39,8 +40,8 @@ SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006, "mps": 0.006}
 class Terms(NamedTuple):
     """Losses of a micro-batch, each a mean over its tokens, and activation counts.
 
-    If features are sharded, `sparsity`, JumpReLU's `revival`, `fired_LF` and `entries_L` cover the features of this
-    rank.
+    If features are sharded, `sparsity`, the pre-activation part of `revival`, `fired_LF` and `above` cover the features
+    of this rank.
     """
 
     total: Float[Tensor, ""]
@@ -51,46 +52,36 @@ class Terms(NamedTuple):
     revival: Float[Tensor, ""]
     fired_LF: Int[Tensor, "L F"]
     """Number of tokens on which each feature is active."""
-    entries_L: Float[Tensor, " L"]
-    """Entries of the sparse path: active ones, and those inside the straight-through window."""
+    above: float
+    """Active entries of JumpReLU more than `schedule.STEP` above their threshold, on a logarithmic scale."""
 
 
 class Points:
-    """Sparse features of one layer: entries that are active or inside the straight-through window."""
+    """Active entries of one layer, and their activations."""
 
     def __init__(self, found: Found, n_tokens: int, n_features: int) -> None:
-        (self.entries, self._z_K), self.shape = found, (n_tokens, n_features)
-
-    def z(self) -> Tensor:
-        return self._z_K
+        (self.entries, self.f), self.shape = found, (n_tokens, n_features)
 
     def of(self, number_F: Tensor) -> Tensor:
         """Return per-feature numbers, indexed by entry."""
         return number_F[self.entries.feature_K]
 
-    def fired(self, f_K: Tensor) -> Active:
-        """Return the active entries; call it before `outer`, which covers only these."""
-        self._fired_K = fired_K = f_K > 0
-        self._all = bool(fired_K.all())
-        if self._all:
-            return Active(*self.entries, f_K, self.shape)
-        return Active(self.entries.token_K[fired_K], self.entries.feature_K[fired_K], f_K[fired_K], self.shape)
+    def active(self) -> Active:
+        return Active(*self.entries, self.f, self.shape)
 
-    def activation_grad(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
+    def grad(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
         """Return the gradient of each activation, given the gradient of the reconstruction."""
         return sampled_products(grad_BX, rows_FX, *self.entries, self.shape[1])
 
     def outer(self, scale_K: Tensor, by_BX: Tensor) -> Outer:
         """Return a weight gradient: sum over entries of scale x the token's row of `by`."""
         start_R1, token_K, order_K = self._by_feature
-        return Outer(start_R1, token_K, (scale_K if self._all else scale_K[self._fired_K])[order_K], by_BX)
+        return Outer(start_R1, token_K, scale_K[order_K], by_BX)
 
     @cached_property
     def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Active entries sorted by feature: start of each feature, tokens, and previous positions."""
+        """Entries sorted by feature: start of each feature, tokens, and previous positions."""
         token_K, feature_K = self.entries
-        if not self._all:
-            token_K, feature_K = token_K[self._fired_K], feature_K[self._fired_K]
         # Sorting int32 is faster.
         order_K = feature_K.to(torch.int32).argsort(stable=True)
         return starts(feature_K, self.shape[1]), token_K[order_K], order_K
@@ -99,31 +90,34 @@ class Points:
         """Return the sum over tokens, per feature."""
         return number_K.new_zeros(self.shape[1]).index_add_(0, self.entries.feature_K, number_K)
 
+    def fired(self) -> Int[Tensor, " F"]:
+        """Return the number of tokens on which each feature is active."""
+        return torch.bincount(self.entries.feature_K, minlength=self.shape[1])
+
 
 class Matrix:
-    """Dense features of one layer."""
+    """Dense activations of one layer; weight gradients are in the dtype of the weights."""
 
-    def __init__(self, z_BF: Tensor, kind: torch.dtype) -> None:
-        self._z_BF, self.kind = z_BF, kind
-
-    def z(self) -> Tensor:
-        return self._z_BF
+    def __init__(self, f_BF: Tensor, kind: torch.dtype) -> None:
+        self.f, self.kind = f_BF, kind
 
     def of(self, number_F: Tensor) -> Tensor:
         return number_F
 
-    def fired(self, f_BF: Tensor) -> Tensor:
-        return f_BF
+    def active(self) -> Tensor:
+        return self.f
 
-    def activation_grad(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
-        return (grad_BX.to(rows_FX.dtype) @ rows_FX.T).to(self._z_BF.dtype)
+    def grad(self, grad_BX: Tensor, rows_FX: Tensor) -> Tensor:
+        return ((grad_BX.to(rows_FX.dtype) @ rows_FX.T).to(self.f.dtype)).mul_(self.f > 0)
 
     def outer(self, scale_BF: Tensor, by_BX: Tensor) -> Tensor:
-        # In the dtype of the weights, because a dense gradient of the whole layer is stored.
         return scale_BF.to(self.kind).T @ by_BX.to(self.kind)
 
     def total(self, number_BF: Tensor) -> Tensor:
         return number_BF.sum(0)
+
+    def fired(self) -> Int[Tensor, " F"]:
+        return (self.f > 0).sum(0)
 
 
 @torch.no_grad()
@@ -134,46 +128,40 @@ def compute(
     config: TrainConfig,
     into: Gradients,
     *,
-    coefficient: float,
-    running_l0: float,
-    asked_l0: float,
-    eps: float,
     dead_LF: Tensor,
     sparse_L: Sequence[bool],
+    penalty: float = 0.0,
+    l0: float | None = None,
     share: float = 1.0,
 ) -> Terms:
     """Compute the losses on normalised activations, and their gradients.
 
     Args:
         into: receives the gradients, multiplied by `share`.
-        coefficient: lambda, the sparsity coefficient; JumpReLU and ReLU only.
-        running_l0, asked_l0: running mean and requested L0, for the L0 penalty; `asked_l0` is also k of TopK.
-        eps: width of the straight-through window.
         dead_LF: mask of dead features.
         sparse_L: layers that use the sparse path.
+        penalty: coefficient of the tanh penalty; not for TopK and BatchTopK.
+        l0: active features per token over all layers; TopK and BatchTopK only.
         share: weight of this micro-batch in the step.
     """
     c, n_tokens = clt.config, len(x_BLD)
     x_LBD = [x_BD.to(clt.dtype).contiguous() for x_BD in x_BLD.unbind(1)]
-    k = asked_l0 / (1 if config.scope == "all" else c.n_layers) if c.ranks else None
-    window = eps if c.kind.thresholds else 0.0
-    together = clt.find(x_LBD, 0.0, k) if c.ranks and c.scope == "all" else None
+    k = None if l0 is None else l0 / (1 if c.scope == "all" else c.n_layers)
+    together = clt.find(x_LBD, k) if c.ranks and c.scope == "all" else None
     points_L: list[Points | None] = []
 
     # Forward.
     residual_BLD = torch.zeros(y_BLD.shape, dtype=torch.promote_types(clt.dtype, torch.float32), device=y_BLD.device)
-    fired_L, entries_L = list[Tensor](), list[float]()
+    fired_L, above = list[Tensor](), 0.0
     for i, x_BD in enumerate(x_LBD):
-        here = together[i] if together else clt.find_layer(x_BD, i, window, k) if sparse_L[i] or c.ranks else None
+        here = together[i] if together else clt.find_layer(x_BD, i, k) if sparse_L[i] or c.ranks else None
         points_L.append(Points(here, n_tokens, c.n_features) if here else None)
         features = _as_points_or_matrix(clt, x_BD, i, points_L[i], sparse_L[i])
-        z, theta_F = features.z(), _threshold(clt, i)
-        f = c.kind.apply(z, None if theta_F is None else features.of(theta_F), eps)
-        clt.add_written(clt.columns(residual_BLD, i), features.fired(f), i)
-        fired_L.append(features.total((f > 0).to(torch.int64)))
-        least_F = c.kind.bound(theta_F, clt.b_enc[i], window)
-        entries_L.append(float(len(here.z_K) if here else (z > least_F).sum()))
-        del z, f, features
+        clt.add_written(clt.columns(residual_BLD, i), features.active(), i)
+        fired_L.append(features.fired())
+        if c.kind.thresholds:
+            above += float((features.f > features.of(clt.threshold[i] * math.exp(STEP))).sum())
+        del features
     clt.mesh.features.sum_(residual_BLD)
     residual_BLD += torch.stack(list(clt.b_dec))
     for i, x_BD in enumerate(x_LBD if c.skip else []):
@@ -181,7 +169,7 @@ def compute(
     residual_BLD -= y_BLD
     error_L = torch.linalg.vector_norm(residual_BLD, dim=(0, 2)).square() / n_tokens
     dead_features, revival = None, error_L.new_zeros(())
-    if c.ranks and config.auxiliary and clt.mesh.features.any_(bool(dead_LF.any())):
+    if config.auxiliary and clt.mesh.features.any_(bool(dead_LF.any())):
         # Feature ranks compute the auxiliary loss together, or not at all.
         dead_features = _auxiliary(clt, x_LBD, residual_BLD, dead_LF, config, share)
         revival = dead_features.loss
@@ -193,66 +181,34 @@ def compute(
         features = _as_points_or_matrix(clt, x_BD, i, points_L[i], sparse_L[i])
         points_L[i] = None
         grad_BX, W_dec = clt.columns(grad_BLD, i), clt.W_dec[i]
-        rows_FX = W_dec.detach().view(c.n_features, -1)
-        penalised = config.sparsity if not c.ranks else None
-        norm_F = clt.decoder_norm(i).detach() if penalised == "tanh" else None
-        grad_f = features.activation_grad(grad_BX, rows_FX)
-        theta_F = _threshold(clt, i)
-        with torch.enable_grad():
-            z, leaves = features.z().detach().requires_grad_(), dict[str, Tensor]()
-            leaves["z"] = z
-            if theta_F is not None:
-                leaves["theta"] = theta_F = theta_F.requires_grad_()
-            f = c.kind.apply(z, None if theta_F is None else features.of(theta_F), eps)
-            loss = penalty = None
-            if norm_F is not None:
-                leaves["norm"] = norm_F.requires_grad_()
-                penalty = losses.tanh_sparsity(f.to(norm_F.dtype), features.of(norm_F), config.sparsity_c, n_tokens)
-            elif penalised == "l0":
-                assert theta_F is not None
-                penalty = losses.l0_target(step(z, features.of(theta_F), eps), running_l0, asked_l0, n_tokens)
-            loss = (f * grad_f).sum()
-            if penalty is not None:
-                loss = loss + share * coefficient * penalty
-                sparsity = sparsity + penalty.detach()
-            slopes = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-        into.add(W_dec, features.outer(f.detach(), grad_BX))
-        if "norm" in slopes:
-            into.add(W_dec, Scaled(torch.where(leaves["norm"] > 0, slopes["norm"] / leaves["norm"], 0.0).detach()))
-        into.add(clt.W_enc[i], features.outer(slopes["z"], x_BD))
-        into.add(clt.b_enc[i], features.total(slopes["z"]).to(clt.b_enc[i].dtype))
-        if theta_F is not None:
-            into.add(clt.threshold[i], slopes["theta"])
-            if dead_LF[i].any():
-                revival = revival + _preactivation(clt, x_BD, i, dead_LF[i], config.revive, share, into)
+        slope = features.grad(grad_BX, W_dec.detach().view(c.n_features, -1))
+        if penalty:
+            norm_F = clt.decoder_norm(i).detach()
+            value, by_f, by_norm_F = losses.tanh_sparsity(features, norm_F, config.sparsity_c, n_tokens)
+            sparsity += value
+            slope += share * penalty * by_f
+            into.add(W_dec, Scaled(share * penalty * torch.where(norm_F > 0, by_norm_F / norm_F, 0.0)))
+        into.add(W_dec, features.outer(features.f, grad_BX))
+        into.add(clt.W_enc[i], features.outer(slope, x_BD))
+        into.add(clt.b_enc[i], features.total(slope).to(clt.b_enc[i].dtype))
+        if config.revive and c.kind.thresholds and dead_LF[i].any():
+            revival = revival + _preactivation(clt, x_BD, i, dead_LF[i], config.revive, share, into)
         into.add(clt.b_dec[i], grad_BLD[:, i].sum(0).to(clt.b_dec[i].dtype))
         if c.skip:
             into.add(clt.W_skip[i], x_BD.T @ grad_BLD[:, i].to(x_BD.dtype))
         if dead_features is not None:
             dead_features.add_to(into, clt, x_BD, i)
-        del features, z, f, loss, slopes, leaves, grad_f
-        into.final(p for name, p in clt.named_parameters() if name.endswith(f".{i}"))
+        del features, slope
+        into.final(p for name, p in clt.named_parameters() if name.endswith(f".{i}") and p.requires_grad)
 
     fit = error_L.sum()
-    return Terms(
-        fit + coefficient * sparsity + revival,
-        fit,
-        error_L,
-        sparsity,
-        revival,
-        torch.stack(fired_L),
-        torch.tensor(entries_L, dtype=torch.float64),
-    )
-
-
-def _threshold(clt: CLT, layer: int) -> Tensor | None:
-    return clt.threshold[layer].detach() if len(clt.threshold) else None
+    return Terms(fit + penalty * sparsity + revival, fit, error_L, sparsity, revival, torch.stack(fired_L), above)
 
 
 def _as_points_or_matrix(clt: CLT, x_BD: Tensor, layer: int, points: Points | None, sparse: bool) -> Points | Matrix:
     if points is None:
-        return Matrix(clt.pre(x_BD, layer), clt.dtype)
-    return points if sparse else Matrix(Active(*points.entries, points.z(), points.shape).dense(), clt.dtype)
+        return Matrix(clt.config.kind.apply(clt.pre(x_BD, layer), clt.theta(layer)), clt.dtype)
+    return points if sparse else Matrix(points.active().dense(), clt.dtype)
 
 
 def _preactivation(
@@ -286,9 +242,8 @@ class _DeadFeatures(NamedTuple):
         if (found := self.found[layer]) is None:
             return
         points, grad_BX = Points(found, len(x_BD), clt.config.n_features), clt.columns(self.grad_BLD, layer)
-        points.fired(points.z())
-        grad_K = points.activation_grad(grad_BX, clt.W_dec[layer].detach().view(clt.config.n_features, -1))
-        into.add(clt.W_dec[layer], points.outer(points.z(), grad_BX))
+        grad_K = points.grad(grad_BX, clt.W_dec[layer].detach().view(clt.config.n_features, -1))
+        into.add(clt.W_dec[layer], points.outer(points.f, grad_BX))
         into.add(clt.W_enc[layer], points.outer(grad_K, x_BD))
         into.add(clt.b_enc[layer], points.total(grad_K).to(clt.b_enc[layer].dtype))
 

@@ -31,7 +31,6 @@ def stdlib() -> TrainConfig:
         dead_after=20_000,
         auxiliary=0.1,
         auxiliary_k=32,
-        auxiliary_every=2,
         batch=1024,
         lr=5e-3,
         decay=0.8,

@@ -1,4 +1,4 @@
-"""Schedules over a run: learning rate, requested L0, lambda, and the width of the straight-through window."""
+"""Schedules over a run: learning rate and requested L0; and the controllers that hold the L0 at the requested value."""
 
 from __future__ import annotations
 
@@ -19,23 +19,63 @@ def l0_asked(progress: float, start: float, target: float, ramp: float) -> float
     return target * (start / target) ** left
 
 
-@dataclass
-class Controller:
-    """PI controller that moves log lambda to hold the mean L0 at the requested value.
+STEP = 0.1
+"""Width, in log score, of the band above the cut that measures how fast the L0 falls as the cut rises."""
 
-    lambda = exp(integral + gain * error), error = log(L0 / asked), clamped to [-1, 1]; each step adds `rate` times the
-    error to the integral.
+
+@dataclass
+class Cut:
+    """Holds the L0 of JumpReLU by one cut tau on the score f ||W_dec||, with a damped Newton step on log L0 per batch.
+
+    The slope -d log L0 / d log tau is measured on the same batch: a band above the cut holds a share of the active
+    entries. So the response does not depend on the distribution of scores, and there is no gain to tune. `drift`, the
+    mean error that the steps leave, is what weights add to log L0 in a step.
     """
 
-    integral: float
+    log_tau: float = 0.0
+    slope: float = 2.0
+    drift: float = 0.0
+    damping: float = 0.5
+    memory: float = 0.7
+
+    @property
+    def tau(self) -> float:
+        return math.exp(self.log_tau)
+
+    def observe(self, l0: float, above: float, asked: float, next_asked: float) -> None:
+        """Move the cut for the next step.
+
+        Args:
+            l0: active entries per token in the last step.
+            above: those of them with a log score more than `STEP` above the cut.
+            asked, next_asked: L0 requested in the last and in the next step.
+        """
+        if l0 > 0:
+            measured = math.log(l0 / max(above, 1e-3 * l0)) / STEP
+            self.slope = self.memory * self.slope + (1 - self.memory) * measured
+        error = max(-3.0, min(3.0, math.log(max(l0, 1e-3 * asked) / asked)))
+        # A large error is of the start or of a jump: it is clipped, so that nothing winds up.
+        self.drift += 0.1 * max(-0.2, min(0.2, error))
+        step = (self.damping * error + self.drift + math.log(asked / next_asked)) / max(self.slope, 0.5)
+        self.log_tau += max(-1.0, min(1.0, step))
+
+
+@dataclass
+class Penalty:
+    """Holds the L0 of ReLU by the coefficient of the sparsity penalty: a PI controller on its logarithm.
+
+    lambda = exp(integral + error), error = log(L0 / asked), clamped to [-1, 1]; each step adds `rate` times the error
+    to the integral.
+    """
+
+    integral: float = -7.0
     running_l0: float = 0.0
-    gain: float = 1.0
     rate: float = 0.02
     memory: float = 0.9
 
     def coefficient(self, asked: float) -> float:
         """Return lambda for the next step."""
-        return math.exp(self.integral + self.gain * self._error(asked))
+        return math.exp(self.integral + self._error(asked))
 
     def observe(self, l0: float, asked: float) -> None:
         """Update with the L0 of the last step, over all ranks."""
@@ -47,24 +87,3 @@ class Controller:
         if not self.running_l0:
             return 0.0
         return max(-1.0, min(1.0, math.log(self.running_l0 / asked)))
-
-
-@dataclass
-class Window:
-    """Width of JumpReLU's straight-through window, narrowed when the window holds too many entries.
-
-    Each inactive entry inside the window costs a product with a decoder row, and a window of fixed width holds nearly
-    every entry of a narrow distribution. A narrower window gives threshold gradients with the same mean over a smooth
-    distribution, and more variance.
-    """
-
-    widest: float
-    cap: float
-    """Maximum of inactive entries inside the window, as a multiple of the active ones; 0: no maximum."""
-    eps: float
-
-    def observe(self, inactive: float, active: float) -> None:
-        """Update with the inactive entries per token inside the window, and the active or requested ones."""
-        if self.cap:
-            ratio = self.cap * active / max(inactive, 1e-9)
-            self.eps = min(self.widest, self.eps * max(0.5, min(1.1, ratio)))

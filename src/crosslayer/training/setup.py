@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from crosslayer.clt.config import CLTConfig
-from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.init import cut_for_density, initialise, set_bias_for_density
 from crosslayer.clt.precision import DTYPES
 from crosslayer.clt.shard import share_of
 from crosslayer.clt.transcoder import CLT
@@ -29,7 +30,7 @@ from crosslayer.schemas.run import RunManifest
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.optimiser import Adam
 from crosslayer.training.plan import HostShape
-from crosslayer.training.schedule import Controller, Window
+from crosslayer.training.schedule import Cut, Penalty
 from crosslayer.training.state import TrainState
 
 BIAS_TOKENS, BIAS_STRIDE = 8_192, 8
@@ -43,28 +44,30 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
         whole: config of the whole transcoder, over all ranks.
     """
     clt = share_of(whole, mesh, dtype=DTYPES[config.precision], device=device)
-    thresholds = list(clt.threshold)
-    weights = [p for name, p in clt.named_parameters() if not name.startswith("threshold")]
-    groups = [{"params": weights, "lr": config.lr}]
-    if thresholds:
-        groups.append({"params": thresholds, "lr": config.threshold_lr})
-    start_density = config.first_l0(whole.n_layers) / (whole.n_layers * config.n_features) if whole.ranks else 1.0
+    groups = [{"params": [p for p in clt.parameters() if p.requires_grad], "lr": config.lr}]
+    start_density = config.first_l0(whole.n_layers) / (whole.n_layers * config.n_features)
     return TrainState(
         clt=clt,
         optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments),
-        controller=Controller(integral=-7.0),
-        window=Window(config.eps, config.window_cap, config.eps),
+        cut=Cut(),
+        penalty=Penalty(),
         inactive_LF=torch.zeros(whole.n_layers, clt.config.n_features, dtype=torch.int64, device=device),
         density_L=[start_density] * whole.n_layers,
     )
 
 
-def set_first_weights(clt: CLT, config: TrainConfig, host: Host, sources: Sequence[Weighted], units: Units) -> None:
-    """Initialise weights, and set biases so that the first L0 is the requested one."""
-    initialise(clt, config.seed, config.threshold)
+def set_first_weights(state: TrainState, config: TrainConfig, host: Host, sources: Sequence[Weighted]) -> None:
+    """Initialise weights, and set the cut (JumpReLU) or biases (ReLU) so that the first L0 is the requested one."""
+    clt, units = state.clt, state.units
+    assert units is not None
+    initialise(clt, config.seed)
     if not clt.config.ranks:
         share = config.first_l0(host.n_layers) / (host.n_layers * config.n_features)
-        set_bias_for_density(clt, _sample(config, host, sources, units), share)
+        x_BLD = _sample(config, host, sources, units)
+        if clt.config.kind.thresholds:
+            state.cut.log_tau = math.log(cut_for_density(clt, x_BLD, share))
+        else:
+            set_bias_for_density(clt, x_BLD, share)
     clt.mesh.data.copy_from_first(clt.parameters())
 
 

@@ -18,7 +18,7 @@ from crosslayer.data.units import Units
 from crosslayer.training import checkpoint
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.optimiser import Adam
-from crosslayer.training.schedule import Controller, Window
+from crosslayer.training.schedule import Cut, Penalty
 
 
 class Restored(NamedTuple):
@@ -44,8 +44,8 @@ class TrainState:
 
     clt: CLT
     optimiser: Adam
-    controller: Controller
-    window: Window
+    cut: Cut
+    penalty: Penalty
     inactive_LF: Tensor
     density_L: list[float]
     units: Units | None = None
@@ -74,8 +74,8 @@ class TrainState:
             "harvest_s": self.collect_s,
             "density_L": self.density_L,
             "last_norm": self.last_norm,
-            "controller": asdict(self.controller),
-            "window": self.window.eps,
+            "cut": asdict(self.cut),
+            "penalty": asdict(self.penalty),
             "streams": streams,
         }
         return checkpoint.Saved(tensors, frozenset(name for name in tensors if _by_feature(name)), numbers)
@@ -106,10 +106,10 @@ class TrainState:
                 self.optimiser.state[p] = {key: t.to("cpu" if key == "step" else device) for key, t in moments.items()}
         n_layers = len(self.inactive_LF)
         self.inactive_LF = torch.stack([tensors[f"silent.{i}"] for i in range(n_layers)]).to(device)
-        self.step, self.train_s, self.collect_s, self.density_L, self.last_norm, self.window.eps = (
-            numbers[name] for name in ("step", "train_s", "harvest_s", "density_L", "last_norm", "window")
+        self.step, self.train_s, self.collect_s, self.density_L, self.last_norm = (
+            numbers[name] for name in ("step", "train_s", "harvest_s", "density_L", "last_norm")
         )
-        self.controller = Controller(**numbers["controller"])
+        self.cut, self.penalty = Cut(**numbers["cut"]), Penalty(**numbers["penalty"])
         self.units = Units(*(tensors[f"units.{name}"] for name in Units._fields)).to(str(device))
         rows, columns = numbers["mesh"]
         return Restored((rows, columns), [StreamState(*s) for s in numbers["streams"]])

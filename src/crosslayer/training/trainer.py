@@ -169,7 +169,6 @@ class Trainer:
         self.rows = RowStream(host, documents, config.context)
         self.whole = config.clt(host.n_layers, host.d_model)
         self.state = empty_state(config, self.whole, mesh, device)
-        self.base_lr = [config.lr, config.threshold_lr]
         self.target = config.target_l0(host.n_layers)
         # Sums since the last log line.
         self.error_L = self.variance_L = torch.zeros(host.n_layers, dtype=torch.float64)
@@ -208,7 +207,7 @@ class Trainer:
             state=self._stream_state(restored) if restored else None,
         )
         if not restored:
-            set_first_weights(state.clt, config, self.host, self.sources, state.units)
+            set_first_weights(state, config, self.host, self.sources)
 
     def restore(self, folder: Path) -> Restored:
         """Load the state of a checkpoint."""
@@ -257,18 +256,21 @@ class Trainer:
         """Do one training step and return its metrics."""
         config, state = self.config, self.state
         clt, steps = state.clt, config.steps
-        progress = state.step / steps
-        asked = l0_asked(progress, config.first_l0(self.host.n_layers), self.target, config.l0_ramp)
-        coefficient = state.controller.coefficient(asked) if config.sparsity == "tanh" else 1.0
-        for group, base in zip(state.optimiser.param_groups, self.base_lr, strict=False):
-            group["lr"] = base * learning_rate((state.step + 1) / (steps + 1), config.warmup, config.decay)
+        asked, next_asked = (self._l0_asked(step) for step in (state.step, state.step + 1))
+        penalty = 0.0
+        if clt.config.kind.thresholds:
+            clt.set_cut(state.cut.tau)
+            penalty = config.sparsity * state.cut.tau**2
+        elif not clt.config.ranks:
+            penalty = state.penalty.coefficient(asked)
+        for group in state.optimiser.param_groups:
+            group["lr"] = config.lr * learning_rate((state.step + 1) / (steps + 1), config.warmup, config.decay)
         dead_LF = state.inactive_LF >= config.dead_after
-        revive_LF = dead_LF & (not clt.config.ranks or state.step % config.auxiliary_every == 0)
         sparse_L = [density < SPARSE_BELOW[torch.device(self.device).type] for density in state.density_L]
         gradients = FusedUpdate(self._update) if config.fused_update else Gradients()
         fired_LF = torch.zeros_like(state.inactive_LF)
         sums, micro = torch.zeros(len(METRICS), dtype=torch.float64), config.batch // config.accumulate
-        layers_3L = torch.zeros(3, self.host.n_layers, dtype=torch.float64)
+        layers_2L, above = torch.zeros(2, self.host.n_layers, dtype=torch.float64), 0.0
         features, data = self.mesh.features, self.mesh.data
         for _ in range(config.accumulate):
             x_BLD, y_BLD = self._batch(micro // self.mesh.world.size)
@@ -278,12 +280,10 @@ class Trainer:
                 y_BLD,
                 config,
                 gradients,
-                coefficient=coefficient,
-                running_l0=state.controller.running_l0,
-                asked_l0=asked,
-                eps=state.window.eps,
-                dead_LF=revive_LF,
+                dead_LF=dead_LF,
                 sparse_L=sparse_L,
+                penalty=penalty,
+                l0=asked if clt.config.ranks else None,
                 share=1 / config.accumulate,
             )
             fired_LF += terms.fired_LF
@@ -301,14 +301,13 @@ class Trainer:
                 ],
                 dtype=torch.float64,
             )
-            layers_3L[:2] += torch.stack([terms.error_L, variance_L]).double().cpu() * rank_share
-            layers_3L[2] += terms.entries_L / len(x_BLD)
+            layers_2L += torch.stack([terms.error_L, variance_L]).double().cpu() * rank_share
+            above += terms.above
         self.mesh.world.sum_(sums)
-        self.mesh.world.sum_(layers_3L)
-        self.error_L, self.variance_L = self.error_L + layers_3L[0], self.variance_L + layers_3L[1]
-        entries_L = layers_3L[2] / (config.accumulate * data.size)
+        self.mesh.world.sum_(layers_2L)
+        self.error_L, self.variance_L = self.error_L + layers_2L[0], self.variance_L + layers_2L[1]
         metrics: dict[str, float] = dict(zip(METRICS, (sums / (config.accumulate * data.size)).tolist(), strict=True))
-        metrics["loss"] = metrics["reconstruction"] + coefficient * metrics["sparsity"] + metrics["revival"]
+        metrics["loss"] = metrics["reconstruction"] + penalty * metrics["sparsity"] + metrics["revival"]
         if not math.isfinite(metrics["loss"]):
             raise RunError(
                 f"the loss of step {state.step + 1} is not finite; lower --lr in a new run, or resume from an earlier"
@@ -320,17 +319,20 @@ class Trainer:
         if not config.fused_update:
             state.optimiser.step(gradients, self._scale())
         del gradients
-        if len(clt.threshold):
-            for theta in clt.threshold:
-                theta.data.clamp_(min=1e-6)
         data.sum_(fired_LF)
         state.inactive_LF = torch.where(fired_LF > 0, 0, state.inactive_LF + config.batch)
-        state.density_L = (entries_L / config.n_features).tolist()
-        l0 = features.total(float(fired_LF.sum())) / config.batch
-        state.controller.observe(l0, asked)
-        metrics |= {"l0": l0, "l0_asked": asked, "lambda": coefficient, "window": state.window.eps}
-        state.window.observe(float(entries_L.sum()) - l0, max(l0, asked))
-        return metrics
+        l0_L = features.sum_(fired_LF.sum(1).double()) / config.batch
+        state.density_L = (l0_L / config.n_features).tolist()
+        l0 = float(l0_L.sum())
+        if clt.config.kind.thresholds:
+            state.cut.observe(l0, self.mesh.world.total(above) / config.batch, asked, next_asked)
+        elif not clt.config.ranks:
+            state.penalty.observe(l0, asked)
+        return metrics | {"l0": l0, "l0_asked": asked, "lambda": penalty, "tau": state.cut.tau}
+
+    def _l0_asked(self, step: int) -> float:
+        config = self.config
+        return l0_asked(step / config.steps, config.first_l0(self.host.n_layers), self.target, config.l0_ramp)
 
     def _update(self, p: Parameter, blocks: Iterator[tuple[slice, Tensor]]) -> None:
         """Update one parameter during the step (fused update)."""
@@ -365,7 +367,7 @@ class Trainer:
             "fvu_L": (self.error_L / self.variance_L).tolist(),
             "l0": means["l0"],
             "l0_per_layer": means["l0"] / self.host.n_layers,
-            **{k: means[k] for k in ("l0_asked", "lambda", "window", "dead_share")},
+            **{k: means[k] for k in ("l0_asked", "lambda", "tau", "dead_share")},
             "gradient_norm": means.get("gradient_norm"),
             "lr": state.optimiser.param_groups[0]["lr"],
             "train_s": round(state.train_s, 3),

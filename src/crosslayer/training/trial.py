@@ -16,22 +16,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.init import cut_for_density, initialise, set_bias_for_density
 from crosslayer.clt.transcoder import CLT
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import Gradients
 from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.optimiser import Adam
 from crosslayer.training.plan import HostShape
-from crosslayer.training.schedule import Window, l0_asked
+from crosslayer.training.schedule import l0_asked
 
 PARAMETERS = 1 << 27
 """Approximate number of parameters of the timed transcoder."""
 TOKENS = 1024
 POINTS = (0.04, 0.13, 0.25, 0.42, 0.58, 0.75, 0.92)
 """Fractions of the run at which a step is timed."""
-SETTLE = 5
-"""Steps that JumpReLU's straight-through window needs to reach its cap."""
 
 
 class Trial(NamedTuple):
@@ -55,26 +53,27 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
     n_layers = max(1, min(whole.n_layers, round(whole.n_layers * PARAMETERS / whole.n_parameters)))
     part = replace(config, l0=config.target_l0(shape.n_layers) * n_layers / shape.n_layers, l0_per_layer=None)
     clt = CLT(part.clt(n_layers, shape.d_model), dtype=dtype, device=device)
-    initialise(clt, 0, config.threshold)
+    initialise(clt, 0)
     scale = whole.n_parameters / clt.config.n_parameters
     micro = config.batch // config.accumulate
     n_tokens, n_entries = min(micro, TOKENS), n_layers * config.n_features
     x_BLD, y_BLD = torch.randn(2, n_tokens, n_layers, shape.d_model, device=device)
-    optimiser = Adam([{"params": list(clt.parameters()), "lr": 0.0}], (0.9, 0.999), 0, config.moments)
+    optimiser = Adam([{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 0.0}], (0.9, 0.999), 0, config.moments)
     inactive_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
     start = part.first_l0(n_layers)
     passes, updates = list[float](), list[float]()
     for progress in POINTS:
         asked = l0_asked(progress, start, part.target_l0(n_layers), config.l0_ramp)
-        if not clt.config.ranks:
+        if clt.config.kind.thresholds:
+            clt.set_cut(cut_for_density(clt, x_BLD, asked / n_entries))
+        elif not clt.config.ranks:
             set_bias_for_density(clt, x_BLD, asked / n_entries)
         # Dead features take part in the auxiliary loss.
         dead_LF = inactive_LF.clone()
         dead_LF[:, ::10] = progress * config.tokens > config.dead_after and bool(config.auxiliary)
-        window, density_L = Window(config.eps, config.window_cap, config.eps), [asked / n_entries] * n_layers
-        for turn in range(2 if clt.config.ranks else SETTLE):
+        sparse_L = [asked / n_entries < SPARSE_BELOW[torch.device(device).type]] * n_layers
+        for _ in range(2):
             gradients = Gradients()
-            sparse_L = [density < SPARSE_BELOW[torch.device(device).type] for density in density_L]
             one_pass = partial(
                 compute,
                 clt,
@@ -82,23 +81,16 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
                 y_BLD,
                 part,
                 gradients,
-                coefficient=1e-3,
-                running_l0=asked,
-                asked_l0=asked,
-                eps=window.eps,
                 dead_LF=dead_LF,
                 sparse_L=sparse_L,
+                l0=asked if clt.config.ranks else None,
             )
-            pass_s, terms = _timed(one_pass, device)
+            pass_s, _ = _timed(one_pass, device)
             if config.clip:
                 pass_s += _timed(partial(gradients.norm, clt), device)[0]
             update_s, _ = _timed(partial(optimiser.step, gradients), device)
-            density_L = (terms.entries_L / (n_tokens * config.n_features)).tolist()
-            window.observe(float(terms.entries_L.sum()) / n_tokens - asked, asked)
-            if turn:
-                last = pass_s, update_s
-        passes.append(last[0])
-        updates.append(last[1])
+        passes.append(pass_s)
+        updates.append(update_s)
     return scale * (sum(passes) / len(passes) / n_tokens + median(updates) / config.batch)
 
 

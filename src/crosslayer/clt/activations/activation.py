@@ -33,21 +33,19 @@ class Activation:
     published: bool = False
     coarse: bool = True
 
-    def apply(self, z: Tensor, theta: Tensor | None, eps: float) -> Tensor:
+    def apply(self, z: Tensor, theta: Tensor | None) -> Tensor:
         """Return activations of pre-activations, elementwise and differentiable; with ranking, of the chosen entries.
 
         Args:
-            theta: thresholds, broadcastable; None if the activation has none.
-            eps: width of the straight-through window.
+            theta: thresholds, broadcastable, which get no gradient; None if the activation has none.
         """
         return z.relu()
 
-    def bound(self, theta: Tensor | None, like: Tensor, window: float) -> Tensor:
-        """Return the pre-activation above which a feature is active or its threshold gets a gradient.
+    def bound(self, theta: Tensor | None, like: Tensor) -> Tensor:
+        """Return the pre-activation above which a feature is active.
 
         Args:
             like: a tensor with one number per feature, for its shape.
-            window: width of the straight-through window.
         """
         return like.new_zeros(like.shape)
 

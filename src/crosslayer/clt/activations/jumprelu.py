@@ -11,15 +11,13 @@ if TYPE_CHECKING:
 
 
 class _JumpReLU(Activation):
-    def apply(self, z: Tensor, theta: Tensor | None, eps: float) -> Tensor:
-        from crosslayer.clt.activations.straight_through import jumprelu
-
+    def apply(self, z: Tensor, theta: Tensor | None) -> Tensor:
         assert theta is not None, "JumpReLU has a threshold per feature"
-        return jumprelu(z, theta.to(z.dtype), eps)
+        return z.where(z > theta, 0.0)
 
-    def bound(self, theta: Tensor | None, like: Tensor, window: float) -> Tensor:
+    def bound(self, theta: Tensor | None, like: Tensor) -> Tensor:
         assert theta is not None, "JumpReLU has a threshold per feature"
-        return theta - window / 2
+        return theta
 
 
 JUMPRELU = _JumpReLU(name="jumprelu", thresholds=True, published=True)
