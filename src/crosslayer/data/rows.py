@@ -23,7 +23,6 @@ from crosslayer.data.documents import Document, Mark, Split
 from crosslayer.data.sources import Source, Weighted
 from crosslayer.host.host import Host
 
-
 EMPTY_LIMIT = 1000
 """Documents without tokens, one after another, after which the tokenizer is taken to yield none at all."""
 

@@ -158,7 +158,7 @@ class Host:
         return Tapped(torch.stack(xs, dim=2), torch.stack(ys, dim=2))
 
     def encode(self, text: str) -> Int[Tensor, "1 T"]:
-        """Return the token ids of a text, with the policy's special token in front if the text does not begin with it."""
+        """Return the token ids of a text, with the policy's special token in front unless it begins with it."""
         try:
             text.encode()
         except UnicodeEncodeError as error:

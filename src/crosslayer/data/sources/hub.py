@@ -2,7 +2,7 @@
 
 Documents come in the order of the dataset. Exact duplicates within a block of `BLOCK` records are dropped. The state of
 the dataset at the start of each block is kept in the cursor of the run: a resumed run, or a stream that was
-interrupted, continues there and reads at most one block again.
+interrupted, continues there: it opens only the shard of that block, and reads at most one block again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PAUSES_S = (1.0, 5.0, 25.0)
 """Seconds before each retry of an interrupted stream."""
 NETWORK_ERRORS = (
     ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
     ("aiohttp", "ClientError"),
     ("requests", "RequestException"),
     ("urllib3.exceptions", "HTTPError"),

@@ -7,7 +7,6 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from crosslayer.core.errors import SourceError
 from crosslayer.data.documents import Document, pieces, separated, text_hash
@@ -16,8 +15,10 @@ from crosslayer.data.sources.records import document_of
 
 PROSE = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".html"})
 CODE = frozenset(
-    ".py .pyi .js .ts .tsx .jsx .css .c .h .cc .cpp .hpp .rs .go .java"
-    " .kt .rb .php .sh .sql .jl .lua .scala .swift .hs .ml .r".split()
+    {
+        *(".py", ".pyi", ".js", ".ts", ".tsx", ".jsx", ".css", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go"),
+        *(".java", ".kt", ".rb", ".php", ".sh", ".sql", ".jl", ".lua", ".scala", ".swift", ".hs", ".ml", ".r"),
+    }
 )
 SETTINGS = frozenset({".toml", ".yaml", ".yml"})
 TABLES = frozenset({".json", ".csv", ".tsv"})
@@ -107,7 +108,7 @@ def _file(path: Path, column: str, *, alone: bool) -> Iterator[Document]:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}; restore it or remove it") from error
 
 
-def _opened(path: Path, compression: str) -> BinaryIO:
+def _opened(path: Path, compression: str) -> io.BufferedReader:
     """Open a file to read its decompressed content."""
     if compression == "gzip":
         return io.BufferedReader(gzip.open(path))
