@@ -155,7 +155,7 @@ def test_an_interrupted_stream_continues_at_the_same_record(fake: FakeHub, name:
 
 def test_a_stream_that_stays_interrupted_ends_in_one_sentence(fake: FakeHub):
     fake.fail_at = {300: [TimeoutError() for _ in range(9)]}
-    with pytest.raises(SourceError, match="^hf:a/b cannot be streamed: TimeoutError$"):
+    with pytest.raises(SourceError, match=r"^hf:a/b cannot be streamed: TimeoutError$"):
         read(HubSource("hf:a/b"))
     assert fake.pauses == [*hub.PAUSES_S]
 

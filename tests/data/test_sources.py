@@ -13,7 +13,7 @@ import tiny
 from crosslayer.core.errors import SourceError
 from crosslayer.data.documents import HELD_OUT_SHARE, LONGEST, PIECE_CHARACTERS, split_of
 from crosslayer.data.rows import Documents
-from crosslayer.data.sources import ListedSource, Weighted, open_source, open_sources
+from crosslayer.data.sources import ListedSource, open_source, open_sources
 from crosslayer.data.sources.hub import HubSource
 
 
@@ -162,5 +162,3 @@ def test_wrong_names_and_weights(tmp_path: Path):
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
     with pytest.raises(SourceError, match="found body"):
         open_source(str(tmp_path / "c.parquet"))
-
-

@@ -58,7 +58,7 @@ def command(
     manifest = manifest_of(clt)
     run = manifest.config if manifest else {}
     if column is None:
-        column = "" if text else run.get("column", "")
+        column = "" if text else str(run.get("column", ""))
     text = text or tuple(run.get("text", ()))
     if not text:
         raise ConfigError("no text was given; name a source with --text")
