@@ -17,6 +17,7 @@ from crosslayer.data.documents import Document, Mark
 from crosslayer.data.rows import Cursor, Documents, RowStream, redistribute
 from crosslayer.data.sources import Weighted, hub, open_source
 from crosslayer.data.sources.hub import HubSource
+from crosslayer.data.stream import ActivationStream, StreamState
 from crosslayer.host.host import Host
 
 BLOCK = 40
@@ -117,6 +118,16 @@ def test_rows_resume_bitwise_identical_without_reading_the_dataset_again(host: H
         assert fake.opened[-1].n_read <= end - at + 2 * BLOCK
 
 
+@pytest.mark.parametrize("after", [64, 200, 650])
+def test_the_stream_of_activations_resumes_bitwise_identical(host: Host, fake: FakeHub, after: int):
+    make = lambda state: ActivationStream(rows_of(host), 200, 4, dtype=torch.float32, state=state)  # noqa: E731
+    stream = make(None)
+    stream.batch(after)
+    again = make(StreamState(*stream.state.plain()))
+    for one, other in zip(stream.batch(250), again.batch(250), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_redistributed_streams_skip_no_document(host: Host, fake: FakeHub):
     whole = [d.text for d in read(HubSource("hf:a/b"))]
     cursors, finished = [], set[str]()
@@ -140,10 +151,14 @@ def network_error(name: str) -> Exception:
         import httpx
 
         return httpx.ReadTimeout("slow")
+    if name == "http":
+        import http.client
+
+        return http.client.IncompleteRead(b"")
     return {"connection": ConnectionResetError("reset by peer"), "time": TimeoutError(), "os": OSError("broken")}[name]
 
 
-@pytest.mark.parametrize("name", ["httpx", "connection", "time", "os"])
+@pytest.mark.parametrize("name", ["httpx", "http", "connection", "time", "os"])
 @pytest.mark.parametrize("at", [1, BLOCK - 1, BLOCK, 333])
 def test_an_interrupted_stream_continues_at_the_same_record(fake: FakeHub, name: str, at: int):
     expected = read(HubSource("hf:a/b"))

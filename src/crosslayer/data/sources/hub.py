@@ -26,6 +26,7 @@ NETWORK_ERRORS = (
     ("aiohttp", "ClientError"),
     ("requests", "RequestException"),
     ("urllib3.exceptions", "HTTPError"),
+    ("http.client", "HTTPException"),
 )
 """Errors of the libraries that `datasets` reads through; those of fsspec and sockets are `OSError`s."""
 
