@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -63,6 +64,21 @@ def test_a_llama_and_a_folder_of_text_give_a_transcoder(tmp_path: Path, text_fol
     broken = crosslayer("inspect", tmp_path / "run")
     assert broken.returncode == 2
     assert "W_dec_1 has shape (63, 2, 16), expected (64, 2, 16)" in broken.stderr
+
+
+def test_the_column_of_the_text_is_remembered_by_the_run(host_folder: Path, tmp_path: Path, here):
+    text, run = tmp_path / "a.csv", tmp_path / "run"
+    with text.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "body"], *([i, tiny.make_text(300, i)] for i in range(40))])
+    train = ("train", "--model", host_folder, "--text", text, *QUICK, "-o", run)
+    assert "found id, body; give the column of the text with --column" in " ".join(here(*train).stderr.split())
+    assert here(*train, "--column", "body").returncode == 0
+    measure = ("eval", run, "--tokens", "300", "--context", "33")
+    assert here(*measure).returncode == 0
+    assert here(*measure, "--text", text).returncode == 2
+    assert here(*measure, "--text", text, "--column", "body").returncode == 0
+    build = ("features", "build", "--clt", run, "--tokens", "300", "--context", "33")
+    assert here(*build).returncode == 0
 
 
 def test_plan_needs_no_weights(host_folder: Path, tmp_path: Path, here):

@@ -13,7 +13,7 @@ import tiny
 from crosslayer.core.errors import SourceError
 from crosslayer.data.documents import HELD_OUT_SHARE, LONGEST, PIECE_CHARACTERS, split_of
 from crosslayer.data.rows import Documents
-from crosslayer.data.sources import ListedSource, Weighted, open_source, open_sources
+from crosslayer.data.sources import ListedSource, open_source, open_sources
 from crosslayer.data.sources.hub import HubSource
 
 
@@ -137,7 +137,7 @@ def test_ranks_share_the_documents_without_overlap(text_folder: Path):
     ("file", "content", "words"),
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": ', "line 2, is not JSON"),
-        ("a.jsonl", json.dumps({"body": "x"}).encode(), "no string under 'text' or 'content'"),
+        ("a.jsonl", json.dumps({"body": "x"}).encode(), "line 1, has no column text.*found body.*--column"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
         ("a.jsonl", b'{"text": "caf\xe9"}', "not UTF-8"),
         ("a.parquet", b"nonsense", "cannot be read as Parquet"),
@@ -162,24 +162,3 @@ def test_wrong_names_and_weights(tmp_path: Path):
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
     with pytest.raises(SourceError, match="found body"):
         open_source(str(tmp_path / "c.parquet"))
-
-
-def test_hub_names():
-    assert [(s.path, s.config, s.hub_split) for s in map(HubSource, ("hf:a/b", "hf:a/b:c", "hf:a/b:c:d"))] == [
-        ("a/b", "", "train"),
-        ("a/b", "c", "train"),
-        ("a/b", "c", "d"),
-    ]
-
-
-def test_hub_source_streams_a_local_folder_of_the_hubs_layout(tmp_path: Path):
-    pytest.importorskip("datasets", reason="the extra `hub` is not installed")
-    rows = [{"text": f"document {i % 90}"} for i in range(100)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = HubSource(f"hf:{tmp_path}")
-    both = [[d.text for d in source.documents_of(side, 0, 0)] for side in ("train", "held_out")]
-    assert len(both[0]) + len(both[1]) == len(set(both[0] + both[1])) == 90
-    weighted = Weighted(source, 1.0)
-    documents = Documents([weighted], "train", 0)
-    first = [documents.read(0).text for _ in range(5)]
-    assert first == both[0][:5]

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from crosslayer.core.errors import SourceError
-from crosslayer.data.rows import Cursor, Documents, RowStream, held_out_rows, redistribute
+from crosslayer.data.rows import Cursor, Documents, Place, RowStream, held_out_rows, redistribute
 from crosslayer.data.sources import open_sources
 from crosslayer.data.stream import ActivationStream, StreamState, collect_activations
 from crosslayer.host.host import Host
@@ -48,6 +48,10 @@ def test_rows_resume_from_any_cursor(host: Host, text_folder: Path, weights: tup
         again.cursor = Cursor.of(saved)
         assert torch.equal(again.rows(23), expected)
         assert again.cursor == stream.cursor
+
+
+def test_a_cursor_saved_without_marks_is_read():
+    assert Cursor.of([[[1, 3, 50]], 0, 7]) == Cursor((Place(1, 3, 50),), 0, 7)
 
 
 def test_passes_follow_one_another_without_end(host: Host, text_folder: Path):

@@ -19,6 +19,11 @@ from crosslayer.core.console import progress, results
     help="text source: stdlib, PATH or hf:NAME; repeatable; default: text of the run",
 )
 @click.option(
+    "--column",
+    metavar="NAME",
+    help="column of records that holds the text; default: as in the run with its text, else the usual names",
+)
+@click.option(
     "--tokens", type=click.IntRange(min=1), help="number of held-out tokens; default: as in the run, or 131072"
 )
 @click.option(
@@ -30,6 +35,7 @@ def command(
     clt: str,
     model: str | None,
     text: tuple[str, ...],
+    column: str | None,
     tokens: int | None,
     context: int | None,
     device: str,
@@ -51,12 +57,15 @@ def command(
     open_folder(clt)
     manifest = manifest_of(clt)
     run = manifest.config if manifest else {}
+    if column is None:
+        column = "" if text else str(run.get("column", ""))
     text = text or tuple(run.get("text", ()))
     if not text:
         raise ConfigError("no text was given; name a source with --text")
     e = evaluate(
         clt,
         text=text,
+        column=column,
         model=model,
         tokens=tokens or run.get("eval_tokens", 131_072),
         context=context or run.get("context"),

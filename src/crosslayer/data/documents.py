@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "held_out"]
+Kind = Literal["text", "messages", "input_ids"]
 
 HELD_OUT_SHARE = 0.1
 PIECE_CHARACTERS = 4_000
@@ -19,15 +20,28 @@ LONGEST = 4
 SEPARATOR = "<|endoftext|>"
 
 
+class Mark(NamedTuple):
+    """A point of a streamed source from which it can be read again."""
+
+    document: int
+    """Documents of the split before this point, in this pass."""
+    state: dict[str, Any] | None
+    """State of the dataset, JSON types; None: its beginning."""
+
+
 class Document(NamedTuple):
     """A text, and the id that decides its split.
 
     `id` is the hash of the text for most sources. For the standard library it is the module path, because the sources
-    differ between versions of Python.
+    differ between versions of Python. `text` is JSON if the document is a chat (`messages`: a list of objects with
+    `role` and `content`) or tokenised (`input_ids`: a list of ints).
     """
 
     id: str
     text: str
+    kind: Kind = "text"
+    mark: Mark | None = None
+    """Of streamed sources: where reading can start to reach this document."""
 
 
 def text_hash(text: str) -> str:

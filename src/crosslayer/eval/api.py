@@ -25,6 +25,7 @@ def evaluate(
     clt: str | Path,
     *,
     text: Sequence[str],
+    column: str = "",
     model: str | Path | Host | None = None,
     tokens: int = 131_072,
     context: int | None = None,
@@ -37,6 +38,7 @@ def evaluate(
     Args:
         clt: folder in any supported format, run folder, or name on the Hub.
         text: names of text sources; see `crosslayer.data.sources`.
+        column: column of records that holds the text; default: the usual names.
         model: host model; default: the host that the transcoder names.
         tokens: number of held-out tokens.
         context: tokens per row; default: 256, or the host's context if that is less.
@@ -50,7 +52,7 @@ def evaluate(
     device = choose_device(device)
     opened = load_clt(clt, device=device)
     host = host_of(opened, model, dtype=dtype or host_dtype(clt, device), device=device)
-    sources = open_sources(text)
+    sources = open_sources(text, column)
     context = context or min(256, host.max_positions)
     if context > host.max_positions:
         raise ConfigError(

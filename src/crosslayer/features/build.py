@@ -73,6 +73,7 @@ def build_features(
     clt: str | Path | Opened,
     *,
     text: Sequence[str],
+    column: str = "",
     out: str | Path,
     model: str | Path | Host | None = None,
     tokens: int = N_TOKENS,
@@ -89,6 +90,7 @@ def build_features(
     Args:
         clt: a transcoder by folder, run or name on the hub, or opened.
         text: sources, as named in `crosslayer.data.sources`; each is a stream of its own.
+        column: column of records that holds the text; by default the usual names.
         out: folder of the new bundle; it must not exist.
         model: the host; by default the one that the transcoder names.
         tokens: total tokens of text, divided among sources by weight; fewer if the held-out text is shorter.
@@ -118,7 +120,7 @@ def build_features(
             f"context={context} must be between {host.policy.n_skip + 2} and that of {host.name},"
             f" {host.max_positions}; change --context"
         )
-    found = rows_of(host, text, context, tokens)
+    found = rows_of(host, text, context, tokens, column)
     vocabulary = _vocabulary(host)
     folder = building_folder(out)
     with _alone(folder):
@@ -142,9 +144,9 @@ def refuse_unless_new(out: Path) -> None:
     require_writable(out / MANIFEST)
 
 
-def rows_of(host: Host, names: Sequence[str], context: int, n_tokens: int) -> Text:
+def rows_of(host: Host, names: Sequence[str], context: int, n_tokens: int, column: str = "") -> Text:
     """Return held-out rows of each source, with tokens by weight, or fewer if a source has less text."""
-    sources = open_sources(names)
+    sources = open_sources(names, column)
     total = sum(s.weight for s in sources)
     parts, streams = [], []
     kind = np.uint16 if host.n_vocab <= 1 << 16 else np.uint32

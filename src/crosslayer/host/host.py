@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -157,7 +158,7 @@ class Host:
         return Tapped(torch.stack(xs, dim=2), torch.stack(ys, dim=2))
 
     def encode(self, text: str) -> Int[Tensor, "1 T"]:
-        """Return the token ids of a text, with the policy's special token in front."""
+        """Return the token ids of a text, with the policy's special token in front unless it begins with it."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -166,9 +167,15 @@ class Host:
                 " UTF-8 text"
             ) from error
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if self.policy.prepend and not (ids and ids[0] in self.tokenizer.all_special_ids):
+        if self.policy.prepend and ids[:1] != [self.first_token]:
             ids = [self.first_token, *ids]
         return torch.tensor([ids], dtype=torch.long)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that the tokenizer marks as special, whose text in a document is not language."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
     def decode_token(self, token: int) -> str:
         """Return the text of a token."""

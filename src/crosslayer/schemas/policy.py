@@ -18,6 +18,6 @@ class FirstPosition(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prepend: bool = True
-    """Prepend the tokenizer's BOS, PAD or EOS to text that does not start with a special token."""
+    """Prepend the tokenizer's BOS, PAD or EOS to text that does not start with it."""
     n_skip: int = Field(default=1, ge=0)
     """Number of skipped leading positions (1; Gemma-3-it: 4)."""

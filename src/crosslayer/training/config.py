@@ -41,6 +41,12 @@ class TrainConfig:
     text: tuple[str, ...] = setting(
         (), "text source: stdlib, PATH or hf:NAME[:CONFIG][:SPLIT], optionally with =WEIGHT; repeatable", "data"
     )
+    column: str = setting(
+        "",
+        "column of JSON, CSV, Parquet or Hugging Face records that holds the text, a chat or token ids;"
+        " empty: text, content, markdown, code, input_ids or messages",
+        "data",
+    )
     tokens: int = setting(1_000_000, "number of training tokens; a reused token counts each time", "data")
     context: int = setting(256, "tokens per row (context length), including the special token", "data")
     buffer_tokens: int = setting(

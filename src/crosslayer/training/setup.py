@@ -20,7 +20,7 @@ from crosslayer.clt.shard import share_of
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import RunError
 from crosslayer.core.progress import track
-from crosslayer.data.rows import Documents, RowStream, document_tokens
+from crosslayer.data.rows import Documents, RowStream, document_tokens, no_tokens
 from crosslayer.data.sources import ListedSource, Source, Weighted
 from crosslayer.data.stream import collect_activations
 from crosslayer.data.units import Units, estimate_units
@@ -160,4 +160,6 @@ def _count_tokens(host: Host, sources: Sequence[Weighted], limit: int) -> int:
             if count >= limit:
                 return limit
             count += len(document_tokens(host, document))
+    if not count:
+        raise no_tokens(host, sources[0].source)
     return count

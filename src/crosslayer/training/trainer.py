@@ -141,7 +141,7 @@ def _train(
             f"context={config.context} exceeds the context of {host.name}, {host.max_positions}; lower --context"
         )
     check_fits(plan_of_one_rank(config, shape_of(host), mesh.data.size), config, run)
-    sources = open_sources(config.text)
+    sources = open_sources(config.text, config.column)
     held_out = held_out_rows(host, sources, config.context, config.eval_tokens)
     with _locked_by_first(run):
         trainer = Trainer(config, run, host, sources, device, console, mesh)

@@ -22,6 +22,11 @@ from crosslayer.core.console import progress
     ),
 )
 @click.option(
+    "--column",
+    metavar="NAME",
+    help="column of records that holds the text; default: as in the run with its text, else the usual names",
+)
+@click.option(
     "--tokens",
     type=click.IntRange(min=1),
     default=1 << 20,
@@ -77,6 +82,7 @@ def command(
     clt: str,
     model: str | None,
     text: tuple[str, ...],
+    column: str | None,
     tokens: int,
     context: int | None,
     top: int,
@@ -104,6 +110,8 @@ def command(
 
     manifest = manifest_of(clt)
     run = manifest.config if manifest else {}
+    if column is None:
+        column = "" if text else str(run.get("column", ""))
     text = text or tuple(run.get("text", ()))
     if not text:
         raise ConfigError("no text was given; name a source with --text")
@@ -125,6 +133,7 @@ def command(
         bundle = build_features(
             clt,
             text=text,
+            column=column,
             out=out,
             model=model,
             tokens=tokens,

@@ -1,7 +1,7 @@
 """Text sources, one kind per file, and their names.
 
     stdlib                      the running Python's standard library
-    PATH                        a text, JSONL or Parquet file, or a folder of them or of source code
+    PATH                        a text, JSON, CSV or Parquet file, or a folder of them or of source code
     hf:NAME[:CONFIG][:SPLIT]    a Hugging Face dataset, streamed (needs the extra `hub`)
 
 `=WEIGHT` after a name sets its share of the tokens in a mix of sources.
@@ -30,8 +30,12 @@ class Weighted(NamedTuple):
     weight: float
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, column: str = "") -> Source:
     """Open a source by name; local sources are read at once and deduplicated.
+
+    Args:
+        name: as listed above, without a weight.
+        column: column of the text in JSON, CSV, Parquet and Hugging Face records; default: the usual names.
 
     Raises:
         SourceError: for a source that does not exist, cannot be read, or holds no text.
@@ -39,19 +43,19 @@ def open_source(name: str) -> Source:
     if not name:
         raise SourceError("the name of a text source is empty; give a file, a folder, stdlib, or hf:NAME with --text")
     if name.startswith("hf:"):
-        return HubSource(name)
+        return HubSource(name, column)
     if name == "stdlib":
         # Pieces of a module share its id, and so its split.
         documents = [Document(d.id, piece) for d in stdlib_documents() for piece in pieces(d.text)]
     else:
-        documents = list(local_documents(Path(name)))
+        documents = list(local_documents(Path(name), column))
     unique = list({text_hash(d.text): d for d in documents}.values())
     if not unique:
-        raise SourceError(f"{name} holds no text; give a file or folder of .txt, .md, .jsonl, .parquet or source code")
+        raise SourceError(f"{name} holds no text; give a file or folder of text, JSON, CSV, Parquet or source code")
     return ListedSource(name, unique)
 
 
-def open_sources(names: Sequence[str]) -> list[Weighted]:
+def open_sources(names: Sequence[str], column: str = "") -> list[Weighted]:
     """Open sources by `NAME` or `NAME=WEIGHT`; a text in two local sources is read from the first.
 
     Raises:
@@ -59,7 +63,7 @@ def open_sources(names: Sequence[str]) -> list[Weighted]:
     """
     if not names:
         raise SourceError("no text was given; give a file, a folder, stdlib, or hf:NAME with --text")
-    opened = [Weighted(open_source(name), weight) for name, weight in map(split_weight, names)]
+    opened = [Weighted(open_source(name, column), weight) for name, weight in map(split_weight, names)]
     seen: set[str] = set()
     for source, _ in opened:
         if isinstance(source, ListedSource):

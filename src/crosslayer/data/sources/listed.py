@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from crosslayer.core.errors import SourceError
-from crosslayer.data.documents import Document, Split, split_of, text_hash
+from crosslayer.data.documents import Document, Mark, Split, split_of, text_hash
 
 
 @runtime_checkable
@@ -17,8 +17,8 @@ class Source(Protocol):
 
     name: str
 
-    def documents_of(self, side: Split, seed: int, epoch: int) -> Iterator[Document]:
-        """Return one pass over the documents of a split; the order is reproducible."""
+    def documents_of(self, side: Split, seed: int, epoch: int, mark: Mark | None = None) -> Iterator[Document]:
+        """Return one pass over the documents of a split, or the rest from a mark; the order is reproducible."""
         ...
 
 
@@ -28,7 +28,8 @@ class ListedSource:
     def __init__(self, name: str, documents: list[Document]) -> None:
         self.name, self.documents = name, documents
 
-    def documents_of(self, side: Split, seed: int, epoch: int) -> Iterator[Document]:
+    def documents_of(self, side: Split, seed: int, epoch: int, mark: Mark | None = None) -> Iterator[Document]:
+        assert mark is None  # only streamed documents have one
         chosen = [d for d in self.documents if split_of(d.id) == side]
         if not chosen:
             count = len(self.documents)
