@@ -44,3 +44,14 @@ def test_a_converted_batchtopk_has_the_active_features_of_the_ranking():
     differ = sum(int(((a > 0) != (b > 0)).sum()) for a, b in zip(jump.encode(x_BLD), clt.encode(x_BLD), strict=True))
     assert all(same) or differ <= 2
     assert (jump.config.activation, jump.config.k) == ("jumprelu", None)
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+def test_calibration_reports_the_l0_of_the_trained_thresholds(activation: str):
+    clt, x_BLD = make(activation, "all"), inputs(2000)
+    before = sum(float((f > 0).sum()) for f in clt.encode(x_BLD)) / len(x_BLD)
+    calibrated = to_jumprelu(clt, x_BLD.split(500), 4.0)
+    if activation == "jumprelu":
+        assert calibrated.l0_before == pytest.approx(before, rel=1e-3)
+    else:
+        assert calibrated.l0_before is None
