@@ -65,7 +65,7 @@ def test_massive_activations_count_apart(host: Host, clt: CLT, monkeypatch: pyte
         active = sum(int((f > 0).sum()) for f in clt.encode(whole.x_BLD[keep_B]))
         assert l0 == pytest.approx(active / int(keep_B.sum()), rel=1e-6)
     assert e.dead_tokens == int((~left_out).sum())
-    assert e.fvu_all > 2 * e.fvu
+    assert e.fvu_all > 1.5 * e.fvu
     assert e.affine_fvu is not None
     assert 0.0 < e.affine_fvu < 1.0
 

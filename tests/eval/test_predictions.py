@@ -22,7 +22,7 @@ ROWS_BT = torch.randint(0, tiny.N_VOCAB, (6, 12), generator=torch.Generator().ma
 def test_chunks_equal_the_whole(family: str, monkeypatch: pytest.MonkeyPatch):
     host = Host(tiny.make_model(family), None, family)
     if family == "gemma2":
-        host.model.config.final_logit_softcapping = 0.7
+        host.model.config.final_logit_softcapping = 3.0
     clt = CLT(CLTConfig(n_layers=tiny.N_LAYERS, d_model=tiny.D_MODEL, n_features=64)).requires_grad_(False)
     initialise(clt, seed=0, threshold=0.2)
     # Seven tokens at once, which divides neither a batch nor a row.

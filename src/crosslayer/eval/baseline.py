@@ -15,6 +15,8 @@ from torch import Tensor
 
 RANK = 1e-9
 """Directions of standardised inputs whose variance is below this share of the largest are left out of the solution."""
+CONSTANT = 1e-12
+"""Coordinates whose variance is below this share of their mean square count as constant."""
 
 
 class Affine(NamedTuple):
@@ -67,7 +69,9 @@ class AffineMoments:
         xx_DD = self.xx_LDD[i] - self.n_tokens * torch.outer(x_D, x_D)
         xy_DD = self.xy_LDD[i] - self.n_tokens * torch.outer(x_D, y_D)
         # Standardised, since the variances of a residual stream's coordinates differ by orders of magnitude.
-        scale_D = xx_DD.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+        # What is constant has no variance but rounding, and is left to the intercept.
+        varies_D = xx_DD.diagonal() > CONSTANT * self.xx_LDD[i].diagonal()
+        scale_D = torch.where(varies_D, xx_DD.diagonal().clamp(min=0.0).rsqrt(), 0.0)
         values_D, vectors_DD = torch.linalg.eigh(xx_DD * scale_D * scale_D[:, None])
         inverse_D = torch.where(values_D > RANK * values_D[-1], 1 / values_D, 0.0)
         W_DD = scale_D[:, None] * (vectors_DD * inverse_D) @ (vectors_DD.mT @ (xy_DD * scale_D[:, None]))
