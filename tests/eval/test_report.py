@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -87,8 +88,7 @@ def test_a_good_run_has_no_warnings_and_says_where_it_ended():
 )
 def test_what_is_off_is_a_warning(e: Evaluation, warning: str):
     (found,) = warnings_of(e)
-    with pytest.raises(AssertionError, match=warning):
-        raise AssertionError(found)
+    assert re.search(warning, found)
     assert f"WARNING {found}" in printed(e)
     coloured = printed(e, colour=True).rstrip()
     assert coloured.splitlines()[-1].startswith("\x1b[1;31mWARNING\x1b[0m \x1b[33m")
