@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.schemas.evaluation import Evaluation
@@ -53,35 +54,35 @@ def _change(l0: float, asked: float) -> str:
     return f"{l0 / asked - 1:+.1%}"
 
 
-def summary(e: Evaluation) -> Iterator[tuple[str, str, bool]]:
-    """Yield a transcoder's main figures as name, value and whether it is as it should be."""
+def summary(e: Evaluation) -> Iterator[tuple[str, str, bool | None]]:
+    """Yield a transcoder's main figures as name, value and whether it is as it should be; None where none is due."""
     t, n_layers = e.training, len(e.l0_L)
     if t is not None:
-        yield "L0 asked", f"{t.l0_asked:.1f} ({t.l0_asked / n_layers:.2f} per layer)", True
+        yield "L0 asked", f"{t.l0_asked:.1f} ({t.l0_asked / n_layers:.2f} per layer)", None
         for name, l0 in (("L0 in training, at the end", t.l0_training), ("L0 before calibration", t.l0_uncalibrated)):
             if l0 is not None:
                 yield name, f"{l0:.1f} ({_change(l0, t.l0_asked)})", not _off(l0, t.l0_asked)
         if t.l0_uncalibrated is None and t.trained_as != "relu":
-            yield "calibration", f"converted from {t.trained_as} to JumpReLU", True
+            yield "calibration", f"converted from {t.trained_as} to JumpReLU", None
         yield "L0 held out", f"{e.l0:.1f} ({_change(e.l0, t.l0_asked)})", not _off(e.l0, t.l0_asked)
     else:
-        yield "L0", f"{e.l0:.1f} ({e.l0_per_layer:.2f} per layer)", True
-    yield "FVU", f"{e.fvu:.4f}", e.affine_fvu is None or e.fvu < e.affine_fvu
-    yield "FVU of an affine map", "not measured" if e.affine_fvu is None else f"{e.affine_fvu:.4f}", True
-    yield "dead features", f"{e.dead_share:.1%}", True
+        yield "L0", f"{e.l0:.1f} ({e.l0_per_layer:.2f} per layer)", None
+    yield "FVU", f"{e.fvu:.4f}", None if e.affine_fvu is None else e.fvu < e.affine_fvu
+    yield "FVU of an affine map", "not measured" if e.affine_fvu is None else f"{e.affine_fvu:.4f}", None
+    yield "dead features", f"{e.dead_share:.1%}", None
     if e.massive_share is not None:
-        yield "massive activations, left out", f"{e.massive_share:.2%} of tokens", True
+        yield "massive activations, left out", f"{e.massive_share:.2%} of tokens", None
     if e.massive_share and e.fvu_all is not None and e.l0_all is not None:
-        yield "with them", f"FVU {e.fvu_all:.4f}, L0 {e.l0_all:.1f}", True
+        yield "with them", f"FVU {e.fvu_all:.4f}, L0 {e.l0_all:.1f}", None
 
 
 def print_end(console: Console, e: Evaluation) -> None:
-    """Print the main figures, those that are off in red, and the warnings."""
+    """Print the main figures, green or red if they are judged, and the warnings."""
     table = Table(title="Summary", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value, good in summary(e):
-        table.add_row(name, f"[{'green' if good else 'bold red'}]{escape(value)}[/]")
+        table.add_row(name, Text(value, style={None: "", True: "green", False: "bold red"}[good]))
     console.print(table)
     for warning in warnings_of(e):
         console.print(f"[bold red]WARNING[/] [yellow]{escape(warning)}[/]", highlight=False)
