@@ -30,7 +30,7 @@ def test_fold_is_exact_in_float64(cross_layer: bool):
 def test_conversion_lands_on_the_l0_within_two_percent(activation: str, scope: str):
     clt, x_BLD = make(activation, scope), inputs(4000)
     l0 = 4.0 if scope == "all" else 12.0
-    jump = to_jumprelu(clt, x_BLD.split(500), l0)
+    jump = to_jumprelu(clt, x_BLD.split(500), l0).clt
     measured = sum(float((f > 0).sum()) for f in jump.encode(x_BLD)) / len(x_BLD)
     assert abs(measured - l0) < 0.02 * l0
     fresh = torch.randn(4000, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -39,8 +39,19 @@ def test_conversion_lands_on_the_l0_within_two_percent(activation: str, scope: s
 
 def test_a_converted_batchtopk_has_the_active_features_of_the_ranking():
     clt, x_BLD = make("batchtopk", "all"), inputs(2000)
-    jump = to_jumprelu(clt, [x_BLD], 4.0)
+    jump = to_jumprelu(clt, [x_BLD], 4.0).clt
     same = [torch.equal(a > 0, b > 0) for a, b in zip(jump.encode(x_BLD), clt.encode(x_BLD), strict=True)]
     differ = sum(int(((a > 0) != (b > 0)).sum()) for a, b in zip(jump.encode(x_BLD), clt.encode(x_BLD), strict=True))
     assert all(same) or differ <= 2
     assert (jump.config.activation, jump.config.k) == ("jumprelu", None)
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+def test_calibration_reports_the_l0_of_the_trained_thresholds(activation: str):
+    clt, x_BLD = make(activation, "all"), inputs(2000)
+    before = sum(float((f > 0).sum()) for f in clt.encode(x_BLD)) / len(x_BLD)
+    calibrated = to_jumprelu(clt, x_BLD.split(500), 4.0)
+    if activation == "jumprelu":
+        assert calibrated.l0_before == pytest.approx(before, rel=1e-3)
+    else:
+        assert calibrated.l0_before is None

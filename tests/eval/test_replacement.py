@@ -10,7 +10,8 @@ import tiny
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
-from crosslayer.eval.evaluate import evaluate_rows, kl_divergence, measure_replacement
+from crosslayer.eval.evaluate import evaluate_rows
+from crosslayer.eval.predictions import kl_divergence, measure_replacement
 from crosslayer.eval.replacement import Replace, Zero, replaced_logits
 from crosslayer.host.host import Host
 from crosslayer.schemas.policy import FirstPosition

@@ -49,6 +49,20 @@ def test_tap_gives_what_the_mlp_reads_and_writes(family: str):
 
 
 @pytest.mark.parametrize("family", EVERY)
+def test_unembedded_hidden_states_are_the_logits(family: str):
+    host = host_of(family)
+    if family in ("gemma2", "gemma3_text"):
+        host.model.config.final_logit_softcapping = 0.7
+    with torch.no_grad():
+        for visit in (None, lambda layer, x, y: torch.zeros_like(y)):
+            hidden_BTD = host.hidden(TOKENS_BT, visit)
+            assert hidden_BTD.shape == (2, 5, host.d_model)
+            torch.testing.assert_close(host.unembed(hidden_BTD), host.run(TOKENS_BT, visit), rtol=1e-6, atol=1e-6)
+    with pytest.raises(HostError, match="exceed the context"):
+        host.hidden(torch.zeros(1, host.max_positions + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("output_hook", ["mlp.hook_out", "blocks.{i}.hook_mlp_out"])
 def test_patching_in_the_same_output_changes_nothing_and_zero_changes_all(family: str, output_hook: str):
     host = host_of(family, output_hook=output_hook)

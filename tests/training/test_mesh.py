@@ -136,7 +136,8 @@ def beginning_and_conversion_are_one_ranks(mesh: Mesh) -> None:
         for (name, p), (_, q) in zip(clt.named_parameters(), whole.named_parameters(), strict=True):
             assert torch.equal(gathered(name, p.data, mesh), q.data), (kind, name)
         one, other = (to_jumprelu(c, inputs(60).float().split(20), 9.0) for c in (clt, whole))
-        for mine, theirs in zip(one.threshold, other.threshold, strict=True):
+        assert one.l0_before == other.l0_before
+        for mine, theirs in zip(one.clt.threshold, other.clt.threshold, strict=True):
             torch.testing.assert_close(gathered("threshold", mine.data, mesh), theirs.data, rtol=1e-5, atol=1e-7)
 
 
@@ -341,8 +342,11 @@ def test_sharded_runs_save_resume_on_any_mesh_and_merge(tiny_config: TrainConfig
     again = evaluate(tmp_path / "whole", text=config.text, tokens=config.eval_tokens, context=config.context)
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [r["eval"]["n_tokens"] for r in log if "eval" in r] == [saved.n_tokens]
+    assert saved.affine_fvu is not None
+    assert again.training == saved.training
+    of_the_run = {"sources", "density_histogram_L", "replacement", "wall_s", "training", "affine_fvu", "affine_fvu_L"}
     for one, other in ((saved, again), (saved.replacement, again.replacement)):
-        for name, value in one.model_dump(exclude={"sources", "density_histogram_L", "replacement", "wall_s"}).items():
+        for name, value in one.model_dump(exclude=of_the_run).items():
             assert value == pytest.approx(getattr(other, name), rel=1e-4), name
 
     run_on(2, resumed_elsewhere, config, tmp_path / "at-2", tmp_path / "state.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from crosslayer.clt.open import load_clt
@@ -30,8 +32,9 @@ from crosslayer.parallel import ALONE
 from crosslayer.schemas.evaluation import Evaluation
 from crosslayer.schemas.policy import FirstPosition
 from crosslayer.schemas.run import RunManifest, read_manifest
-from crosslayer.training import checkpoint, plan
+from crosslayer.training import checkpoint, plan, publish
 from crosslayer.training.config import RENAMED, TrainConfig
+from crosslayer.training.publish import last_l0
 from crosslayer.training.trainer import Stopped, Trainer, train
 
 RUN = (
@@ -77,6 +80,32 @@ def test_a_finished_run_writes_its_files(finished: Path, tiny_config: TrainConfi
     card = (finished / "clt" / "README.md").read_text()
     for value in (f"{e.l0:.1f}", f"{e.fvu:.4f}", f"{e.replacement.kl:.4f}", f"{e.dead_share:.1%}"):
         assert value in card
+    assert e.training is not None
+    assert e.training.l0_asked == tiny_config.target_l0(3)
+    assert e.training.l0_training == log[-1]["l0"]  # 5 % of twelve records is one
+    assert e.training.l0_uncalibrated == pytest.approx(log[-1]["l0"], rel=0.2)
+    assert e.affine_fvu is not None
+    assert f"{e.affine_fvu:.4f}" in card
+
+
+def test_the_last_l0_is_over_the_end_of_the_log(tmp_path: Path):
+    assert last_l0(tmp_path) is None
+    records = [{"step": i, "l0": float(i)} for i in range(60)] + [{"step": 60, "eval": {"l0": 1.0}}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert last_l0(tmp_path) == 58.0
+
+
+def test_calibration_is_shown_at_the_end_and_baselines_too_large_are_left_out(
+    tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(publish, "AFFINE_BYTES", 1 << 10)
+    shown = io.StringIO()
+    config = replace(tiny_config, tokens=2000, eval_every=4)
+    done = train(config, tmp_path / "run", console=Console(file=shown, width=200))
+    lines = shown.getvalue().splitlines()
+    assert "no affine baseline: it needs" in shown.getvalue()
+    assert sum(line.startswith("calibrate 100%") for line in lines) == 1
+    assert done.evaluation.affine_fvu is None
 
 
 def test_evaluating_the_saved_folder_again_gives_eval_json(finished: Path, tiny_config: TrainConfig):
@@ -85,6 +114,14 @@ def test_evaluating_the_saved_folder_again_gives_eval_json(finished: Path, tiny_
     assert again.fvu == pytest.approx(saved.fvu, rel=1e-5)
     assert again.l0 == pytest.approx(saved.l0, rel=1e-5)
     assert again.replacement.ce_replaced == pytest.approx(saved.replacement.ce_replaced, rel=1e-5)
+    assert again.training == saved.training
+
+
+def test_damaged_metrics_of_a_run_are_refused(finished: Path, tiny_config: TrainConfig, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "eval.json").write_text("{")
+    with pytest.raises(RunError, match=r"eval\.json is damaged; delete it"):
+        evaluate(tmp_path / "run", text=tiny_config.text, tokens=500, context=33)
 
 
 @pytest.mark.parametrize(

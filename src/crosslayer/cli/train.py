@@ -46,6 +46,6 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
         config = config_from(flags, recipe)
     done = train(config, resume or out or Path(), resume=resume is not None, step=step, console=progress())
     if parallel.is_first():
-        print_table(results(), done.evaluation)
         click.echo(f"saved in {done.folder}/clt; metrics in {done.folder}/eval.json")
+        print_table(results(), done.evaluation)
     parallel.stop()

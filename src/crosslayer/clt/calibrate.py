@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,8 +24,16 @@ from crosslayer.parallel import Group
 from crosslayer.parallel.select import kth_largest
 
 
+class Calibrated(NamedTuple):
+    """A JumpReLU transcoder with calibrated thresholds."""
+
+    clt: CLT
+    l0_before: float | None
+    """Mean L0 on the same inputs with the thresholds as they were, summed over layers; None if there were none."""
+
+
 @torch.no_grad()
-def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) -> CLT:
+def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) -> Calibrated:
     """Return a JumpReLU copy of a transcoder with mean L0 `l0` on these inputs, summed over layers.
 
     Args:
@@ -40,9 +49,10 @@ def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) 
     per_layer = c.ranks and c.scope == "layer"
     n_largest = 4.0 * l0 / (c.n_layers if per_layer else 1)
     largest: list[list[Tensor]] = [[] for _ in range(c.n_layers)]
-    n_tokens = 0
+    n_tokens = n_active = 0
     for x_BLD in batches:
         scores = [clt.pre(x_BD, i).float() / unit[i] for i, x_BD in enumerate(x_BLD.unbind(1))]
+        n_active += sum(int((s > 1).sum()) for s in scores)
         n = x_BLD.shape[0]
         if per_layer:
             largest = [[*old, _largest(s, n_largest * n)] for old, s in zip(largest, scores, strict=True)]
@@ -58,7 +68,7 @@ def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) 
         setattr(out, name, copy.deepcopy(getattr(clt, name)))
     thresholds = [u * cuts[i if per_layer else 0] for i, u in enumerate(unit)]
     out.threshold = Weights(nn.Parameter(t) for t in thresholds)
-    return out
+    return Calibrated(out, clt.mesh.features.total(n_active) / n_tokens if c.kind.thresholds else None)
 
 
 def _largest(score: Tensor, n: float) -> Tensor:

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from crosslayer.clt.open import load_clt
 from crosslayer.clt.precision import dtype_of
-from crosslayer.core.errors import ConfigError
+from crosslayer.core.errors import ConfigError, RunError
 from crosslayer.core.progress import track
 from crosslayer.data.rows import held_out_rows
 from crosslayer.data.sources import open_sources
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.replacement_model import host_of
 from crosslayer.host.host import Host, choose_device
-from crosslayer.schemas.evaluation import Evaluation
+from crosslayer.schemas.evaluation import Evaluation, TrainingEnd
 from crosslayer.schemas.run import host_precision, manifest_of
 
 
@@ -60,7 +61,25 @@ def evaluate(
         )
     rows_BT = held_out_rows(host, sources, context, tokens)
     with track(console or Console(quiet=True), "measure", 1.0) as update:
-        return evaluate_rows(host, opened.clt, rows_BT, [s.source.name for s in sources], on_progress=update)
+        return evaluate_rows(
+            host,
+            opened.clt,
+            rows_BT,
+            [s.source.name for s in sources],
+            training=training_end(clt),
+            on_progress=update,
+        )
+
+
+def training_end(clt: str | Path) -> TrainingEnd | None:
+    """Return how a finished run's training ended; None for a transcoder without a run."""
+    metrics = Path(clt) / "eval.json"
+    if manifest_of(clt) is None or not metrics.is_file():
+        return None
+    try:
+        return Evaluation.model_validate_json(metrics.read_text(encoding="utf-8")).training
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RunError(f"{metrics} is damaged; delete it to evaluate the transcoder without it") from error
 
 
 def host_dtype(clt: object, device: str) -> torch.dtype:

@@ -26,11 +26,20 @@ class Reconstruction:
 
     def add(self, yhat_BLD: Float[Tensor, "B L D"], y_BLD: Float[Tensor, "B L D"]) -> None:
         """Accumulate a batch of tokens."""
-        y = y_BLD.double()
-        self.n_tokens += y.shape[0]
-        self.error_L += (yhat_BLD.double() - y).square().sum((0, 2)).cpu()
-        self.square_L += y.square().sum((0, 2)).cpu()
-        self.sum_LD += y.sum(0).cpu()
+        self.n_tokens += len(y_BLD)
+        for i, (yhat_BD, y_BD) in enumerate(zip(yhat_BLD.unbind(1), y_BLD.unbind(1), strict=True)):
+            y = y_BD.double()
+            self.error_L[i] += (yhat_BD.double() - y).square().sum().cpu()
+            self.square_L[i] += y.square().sum().cpu()
+            self.sum_LD[i] += y.sum(0).cpu()
+
+    def __add__(self, other: Reconstruction) -> Reconstruction:
+        """Return the sums over the tokens of both."""
+        both = Reconstruction(*self.sum_LD.shape)
+        both.n_tokens = self.n_tokens + other.n_tokens
+        both.error_L, both.square_L = self.error_L + other.error_L, self.square_L + other.square_L
+        both.sum_LD = self.sum_LD + other.sum_LD
+        return both
 
     @property
     def variance_L(self) -> Float[Tensor, " L"]:

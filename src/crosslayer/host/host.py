@@ -110,6 +110,25 @@ class Host:
         Raises:
             HostError: for rows longer than the model's context.
         """
+        output = self._forward(self.model if logits else self.model.base_model, tokens_BT, visit, cache)
+        return output.logits if logits else None
+
+    def hidden(self, tokens_BT: Int[Tensor, "B T"], visit: Visitor | None = None) -> Float[Tensor, "B T D"]:
+        """Run a forward pass and return the final hidden states, after the last norm; `unembed` makes them logits.
+
+        Raises:
+            HostError: for rows longer than the model's context.
+        """
+        return self._forward(self.model.base_model, tokens_BT, visit, None).last_hidden_state
+
+    def unembed(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Return the logits of final hidden states, as the model computes them, with its soft-cap if it has one."""
+        model: Any = self.model
+        logits = model.get_output_embeddings()(hidden)
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _forward(self, runner: Any, tokens_BT: Tensor, visit: Visitor | None, cache: Any) -> Any:
         if tokens_BT.shape[1] > self.max_positions:
             raise HostError(
                 f"{tokens_BT.shape[1]} tokens exceed the context of {self.name}, {self.max_positions}; shorten the text"
@@ -118,10 +137,8 @@ class Host:
             if visit is not None:
                 for layer, block in enumerate(self.layers):
                     self._hook(hooks, layer, block, visit)
-            runner: Any = self.model if logits else self.model.base_model
             known = {} if cache is None else {_cache_argument(runner): cache}
-            output = runner(tokens_BT.to(self.device), use_cache=cache is not None, **known)
-        return output.logits if logits else None
+            return runner(tokens_BT.to(self.device), use_cache=cache is not None, **known)
 
     def cache(self) -> Any:
         """Return an empty key-value cache."""

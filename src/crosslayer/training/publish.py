@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 from rich.console import Console
 from torch import Tensor
@@ -20,33 +24,102 @@ from crosslayer.clt.open import load_clt
 from crosslayer.clt.shard import join
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.files import write_json, write_text
-from crosslayer.core.progress import track
+from crosslayer.core.progress import Update, track
+from crosslayer.data.massive import Typical
 from crosslayer.data.rows import Documents, RowStream
 from crosslayer.data.sources import Weighted
-from crosslayer.data.stream import collect_activations
+from crosslayer.data.stream import Activations, collect_activations
 from crosslayer.data.units import Units
+from crosslayer.eval.baseline import Affine, AffineMoments
 from crosslayer.eval.evaluate import evaluate_rows
 from crosslayer.eval.report import model_card
 from crosslayer.host.host import Host
 from crosslayer.parallel import Mesh
-from crosslayer.schemas.evaluation import Evaluation
+from crosslayer.schemas.evaluation import Evaluation, TrainingEnd
 from crosslayer.training.config import TrainConfig
+
+AFFINE_BYTES = 4 << 30
+"""Maximum memory for the affine baseline's moments; larger hosts get no baseline."""
+LAST = 0.05
+"""Share of the log, at its end, over which the L0 in training is averaged."""
+
+
+class Converted(NamedTuple):
+    """A trained transcoder in the form that is saved, and what its calibration measured."""
+
+    clt: CLT
+    """JumpReLU at the target L0, in the host's units."""
+    l0_before: float | None
+    """L0 with the trained thresholds; None if the activation has none."""
+    affine: Affine | None
+    """Baseline fitted on the calibration tokens, if asked for."""
 
 
 def in_host_units(clt: CLT, units: Units, config: TrainConfig, host: Host, sources: Sequence[Weighted]) -> CLT:
     """Return a JumpReLU copy, calibrated to the target L0 on training text, with the normalisation folded in."""
-    if not (clt.config.ranks or clt.config.kind.thresholds):
-        return fold(copy.deepcopy(clt), *units)
+    return convert(clt, units, config, host, sources, Console(quiet=True), baseline=False).clt
+
+
+def convert(
+    clt: CLT,
+    units: Units,
+    config: TrainConfig,
+    host: Host,
+    sources: Sequence[Weighted],
+    console: Console,
+    *,
+    baseline: bool = True,
+) -> Converted:
+    """Calibrate to the target L0 on training text and fold the normalisation in.
+
+    Args:
+        console: for progress, and for a message if the host is too large for the baseline.
+        baseline: fit the affine baseline on the same tokens.
+    """
+    n_bytes = AffineMoments.size_bytes(host.n_layers, host.d_model)
+    if baseline and n_bytes > AFFINE_BYTES:
+        console.print(
+            f"no affine baseline: it needs {n_bytes / 2**30:.1f} GiB, over {AFFINE_BYTES >> 30}", highlight=False
+        )
+    moments = AffineMoments(host.n_layers, host.d_model) if baseline and n_bytes <= AFFINE_BYTES else None
+    calibrates = clt.config.ranks or clt.config.kind.thresholds
+
+    def batches(update: Update) -> Iterator[Tensor]:
+        n_tokens = 0
+        for batch in calibration_text(config, host, sources):
+            if moments:
+                moments.add(*batch)
+            if calibrates:
+                yield from (units.inputs(x_BLD) for x_BLD in batch.x_BLD.split(2048))
+            n_tokens += len(batch.x_BLD)
+            update(min(n_tokens, config.calibration_tokens))
+
+    l0_before = None
+    with track(console, "calibrate", config.calibration_tokens) as update:
+        if calibrates:
+            converted, l0_before = to_jumprelu(clt, batches(update), config.target_l0(host.n_layers))
+        else:
+            converted = copy.deepcopy(clt)
+            if moments:
+                assert not list(batches(update)), "an activation without thresholds is not calibrated"
+    return Converted(fold(converted, *units), l0_before, moments.solve() if moments else None)
+
+
+def calibration_text(config: TrainConfig, host: Host, sources: Sequence[Weighted]) -> Iterator[Activations]:
+    """Yield the activations of training text, at least `calibration_tokens` tokens, without massive ones."""
     # A different order than in training, so that tokens come from all of the text.
     rows = RowStream(host, Documents(sources, "train", config.seed + 1), config.context)
-    n_forwards = -(-config.calibration_tokens // (config.rows_per_forward * (config.context - config.n_skip)))
-    forwards = (collect_activations(host, rows.rows(config.rows_per_forward)).x_BLD for _ in range(n_forwards))
-    batches = (units.inputs(x) for activations in forwards for x in activations.split(2048))
-    return fold(to_jumprelu(clt, batches, config.target_l0(host.n_layers)), *units)
+    typical, n_tokens = None, 0
+    while n_tokens < config.calibration_tokens:
+        x_BLD, y_BLD = collect_activations(host, rows.rows(config.rows_per_forward))
+        typical = typical or Typical.of([(x_BLD, y_BLD)])
+        usual_B = ~typical.massive(x_BLD, y_BLD)
+        n_tokens += len(x_BLD)
+        yield Activations(x_BLD[usual_B], y_BLD[usual_B])
 
 
 def publish(
-    clt: CLT,
+    converted: Converted,
     config: TrainConfig,
     run: Path,
     host: Host,
@@ -59,10 +132,10 @@ def publish(
     """Write `clt/`, evaluate it, and write its model card and `eval.json`.
 
     Args:
-        clt: in the host's units.
         held_out: rows of token ids.
         train_s: seconds of training, for the model card.
     """
+    clt = converted.clt
     provenance = Provenance(
         model_name=host.name,
         scan=run.resolve().name,
@@ -75,7 +148,20 @@ def publish(
     write_clt(clt, provenance, run, mesh)
     names = [s.source.name for s in sources]
     with track(console, "measure", 1.0) as update:
-        evaluation = evaluate_rows(host, clt, held_out, names, on_progress=update)
+        evaluation = evaluate_rows(
+            host,
+            clt,
+            held_out,
+            names,
+            affine=converted.affine,
+            training=TrainingEnd(
+                trained_as=config.activation,
+                l0_asked=config.target_l0(host.n_layers),
+                l0_training=last_l0(run),
+                l0_uncalibrated=converted.l0_before,
+            ),
+            on_progress=update,
+        )
     if mesh.world.rank == 0:
         trained = {
             "training tokens": f"{config.steps * config.batch:,}",
@@ -87,6 +173,14 @@ def publish(
         write_text(run / "clt" / "README.md", model_card(whole, provenance, evaluation, trained))
         write_json(run / "eval.json", evaluation.model_dump())
     return evaluation
+
+
+def last_l0(run: Path) -> float | None:
+    """Return the mean L0 over the last records of `log.jsonl`; None if there are none."""
+    log = run / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    l0s = [record["l0"] for record in records if "l0" in record]
+    return fmean(l0s[-math.ceil(LAST * len(l0s)) :]) if l0s else None
 
 
 def write_clt(clt: CLT, provenance: Provenance, run: Path, mesh: Mesh) -> None:

@@ -43,7 +43,7 @@ from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import FusedUpdate, Gradients
 from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.plan import check_fits
-from crosslayer.training.publish import in_host_units, publish
+from crosslayer.training.publish import convert, in_host_units, publish
 from crosslayer.training.run_folder import Log, check_same_config, refuse_unless_new, write_manifest
 from crosslayer.training.schedule import l0_asked, learning_rate
 from crosslayer.training.setup import (
@@ -406,13 +406,22 @@ class Trainer:
     def finish(self, held_out: Tensor) -> Trained:
         """Convert, fold, save and evaluate the transcoder."""
         self.save()
-        clt = self.in_host_units()
+        assert self.state.units is not None
+        converted = convert(self.state.clt, self.state.units, self.config, self.host, self.sources, self.console)
         evaluation = publish(
-            clt, self.config, self.run, self.host, self.sources, held_out, self.mesh, self.console, self.state.train_s
+            converted,
+            self.config,
+            self.run,
+            self.host,
+            self.sources,
+            held_out,
+            self.mesh,
+            self.console,
+            self.state.train_s,
         )
         self._write_state("finished")
         self.mesh.world.barrier()
-        return Trained(self.run, clt if self.mesh.features.size == 1 else load_clt(self.run).clt, evaluation)
+        return Trained(self.run, converted.clt if self.mesh.features.size == 1 else load_clt(self.run).clt, evaluation)
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
