@@ -10,9 +10,10 @@ import torch
 
 import tiny
 from crosslayer.core.errors import SourceError
+from crosslayer.data.massive import MASSIVE, Typical
 from crosslayer.data.rows import Cursor, Documents, Place, RowStream, held_out_rows, redistribute
 from crosslayer.data.sources import open_sources
-from crosslayer.data.stream import ActivationStream, StreamState, collect_activations
+from crosslayer.data.stream import Activations, ActivationStream, StreamState, collect_activations
 from crosslayer.host.host import Host
 
 CONTEXT = 17
@@ -98,6 +99,35 @@ def test_stream_resumes_bitwise_identical(host: Host, text_folder: Path, after: 
         for one, other in zip(stream.batch(n), again.batch(n), strict=True):
             assert torch.equal(one, other)
     assert again.state == stream.state
+
+
+def test_tokens_with_massive_activations_are_left_out_and_a_resumed_stream_leaves_out_the_same(
+    host: Host, text_folder: Path
+):
+    rows = make_rows(host, text_folder)
+    collected = Activations(
+        *map(torch.cat, zip(*(collect_activations(host, rows.rows(4)) for _ in range(40)), strict=True))
+    )
+    typical = Typical.of([collected])
+    # The tokens whose outputs are among the largest twentieth of layer 1.
+    typical.y_L[1] = collected.y_BLD[:, 1].norm(dim=1).quantile(0.95) / MASSIVE
+    massive_B = typical.massive(*collected)
+    assert 0.02 < massive_B.float().mean() < 0.1
+    stream = unique_stream(host, make_rows(host, text_folder), typical=typical)
+    assert stream.counts.massive > 0
+    first = stream.batch(200).x_BLD
+    key = lambda x: sorted(map(tuple, x[:, -1].round(decimals=4).tolist()))  # noqa: E731
+    assert key(first) == key(collected.x_BLD[~massive_B][:200])
+    for n in (1, 130, 300):
+        stream.batch(n)
+        state = StreamState(*json.loads(json.dumps(stream.state)))
+        again = unique_stream(host, make_rows(host, text_folder), typical=typical, state=state)
+        assert again.counts == stream.counts
+        assert torch.equal(again.batch(333).x_BLD, stream.batch(333).x_BLD)
+        assert again.state == stream.state
+    n = stream.counts.collected
+    assert stream.counts.massive == massive_B[:n].sum()
+    assert n < len(massive_B)
 
 
 def test_reused_tokens_are_served_once_per_turn_in_another_order(host: Host, text_folder: Path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from crosslayer.core.errors import HostError
-from crosslayer.data.units import Moments, Units
+from crosslayer.data import units
+from crosslayer.data.stream import Activations
+from crosslayer.data.units import Estimate, Moments, Units, estimate, estimate_tokens
 from crosslayer.host.host import Host
 
 
@@ -27,8 +29,8 @@ def activations(host: Host) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_norms_become_sqrt_d_and_inputs_uncorrelated(host: Host, activations: tuple[torch.Tensor, torch.Tensor]):
     x_BLD, y_BLD = activations
-    units = units_of(host, x_BLD, y_BLD)
-    x_BLD, y_BLD = units.inputs(x_BLD), units.outputs(y_BLD)
+    to_units = units_of(host, x_BLD, y_BLD)
+    x_BLD, y_BLD = to_units.inputs(x_BLD), to_units.outputs(y_BLD)
     for a_BLD in (x_BLD, y_BLD):
         torch.testing.assert_close(a_BLD.norm(dim=2).mean(0), torch.full((host.n_layers,), host.d_model**0.5))
     for x_BD in x_BLD.unbind(1):
@@ -37,13 +39,32 @@ def test_norms_become_sqrt_d_and_inputs_uncorrelated(host: Host, activations: tu
         assert (second_DD.diag().diff() > -1e-3).all()
 
 
-def test_massive_activations_are_excluded(host: Host, activations: tuple[torch.Tensor, torch.Tensor]):
+def test_massive_activations_are_excluded(
+    host: Host, activations: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    def estimated(x_BLD: torch.Tensor, y_BLD: torch.Tensor) -> Estimate:
+        batches = iter([Activations(*pair) for pair in zip(x_BLD.split(125), y_BLD.split(125), strict=True)])
+        monkeypatch.setattr(units, "collect_activations", lambda host, rows: next(batches))
+        return estimate(host, torch.zeros, 500, 1, lambda done: None)
+
     x_BLD, y_BLD = activations
-    usual = units_of(host, x_BLD, y_BLD)
+    usual = estimated(x_BLD, y_BLD)
+    assert len(usual.sample_BLD) == 500
     x_BLD[7] *= 1e4
-    massive = units_of(host, x_BLD, y_BLD)
-    torch.testing.assert_close(massive.x_L, usual.x_L, rtol=0.02, atol=0.0)
-    assert (massive.axes_LDD * usual.axes_LDD).sum(1).abs()[:, -1].min() > 0.99
+    y_BLD[300, 2] *= 1e4
+    found = estimated(x_BLD, y_BLD)
+    torch.testing.assert_close(found.units.x_L, usual.units.x_L, rtol=0.02, atol=0.0)
+    torch.testing.assert_close(found.units.y_L, usual.units.y_L, rtol=0.02, atol=0.0)
+    assert (found.units.axes_LDD * usual.units.axes_LDD).sum(1).abs()[:, -1].min() > 0.99
+    torch.testing.assert_close(found.typical.x_L, usual.typical.x_L, rtol=0.1, atol=0.0)
+    assert len(found.sample_BLD) == 498
+
+
+def test_the_estimate_reads_a_twentieth_of_a_run_but_enough_for_the_axes():
+    assert estimate_tokens(1_000_000, 550_000, 256) == 27_500
+    assert estimate_tokens(1_000_000, 10**9, 256) == 1_000_000
+    assert estimate_tokens(1_000_000, 10_000, 256) == 1024
+    assert estimate_tokens(500, 10_000, 256) == 500
 
 
 def test_a_layer_of_zeros_is_named(host: Host, activations: tuple[torch.Tensor, torch.Tensor]):

@@ -75,6 +75,7 @@ def test_a_finished_run_writes_its_files(finished: Path, tiny_config: TrainConfi
         # The pooled FVU lies between those of the layers; activation collection is part of training time.
         assert min(line["fvu_L"]) <= line["fvu"] <= max(line["fvu_L"])
         assert 0 < line["collect_s"] < line["train_s"]
+        assert 0 <= line["massive_share"] < 0.05
     assert checkpoint.steps(finished) == [40, 60]
     e = Evaluation.model_validate_json((finished / "eval.json").read_text())
     card = (finished / "clt" / "README.md").read_text()

@@ -40,6 +40,9 @@ class Typical(NamedTuple):
         x, y = zip(*((norms(x_BLD), norms(y_BLD)) for x_BLD, y_BLD in batches), strict=True)
         return cls(torch.cat(x).median(dim=0).values, torch.cat(y).median(dim=0).values)
 
+    def to(self, device: str) -> Typical:
+        return Typical(self.x_L.to(device), self.y_L.to(device))
+
     def massive(self, x_BLD: Float[Tensor, "B L D"], y_BLD: Float[Tensor, "B L D"]) -> Bool[Tensor, " B"]:
         """Return which tokens are massive in their MLP inputs or outputs."""
         return massive(norms(x_BLD), self.x_L) | massive(norms(y_BLD), self.y_L)

@@ -5,6 +5,8 @@ and the turn's number fixes the order in which slots are served. A served slot i
 collected token, which is served in the next turn. So the tokens of a batch come from `size` consecutive tokens of text,
 every token is served exactly once, and no token waits longer than two turns.
 
+Tokens with massive activations (`crosslayer.data.massive`) never enter the buffer, nor do they count in its state.
+
 With `reuse` above 1, the contents of a turn are served that many times, each time in another order, before they are
 replaced. This saves forward passes of the host. The saved state is a few numbers: on resume, the contents of the buffer
 are collected again.
@@ -20,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslayer.data.massive import Typical
 from crosslayer.data.rows import Cursor, RowStream
 from crosslayer.host.host import Host
 
@@ -31,6 +34,23 @@ class Activations(NamedTuple):
     y_BLD: Float[Tensor, "B L D"]
 
 
+class Counts(NamedTuple):
+    """Numbers of tokens collected, and of those left out."""
+
+    collected: int = 0
+    massive: int = 0
+
+
+class Pass(NamedTuple):
+    """The activations of one forward pass, without massive ones, and what is before and after it."""
+
+    activations: Activations
+    begin: Cursor
+    end: Cursor
+    counts_before: Counts
+    counts: Counts
+
+
 class StreamState(NamedTuple):
     """State that restores a stream: tokens served, and the cursor at which the contents of this turn start."""
 
@@ -38,6 +58,8 @@ class StreamState(NamedTuple):
     start: Cursor
     skipped: int
     """Tokens of the first forward pass from `start` that belong to the previous turn."""
+    counts: Counts
+    """Tokens collected before `start`."""
 
     def plain(self) -> list:
         """Return the state as nested lists; `StreamState(*plain)` restores it."""
@@ -60,6 +82,7 @@ class ActivationStream:
         rows_per_forward: rows per forward pass of the host; must be the same on resume.
         dtype: dtype of the activation buffer.
         reuse: number of turns that a token stays in the buffer; it is served once per turn.
+        typical: median norms by which tokens with massive activations are left out; none are by default.
         state: state to resume from, of a stream with the same arguments.
     """
 
@@ -70,21 +93,26 @@ class ActivationStream:
         rows_per_forward: int,
         dtype: torch.dtype = torch.bfloat16,
         reuse: int = 1,
+        typical: Typical | None = None,
         state: StreamState | None = None,
     ) -> None:
         self.rows, self.size, self.rows_per_forward, self.dtype, self.reuse = rows, size, rows_per_forward, dtype, reuse
-        self.host = rows.host
+        self.host, self.typical = rows.host, typical
         shape = (size, self.host.n_layers, self.host.d_model)
         self._x = torch.empty(shape, dtype=dtype)
         self._y = torch.empty(shape, dtype=dtype)
-        self._pending = Activations(self._x[:0], self._y[:0])
-        self._pending_cursor = rows.cursor
-        self._pending_used = 0
         self._served = 0
+        self._begin(rows.cursor, Counts())
         if state is None:
             self._fill()
         else:
             self.restore(state)
+
+    def _begin(self, cursor: Cursor, counts: Counts) -> None:
+        """Set the stream to the text at `cursor`, with nothing collected from it."""
+        self.rows.cursor = cursor
+        nothing = Activations(self._x[:0], self._y[:0])
+        self._pass, self._used = Pass(nothing, cursor, cursor, counts, counts), 0
 
     def _permutation(self, turn: int) -> Tensor:
         if turn < 0:
@@ -100,26 +128,36 @@ class ActivationStream:
         # Tokens that refill the slots of this turn belong to the next turn.
         self._next_start = self._mark()
 
-    def _mark(self) -> tuple[Cursor, int]:
-        """Return the source of the next token: the cursor before its forward pass, and its index in that pass."""
-        if self._pending_used == self._pending.x_BLD.shape[0]:
-            return self.rows.cursor, 0
-        return self._pending_cursor, self._pending_used
+    def _mark(self) -> tuple[Cursor, int, Counts]:
+        """Return the source of the next token: the cursor before its pass, its index in it, and counts before it."""
+        if self._used == len(self._pass.activations.x_BLD):
+            return self._pass.end, 0, self._pass.counts
+        return self._pass.begin, self._used, self._pass.counts_before
+
+    def _collect(self) -> None:
+        """Run the next forward pass, and leave out tokens with massive activations."""
+        begin, before = self._pass.end, self._pass.counts
+        x_BLD, y_BLD = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
+        n_tokens = len(x_BLD)
+        if self.typical and (massive_B := self.typical.massive(x_BLD, y_BLD)).any():
+            x_BLD, y_BLD = x_BLD[~massive_B], y_BLD[~massive_B]
+        counts = Counts(before.collected + n_tokens, before.massive + n_tokens - len(x_BLD))
+        kept = Activations(*(a.to(self._x.device, self.dtype) for a in (x_BLD, y_BLD)))
+        self._pass, self._used = Pass(kept, begin, self.rows.cursor, before, counts), 0
 
     def _write(self, slots: Tensor) -> None:
         """Write the next collected tokens into these slots."""
         at = 0
         while at < len(slots):
-            if self._pending_used == self._pending.x_BLD.shape[0]:
-                self._pending_cursor = self.rows.cursor
-                fresh = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
-                self._pending = Activations(*(a.to(self._x.device, self.dtype) for a in fresh))
-                self._pending_used = 0
-            n = min(len(slots) - at, self._pending.x_BLD.shape[0] - self._pending_used)
-            take = slice(self._pending_used, self._pending_used + n)
-            self._x[slots[at : at + n]] = self._pending.x_BLD[take]
-            self._y[slots[at : at + n]] = self._pending.y_BLD[take]
-            self._pending_used += n
+            pending = self._pass.activations
+            n = min(len(slots) - at, len(pending.x_BLD) - self._used)
+            if not n:
+                self._collect()
+                continue
+            take = slice(self._used, self._used + n)
+            self._x[slots[at : at + n]] = pending.x_BLD[take]
+            self._y[slots[at : at + n]] = pending.y_BLD[take]
+            self._used += n
             at += n
 
     def batch(self, n: int) -> Activations:
@@ -147,21 +185,22 @@ class ActivationStream:
         return Activations(self._x[slots], self._y[slots])
 
     @property
+    def counts(self) -> Counts:
+        """Tokens collected so far, and those of them that were left out."""
+        return self._pass.counts
+
+    @property
     def state(self) -> StreamState:
         """The state that `restore` takes."""
         return StreamState(self._served, *self._turn_start)
 
     def restore(self, state: StreamState) -> None:
         """Restore the buffer: collect the contents of this turn, and the tokens that have refilled it since."""
-        self.rows.cursor = Cursor.of(state.start)
-        self._pending = Activations(self._x[:0], self._y[:0])
-        self._pending_used = 0
+        self._begin(Cursor.of(state.start), Counts(*state.counts))
         self._served = state.served - state.served % (self.size * self.reuse)
         if state.skipped:
-            self._pending_cursor = self.rows.cursor
-            fresh = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
-            self._pending = Activations(fresh.x_BLD.to(self.dtype), fresh.y_BLD.to(self.dtype))
-            self._pending_used = state.skipped
+            self._collect()
+            self._used = state.skipped
         self._fill()
         self._served = state.served
         turn = state.served // self.size

@@ -1,9 +1,10 @@
 """Training units: activations normalised to mean norm sqrt(D), inputs rotated to their principal axes.
 
-One factor per layer brings the mean norm of inputs and outputs to sqrt(D). Inputs are then rotated, layer by layer, to
-the eigenvectors of their second moment. The rotation does not change the loss, but it changes Adam: its per-coordinate
-step sizes follow the curvature along the axes of the data instead of the host's arbitrary axes (Vyas et al. 2024,
-arXiv:2409.11321). Both are folded exactly into the weights on saving (`crosslayer.clt.fold`).
+One factor per layer brings the mean norm of inputs and outputs to sqrt(D), over tokens without massive activations.
+Inputs are then rotated, layer by layer, to the eigenvectors of their second moment. The rotation does not change the
+loss, but it changes Adam: its per-coordinate step sizes follow the curvature along the axes of the data instead of the
+host's arbitrary axes (Vyas et al. 2024, arXiv:2409.11321). Both are folded exactly into the weights on saving
+(`crosslayer.clt.fold`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.core.errors import HostError
+from crosslayer.data.massive import Typical, norms
 from crosslayer.data.stream import collect_activations
 from crosslayer.host.host import Host
 
-MASSIVE = 20.0
-"""Tokens whose norm exceeds this multiple of the batch median are massive activations (Sun et al. 2024): left out."""
+ONE_IN = 20
+"""The estimate reads at most one in this many of the tokens that a run collects."""
+TOKENS_PER_AXIS = 4
+"""Tokens per dimension of the host that determine the principal axes."""
+SAMPLE = 8_192
+"""Tokens of the estimate whose MLP inputs are returned."""
 
 
 class Units(NamedTuple):
@@ -47,25 +53,33 @@ class Units(NamedTuple):
         return Units(*(t.to(device) for t in self))
 
 
+class Estimate(NamedTuple):
+    """What the first tokens of a run's text determine."""
+
+    units: Units
+    typical: Typical
+    """Median norms, of the first forward pass; they decide which tokens are left out of training."""
+    sample_BLD: Float[Tensor, "B L D"]
+    """MLP inputs of some of the tokens, spread over all of them, in the host's units."""
+
+
 class Moments:
-    """Running means of norms and second moments by layer, without first positions and massive activations."""
+    """Sums of norms and second moments by layer."""
 
     def __init__(self, host: Host) -> None:
         self.sum_2L = torch.zeros(2, host.n_layers, dtype=torch.float64)
-        self.count_2L = torch.zeros(2, host.n_layers, dtype=torch.float64)
         self.second_LDD = torch.zeros(host.n_layers, host.d_model, host.d_model, dtype=torch.float64)
+        self.n_tokens = 0
         self.d_model = host.d_model
 
     def add(self, x_BLD: Float[Tensor, "B L D"], y_BLD: Float[Tensor, "B L D"]) -> None:
         """Accumulate the moments of these tokens."""
-        for i, a_BLD in enumerate((x_BLD, y_BLD)):
-            norm_BL = torch.linalg.vector_norm(a_BLD, dim=2, dtype=torch.float32)
-            usual_BL = norm_BL <= MASSIVE * norm_BL.median(dim=0).values
-            self.sum_2L[i] += (norm_BL * usual_BL).sum(0).double().cpu()
-            self.count_2L[i] += usual_BL.sum(0).double().cpu()
-            if i == 0:
-                x_LBD = (a_BLD.float() * usual_BL[:, :, None]).transpose(0, 1)
-                self.second_LDD += (x_LBD.mT @ x_LBD).double().cpu()
+        for sum_L, a_BLD in zip(self.sum_2L, (x_BLD, y_BLD), strict=True):
+            sum_L += norms(a_BLD).sum(0).cpu()
+        for second_DD, x_BD in zip(self.second_LDD, x_BLD.unbind(1), strict=True):
+            x_BD = x_BD.float()
+            second_DD += (x_BD.T @ x_BD).cpu()
+        self.n_tokens += len(x_BLD)
 
     def units(self) -> Units:
         """Return the scale factors and principal axes of the accumulated tokens.
@@ -73,7 +87,7 @@ class Moments:
         Raises:
             HostError: if the activations of a layer are zero or not finite.
         """
-        mean_2L = self.sum_2L / self.count_2L
+        mean_2L = self.sum_2L / self.n_tokens
         usable_L = (mean_2L.isfinite() & (mean_2L > 0)).all(0)
         if not usable_L.all():
             layer = int((~usable_L).nonzero()[0])
@@ -85,14 +99,34 @@ class Moments:
         return Units(factor_2L[0].float(), factor_2L[1].float(), axes_LDD.float())
 
 
-def estimate_units(
+def estimate_tokens(limit: int, collected: int, d_model: int) -> int:
+    """Return the number of tokens to estimate on: a twentieth of those that a run collects, enough for the axes.
+
+    Args:
+        limit: most tokens.
+        collected: tokens that the run collects.
+    """
+    return min(limit, max(collected // ONE_IN, TOKENS_PER_AXIS * d_model))
+
+
+def estimate(
     host: Host, rows: Callable[[int], Tensor], n_tokens: int, rows_at_once: int, on_progress: Callable[[int], None]
-) -> Units:
-    """Estimate units from `n_tokens` tokens of the rows that `rows(n)` returns."""
-    moments, done = Moments(host), 0
+) -> Estimate:
+    """Estimate units and median norms from `n_tokens` tokens of the rows that `rows(n)` returns.
+
+    Raises:
+        HostError: if the activations of a layer are zero or not finite.
+    """
+    moments, typical, sample, done = Moments(host), None, list[Tensor](), 0
+    stride = -(-n_tokens // SAMPLE)
     while done < n_tokens:
-        batch = collect_activations(host, rows(rows_at_once))
-        moments.add(batch.x_BLD, batch.y_BLD)
-        done += batch.x_BLD.shape[0]
+        x_BLD, y_BLD = collect_activations(host, rows(rows_at_once))
+        done += len(x_BLD)
+        typical = typical or Typical.of([(x_BLD, y_BLD)])
+        usual_B = ~typical.massive(x_BLD, y_BLD)
+        x_BLD, y_BLD = x_BLD[usual_B], y_BLD[usual_B]
+        moments.add(x_BLD, y_BLD)
+        sample.append(x_BLD[::stride].clone())
         on_progress(done)
-    return moments.units()
+    assert typical is not None, "at least one token is read"
+    return Estimate(moments.units(), typical, torch.cat(sample))

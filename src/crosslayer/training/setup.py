@@ -17,13 +17,11 @@ from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.init import cut_for_density, initialise, set_bias_for_density
 from crosslayer.clt.precision import DTYPES
 from crosslayer.clt.shard import share_of
-from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import RunError
 from crosslayer.core.progress import track
-from crosslayer.data.rows import Documents, RowStream, document_tokens, no_tokens
+from crosslayer.data.rows import Documents, RowStream
 from crosslayer.data.sources import ListedSource, Source, Weighted
-from crosslayer.data.stream import collect_activations
-from crosslayer.data.units import Units, estimate_units
+from crosslayer.data.units import Estimate, estimate, estimate_tokens
 from crosslayer.host.host import Host
 from crosslayer.parallel import Mesh
 from crosslayer.schemas.run import RunManifest
@@ -32,9 +30,6 @@ from crosslayer.training.optimiser import Adam
 from crosslayer.training.plan import HostShape
 from crosslayer.training.schedule import Cut, Penalty
 from crosslayer.training.state import TrainState
-
-BIAS_TOKENS, BIAS_STRIDE = 8_192, 8
-"""Tokens used to set initial biases, and the stride between them, so that they come from many documents."""
 
 
 def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) -> TrainState:
@@ -56,14 +51,18 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
     )
 
 
-def set_first_weights(state: TrainState, config: TrainConfig, host: Host, sources: Sequence[Weighted]) -> None:
-    """Initialise weights, and set the cut (JumpReLU) or biases (ReLU) so that the first L0 is the requested one."""
+def set_first_weights(state: TrainState, config: TrainConfig, host: Host, sample_BLD: Tensor) -> None:
+    """Initialise weights, and set the cut (JumpReLU) or biases (ReLU) so that the first L0 is the requested one.
+
+    Args:
+        sample_BLD: MLP inputs of some training text in the host's units, the same on every rank.
+    """
     clt, units = state.clt, state.units
     assert units is not None
     initialise(clt, config.seed)
     if not clt.config.ranks:
         share = config.first_l0(host.n_layers) / (host.n_layers * config.n_features)
-        x_BLD = _sample(config, host, sources, units)
+        x_BLD = units.inputs(sample_BLD)
         if clt.config.kind.thresholds:
             state.cut.log_tau = math.log(cut_for_density(clt, x_BLD, share))
         else:
@@ -73,29 +72,18 @@ def set_first_weights(state: TrainState, config: TrainConfig, host: Host, source
 
 def units_of_text(
     config: TrainConfig, host: Host, sources: Sequence[Weighted], mesh: Mesh, device: str, console: Console
-) -> Units:
+) -> Estimate:
     """Estimate the normalisation on training text; it is the same on every rank."""
-    n_tokens = min(config.scale_tokens, _count_tokens(host, sources, config.scale_tokens))
+    n_tokens = estimate_tokens(config.scale_tokens, config.tokens // config.reuse, host.d_model)
     rows = RowStream(host, Documents(sources, "train", config.seed), config.context)
     with track(console, "normalise", n_tokens) as update:
-        units = estimate_units(
+        units, typical, sample_BLD = estimate(
             host, rows.rows, n_tokens, config.rows_per_forward, lambda done: update(min(done, n_tokens))
         )
     # The sign of an eigenvector is arbitrary: ranks must agree on it.
-    units = units.to(device)
-    mesh.world.copy_from_first(units)
-    return units
-
-
-def _sample(config: TrainConfig, host: Host, sources: Sequence[Weighted], units: Units) -> Tensor:
-    """Return MLP inputs of a sample of training text in training units, the same on every rank."""
-    rows = RowStream(host, Documents(sources, "train", config.seed), config.context)
-    n_tokens, sample, seen = min(BIAS_TOKENS * BIAS_STRIDE, config.scale_tokens), list[Tensor](), 0
-    while seen < n_tokens:
-        x_BLD = collect_activations(host, rows.rows(config.rows_per_forward)).x_BLD
-        sample.append(x_BLD[::BIAS_STRIDE])
-        seen += len(x_BLD)
-    return units.inputs(torch.cat(sample))
+    units, typical = units.to(device), typical.to(device)
+    mesh.world.copy_from_first([*units, *typical])
+    return Estimate(units, typical, sample_BLD)
 
 
 def new_manifest(config: TrainConfig, host: Host, clt: CLTConfig, sources: Sequence[Weighted]) -> RunManifest:
@@ -148,18 +136,3 @@ def shape_of(host: Host) -> HostShape:
         n_parameters=total,
         n_matrix_parameters=total - host.n_vocab * host.d_model,
     )
-
-
-def _count_tokens(host: Host, sources: Sequence[Weighted], limit: int) -> int:
-    """Count the tokens in one pass over the sources, up to `limit`."""
-    count = 0
-    for source, _ in sources:
-        if not isinstance(source, ListedSource):
-            return limit
-        for document in source.documents_of("train", 0, 0):
-            if count >= limit:
-                return limit
-            count += len(document_tokens(host, document))
-    if not count:
-        raise no_tokens(host, sources[0].source)
-    return count

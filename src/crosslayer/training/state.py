@@ -13,6 +13,7 @@ from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.shard import by_feature
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import RunError
+from crosslayer.data.massive import Typical
 from crosslayer.data.stream import StreamState
 from crosslayer.data.units import Units
 from crosslayer.training import checkpoint
@@ -38,7 +39,8 @@ class TrainState:
         inactive_LF: tokens since the last activation of each feature.
         density_L: density of each layer's entries in the previous step.
         last_norm: gradient norm of the previous step; fused updates are clipped by it.
-        units: normalisation; set before the first step.
+        units, typical: normalisation, and median norms that decide which tokens are left out; set before the first
+            step.
         train_s, collect_s: seconds of training in total, and of activation collection.
     """
 
@@ -49,6 +51,7 @@ class TrainState:
     inactive_LF: Tensor
     density_L: list[float]
     units: Units | None = None
+    typical: Typical | None = None
     step: int = 0
     train_s: float = 0.0
     collect_s: float = 0.0
@@ -62,8 +65,10 @@ class TrainState:
             streams: state of each rank's activation stream.
         """
         assert self.units is not None, "state is saved after the first step"
+        assert self.typical is not None
         tensors: dict[str, Tensor] = {f"silent.{i}": silent_F for i, silent_F in enumerate(self.inactive_LF)}
         tensors |= {f"units.{name}": t for name, t in zip(Units._fields, self.units, strict=True)}
+        tensors |= {f"typical.{name}": t for name, t in zip(Typical._fields, self.typical, strict=True)}
         for name, p in self.clt.named_parameters():
             tensors[f"weights.{name}"] = p.data
             tensors |= {f"moments.{key}.{name}": t for key, t in self.optimiser.state.get(p, {}).items()}
@@ -111,6 +116,7 @@ class TrainState:
         )
         self.cut, self.penalty = Cut(**numbers["cut"]), Penalty(**numbers["penalty"])
         self.units = Units(*(tensors[f"units.{name}"] for name in Units._fields)).to(str(device))
+        self.typical = Typical(*(tensors[f"typical.{name}"] for name in Typical._fields)).to(str(device))
         rows, columns = numbers["mesh"]
         return Restored((rows, columns), [StreamState(*s) for s in numbers["streams"]])
 

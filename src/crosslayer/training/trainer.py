@@ -197,17 +197,19 @@ class Trainer:
                 f"rank {self.mesh.world.rank} does not see {self.run}, which rank 0 created; give --out on a file"
                 " system that all nodes share"
             )
-        if state.units is None:
-            state.units = units_of_text(config, self.host, self.sources, self.mesh, self.device, self.console)
+        if not restored:
+            estimate = units_of_text(config, self.host, self.sources, self.mesh, self.device, self.console)
+            state.units, state.typical = estimate.units, estimate.typical
+            set_first_weights(state, config, self.host, estimate.sample_BLD)
+        assert state.typical is not None
         self.stream = ActivationStream(
             self.rows,
             config.buffer_tokens // self.mesh.world.size,
             config.rows_per_forward,
             reuse=config.reuse,
+            typical=state.typical,
             state=self._stream_state(restored) if restored else None,
         )
-        if not restored:
-            set_first_weights(state, config, self.host, self.sources)
 
     def restore(self, folder: Path) -> Restored:
         """Load the state of a checkpoint."""
@@ -359,6 +361,7 @@ class Trainer:
         state = self.state
         means = {name: sum(w[name] for w in window) / len(window) for name in window[-1]}
         tokens = state.step * self.config.batch
+        counts = self.mesh.world.sum_(torch.tensor(self.stream.counts, dtype=torch.float64))
         record = {
             "step": state.step,
             "tokens": tokens,
@@ -368,6 +371,7 @@ class Trainer:
             "l0": means["l0"],
             "l0_per_layer": means["l0"] / self.host.n_layers,
             **{k: means[k] for k in ("l0_asked", "lambda", "tau", "dead_share")},
+            "massive_share": float(counts[1] / counts[0]),
             "gradient_norm": means.get("gradient_norm"),
             "lr": state.optimiser.param_groups[0]["lr"],
             "train_s": round(state.train_s, 3),
