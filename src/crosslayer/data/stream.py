@@ -66,11 +66,24 @@ class StreamState(NamedTuple):
         return json.loads(json.dumps(self))
 
 
-def collect_activations(host: Host, rows_BT: Tensor) -> Activations:
-    """Return the activations of all positions but the first `n_skip`, flattened row by row."""
-    tapped = host.tap(rows_BT)
-    n = host.policy.n_skip
-    return Activations(tapped.x_BTLD[:, n:].flatten(0, 1), tapped.y_BTLD[:, n:].flatten(0, 1))
+def collect_activations(host: Host, rows_BT: Tensor, dtype: torch.dtype | None = None) -> Activations:
+    """Return the activations of all positions but the first `n_skip`, flattened row by row.
+
+    Args:
+        dtype: dtype of the result; the host's by default.
+    """
+    n, (n_rows, length) = host.policy.n_skip, rows_BT.shape
+    # Each layer is written to its place at once: this copies once, and no layer is kept in the host's precision.
+    shape = (n_rows, length - n, host.n_layers, host.d_model)
+    x_BTLD, y_BTLD = (torch.empty(shape, dtype=dtype or host.dtype, device=host.device) for _ in range(2))
+
+    def store(layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
+        x_BTLD[:, :, layer] = x_BTD[:, n:]
+        y_BTLD[:, :, layer] = y_BTD[:, n:]
+
+    with torch.no_grad():
+        host.run(rows_BT, store, logits=False)
+    return Activations(x_BTLD.flatten(0, 1), y_BTLD.flatten(0, 1))
 
 
 class ActivationStream:
@@ -137,12 +150,12 @@ class ActivationStream:
     def _collect(self) -> None:
         """Run the next forward pass, and leave out tokens with massive activations."""
         begin, before = self._pass.end, self._pass.counts
-        x_BLD, y_BLD = collect_activations(self.host, self.rows.rows(self.rows_per_forward))
+        x_BLD, y_BLD = collect_activations(self.host, self.rows.rows(self.rows_per_forward), self.dtype)
         n_tokens = len(x_BLD)
         if self.typical and (massive_B := self.typical.massive(x_BLD, y_BLD)).any():
             x_BLD, y_BLD = x_BLD[~massive_B], y_BLD[~massive_B]
         counts = Counts(before.collected + n_tokens, before.massive + n_tokens - len(x_BLD))
-        kept = Activations(*(a.to(self._x.device, self.dtype) for a in (x_BLD, y_BLD)))
+        kept = Activations(x_BLD.to(self._x.device), y_BLD.to(self._x.device))
         self._pass, self._used = Pass(kept, begin, self.rows.cursor, before, counts), 0
 
     def _write(self, slots: Tensor) -> None:
@@ -166,8 +179,8 @@ class ActivationStream:
         while n:
             position = self._served % self.size
             slots = self._order[position : position + n]
-            xs.append(self._x[slots])
-            ys.append(self._y[slots])
+            xs.append(self._x.index_select(0, slots))
+            ys.append(self._y.index_select(0, slots))
             last_use = self._served // self.size % self.reuse == self.reuse - 1
             if last_use:
                 self._write(slots)
