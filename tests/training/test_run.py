@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from crosslayer.clt.open import load_clt
 from crosslayer.core.errors import ConfigError, FormatError, ResourceError, RunError
 from crosslayer.core.files import locked
+from crosslayer.data import massive
 from crosslayer.data.rows import held_out_rows
 from crosslayer.data.sources import open_sources
 from crosslayer.eval.api import evaluate
@@ -152,6 +153,23 @@ def test_killed_at_a_random_step_and_resumed_is_bitwise_identical(
     steps = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert steps[-1] == 60
+
+
+def test_a_resumed_run_leaves_out_the_same_massive_activations(
+    tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(massive, "MASSIVE", 1.5)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(tiny_config, whole)
+    shutil.copytree(whole, resumed)
+    train(tiny_config, resumed, resume=True, step=40)
+    assert same(whole, resumed)
+    shares = [
+        [json.loads(line)["massive_share"] for line in (run / "log.jsonl").read_text().splitlines()]
+        for run in (whole, resumed)
+    ]
+    assert shares[0] == shares[1]
+    assert 0 < shares[0][-1] < 0.5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
