@@ -68,9 +68,9 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
             clt.set_cut(cut_for_density(clt, x_BLD, asked / n_entries))
         elif not clt.config.ranks:
             set_bias_for_density(clt, x_BLD, asked / n_entries)
-        # Dead features take part in the auxiliary loss.
+        # Dead features take part in the pre-activation loss.
         dead_LF = inactive_LF.clone()
-        dead_LF[:, ::10] = progress * config.tokens > config.dead_after and bool(config.auxiliary)
+        dead_LF[:, ::10] = progress * config.tokens > config.dead_after and bool(config.revive)
         sparse_L = [asked / n_entries < SPARSE_BELOW[torch.device(device).type]] * n_layers
         for _ in range(2):
             gradients = Gradients()
