@@ -20,7 +20,15 @@ from training.by_autograd import PENALTY, by_parts, plainly
 
 
 def config(**kwargs) -> TrainConfig:
-    values = {"text": ("x",), "l0": 4.0, "batch": 40, "tokens": 400, "buffer_tokens": 100, "n_features": 24, "revive": 3e-3}
+    values = {
+        "text": ("x",),
+        "l0": 4.0,
+        "batch": 40,
+        "tokens": 400,
+        "buffer_tokens": 100,
+        "n_features": 24,
+        "revive": 3e-3,
+    }
     return TrainConfig(**(values | kwargs))
 
 

@@ -80,7 +80,9 @@ class TrainConfig:
     )
 
     sparsity: float = setting(
-        0.0, "jumprelu: coefficient of the sparsity penalty tanh(c ||W_dec|| f), as a multiple of the squared cut", "objective"
+        0.0,
+        "jumprelu: coefficient of the sparsity penalty tanh(c ||W_dec|| f), as a multiple of the squared cut",
+        "objective",
     )
     sparsity_c: float = setting(1.0, "c in tanh(c ||W_dec|| f)", "objective")
     l0_start: float = setting(20.0, "L0 at the start, as a multiple of the target", "objective")

@@ -17,7 +17,6 @@ from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.init import cut_for_density, initialise, set_bias_for_density
 from crosslayer.clt.precision import DTYPES
 from crosslayer.clt.shard import share_of
-from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import RunError
 from crosslayer.core.progress import track
 from crosslayer.data.rows import Documents, RowStream, document_tokens, no_tokens

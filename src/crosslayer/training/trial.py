@@ -58,7 +58,9 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
     micro = config.batch // config.accumulate
     n_tokens, n_entries = min(micro, TOKENS), n_layers * config.n_features
     x_BLD, y_BLD = torch.randn(2, n_tokens, n_layers, shape.d_model, device=device)
-    optimiser = Adam([{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 0.0}], (0.9, 0.999), 0, config.moments)
+    optimiser = Adam(
+        [{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 0.0}], (0.9, 0.999), 0, config.moments
+    )
     inactive_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
     start = part.first_l0(n_layers)
     passes, updates = list[float](), list[float]()
