@@ -2,8 +2,8 @@
 
     python benchmarks/bench_step.py [--quick] [--json FILE]
 
-Random activations; the two paths alternate in one run, and medians are compared. Entries are active features and those
-in the straight-through window. `SPARSE_BELOW` in `training/objective.py` is chosen from these results.
+Random activations; the two paths alternate in one run, and medians are compared.
+`SPARSE_BELOW` in `training/objective.py` is chosen from these results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.init import cut_for_density, initialise
 from crosslayer.clt.transcoder import CLT
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import Gradients
@@ -37,9 +37,8 @@ def measure(shape: str, activation: str, density: float, repeats: int) -> dict[s
     initialise(clt, seed=0)
     x_BLD, y_BLD = torch.randn(2, batch, n_layers, d_model)
     if activation == "jumprelu":
-        set_bias_for_density(clt, x_BLD, density)
+        clt.set_cut(cut_for_density(clt, x_BLD, density))
     dead_LF = torch.zeros(n_layers, n_features, dtype=torch.bool)
-    eps = 0.1
     seconds: dict[bool, list[float]] = {True: [], False: []}
     entries = 0.0
     for _ in range(repeats + 1):
@@ -51,16 +50,13 @@ def measure(shape: str, activation: str, density: float, repeats: int) -> dict[s
                 y_BLD,
                 config,
                 gradients,
-                coefficient=0.01,
-                running_l0=l0,
-                asked_l0=l0,
-                eps=eps,
                 dead_LF=dead_LF,
                 sparse_L=[sparse] * n_layers,
+                l0=l0 if clt.config.ranks else None,
             )
             # A sparse gradient is computed when it is requested.
             gradients.norm(clt)
-            entries = float(terms.entries_L.sum()) / (batch * n_layers * n_features)
+            entries = float(terms.fired_LF.sum()) / (batch * n_layers * n_features)
             seconds[sparse].append(time.perf_counter() - began)
     sparse_s, dense_s = (median(seconds[path][1:]) for path in (True, False))
     return {

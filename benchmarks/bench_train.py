@@ -29,19 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosslayer.clt.init import initialise, set_bias_for_density
+from crosslayer.clt.init import cut_for_density, initialise
 from crosslayer.clt.transcoder import CLT
 from crosslayer.training.config import Moments, TrainConfig
 from crosslayer.training.gradients import FusedUpdate, Gradients
 from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.optimiser import Adam
-from crosslayer.training.schedule import Window
 
 PEERS = (12, 256, 4096)
 REFERENCE = (28, 1024, 20_480)
 L0, CLIP = 64, 1.0
-SETTLE = 6
-"""Steps after which JumpReLU's window is as narrow as its cap requires."""
 FASTEST_PEER = {"jumprelu": 188 / 163, "topk": 188 / 190, "batchtopk": 188 / 190}
 """Tokens per second of the fastest peer relative to the plain dense step, in a table measured on another machine."""
 
@@ -59,7 +56,7 @@ def ours(
 ) -> Callable[[], Any]:
     """Make one of our steps, on the same batch each time.
 
-    By default it is sparse or dense by the density of the previous step, as in training.
+    By default it is sparse or dense by density, as in training.
     """
     n_layers, width, n_features = shape
     config = TrainConfig(
@@ -68,16 +65,18 @@ def ours(
     clt = CLT(config.clt(n_layers, width), dtype=dtype, device=device)
     initialise(clt, seed=0)
     x_BLD, y_BLD = torch.randn(2, tokens, n_layers, width, device=device)
-    if activation == "jumprelu":
-        set_bias_for_density(clt, x_BLD[:2048], l0 / (n_layers * n_features))
-    optimiser = Adam([{"params": list(clt.parameters()), "lr": 1e-6}], (0.9, 0.999), 0, moments)
+    tau = cut_for_density(clt, x_BLD[:2048], l0 / (n_layers * n_features)) if activation == "jumprelu" else 0.0
+    optimiser = Adam(
+        [{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 1e-6}], (0.9, 0.99), 0, moments
+    )
     dead_LF = torch.zeros(n_layers, n_features, dtype=torch.bool, device=device)
-    density_L = [l0 / (n_layers * n_features) if clt.config.ranks else 1.0] * n_layers
-    window, norm = Window(config.eps, config.window_cap, config.eps), 1.0
+    sparse_L = [l0 / (n_layers * n_features) < SPARSE_BELOW[device] if sparse is None else sparse] * n_layers
+    norm = 1.0
 
     def step() -> Any:
-        nonlocal density_L, norm
-        sparse_L = [density < SPARSE_BELOW[device] if sparse is None else sparse for density in density_L]
+        nonlocal norm
+        if tau:
+            clt.set_cut(tau)
         scale = lambda: min(1.0, CLIP / norm)  # noqa: E731
         gradients = FusedUpdate(lambda p, blocks: optimiser.update(p, blocks, scale())) if fused else Gradients()
         terms = compute(
@@ -86,18 +85,13 @@ def ours(
             y_BLD,
             config,
             gradients,
-            coefficient=0.01,
-            running_l0=l0,
-            asked_l0=l0,
-            eps=window.eps,
             dead_LF=dead_LF,
             sparse_L=sparse_L,
+            l0=l0 if clt.config.ranks else None,
         )
         norm = float(gradients.norm(clt))
         if not fused:
             optimiser.step(gradients, scale())
-        density_L = (terms.entries_L / (tokens * n_features)).tolist()
-        window.observe(float(terms.entries_L.sum()) / tokens - l0, l0)
         return terms
 
     return step
@@ -193,7 +187,7 @@ def _peak(which: str, activation: str, tokens: int) -> None:
         if which == "plain"
         else ours(PEERS, activation, tokens, L0, "cpu", torch.float32)
     )
-    for _ in range(SETTLE if which == "ours" and activation == "jumprelu" else 2):
+    for _ in range(2):
         step()
     print((_highest_kib() - before) / 1024)
 
@@ -212,8 +206,7 @@ def compare(activation: str, tokens: int, repeats: int) -> dict[str, float]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in both}
     entries = 0.0
-    for _ in range(SETTLE - 1):
-        both["ours"]()
+    both["ours"]()
     for turn in range(repeats + 1):
         for name, step in both.items():
             # Our step takes a tenth of the time of the other, so a single one would measure noise.
@@ -222,7 +215,7 @@ def compare(activation: str, tokens: int, repeats: int) -> dict[str, float]:
                 terms = step()
                 if turn:
                     seconds[name].append(time.perf_counter() - began)
-            entries = float(terms.entries_L.sum()) / tokens if name == "ours" else entries
+            entries = float(terms.fired_LF.sum()) / tokens if name == "ours" else entries
     del both
     ours_s, plain_s = (median(seconds[name]) for name in ("ours", "plain"))
     return {
@@ -242,8 +235,7 @@ def reference(device: str, tokens: int, dense: bool, moments: Moments, fused: bo
     found = {}
     for name, l0 in (("115 in all", 115), ("115 a layer", 115 * REFERENCE[0])):
         step = ours(REFERENCE, "jumprelu", tokens, l0, device, torch.bfloat16, not dense, moments, fused)
-        for _ in range(SETTLE):
-            step()
+        step()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step_s = median([timed(step, device) for _ in range(6)][1:])

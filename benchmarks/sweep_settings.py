@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from crosslayer.clt.calibrate import to_jumprelu
 from crosslayer.clt.init import cut_for_density, initialise
@@ -45,7 +44,12 @@ class Shuffled:
     """Activations in memory, in random order, `reuse` times each."""
 
     def __init__(self, data: Activations, seed: int) -> None:
-        self.data, self.generator, self.order, self.at = data, torch.Generator().manual_seed(seed), torch.empty(0).long(), 0
+        self.data, self.generator, self.order, self.at = (
+            data,
+            torch.Generator().manual_seed(seed),
+            torch.empty(0).long(),
+            0,
+        )
 
     def batch(self, n: int) -> Activations:
         if self.at + n > len(self.order):
@@ -114,7 +118,7 @@ def held_out_measures(sweep: Sweep, data: Data) -> dict[str, float]:
     units = data.units
     clt = sweep.state.clt
     before = clt.encode_sparse(units.inputs(data.held_out.x_BLD[:2048])) if clt.config.kind.thresholds else None
-    clt = to_jumprelu(clt, (units.inputs(x) for x in data.train.x_BLD[:16384].split(2048)), sweep.target)
+    clt = to_jumprelu(clt, (units.inputs(x) for x in data.train.x_BLD[:16384].split(2048)), sweep.target).clt
     fit, fired = Reconstruction(sweep.host.n_layers, sweep.host.d_model), torch.zeros_like(sweep.state.inactive_LF)
     for x, y in zip(data.held_out.x_BLD.split(2048), data.held_out.y_BLD.split(2048), strict=True):
         x_BLD = units.inputs(x)
@@ -181,10 +185,18 @@ def main() -> None:
             result = run(host, part, config, args.device, init)
         except Exception as error:  # noqa: BLE001
             result = {"error": str(error)[:200]}
-        line = {"host": args.host, "tokens": config.tokens, **settings, "enc": init[0], "dec": init[1], "n_features": config.n_features, **result}
+        line = {
+            "host": args.host,
+            "tokens": config.tokens,
+            **settings,
+            "enc": init[0],
+            "dec": init[1],
+            "n_features": config.n_features,
+            **result,
+        }
         with args.log.open("a") as log:
             log.write(json.dumps(line) + "\n")
-        print({k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in line.items()}, flush=True)
+        print({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python scripts/train_tiny_host.py --family llama --text FILE [FILE ...] --out DIR [--minutes 4]
 
-The result is an ordinary Hugging Face folder in float32: a byte-level BPE tokenizer of 2,048 tokens, trained on the same
-text, and a Llama (5 layers x 64), a GPT-2 (4 layers x 128) or a GPT-NeoX (3 layers x 96). AdamW, cosine schedule over
-wall-clock time.
+The result is an ordinary Hugging Face folder in float32: a byte-level BPE tokenizer of 2,048 tokens, trained on the
+same text, and a Llama (5 layers x 64), a GPT-2 (4 layers x 128) or a GPT-NeoX (3 layers x 96). AdamW, cosine schedule
+over wall-clock time.
 """
 
 from __future__ import annotations
@@ -30,11 +30,21 @@ VOCABULARY, CONTEXT, BATCH = 2048, 256, 16
 
 def config_of(family: str) -> PretrainedConfig:
     """Return the config of the host of a family."""
-    shared = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": VOCABULARY - 1}
+    shared = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": VOCABULARY - 1,
+    }
     if family == "llama":
         return LlamaConfig(
-            **shared, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
-            num_key_value_heads=4, tie_word_embeddings=True,
+            **shared,
+            hidden_size=64,
+            intermediate_size=172,
+            num_hidden_layers=5,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
         )
     if family == "gpt2":
         return GPT2Config(**shared, n_embd=128, n_layer=4, n_head=4, n_positions=512)

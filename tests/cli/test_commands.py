@@ -159,7 +159,7 @@ BAD = {
     "no name": (["--model", ""], "model is empty"),
     "no tokenizer": (["--model", "{bare}"], "has no tokenizer that can be read"),
     "beta": (["--beta1", "1"], "beta1=1.0 must be at least 0 and below 1"),
-    "no thresholds": (["--activation", "relu", "--sparsity", "l0"], "sparsity=l0 works through thresholds"),
+    "penalty": (["--sparsity", "-1"], "sparsity=-1.0 must be at least 0"),
     "one token": (["--batch", "200", "--accumulate", "200"], "leaves one token per micro-batch"),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosslayer.clt.ranking import top_mask
 from crosslayer.clt.transcoder import CLT
 from crosslayer.training import losses
 from crosslayer.training.config import TrainConfig
@@ -31,17 +30,13 @@ def plainly(
     fit, sparsity, revival = losses.reconstruction(yhat, y), torch.zeros(()), torch.zeros(())
     for i in range(kind.n_layers if not kind.ranks else 0):
         sparsity = sparsity + torch.tanh(c.sparsity_c * clt.decoder_norm(i) * f[i]).sum() / n
-    if kind.kind.thresholds:
-        for i, dead in enumerate(dead_LF):
-            pre, norm = clt.pre(x[:, i], i)[:, dead], clt.decoder_norm(i).detach()[dead]
-            revival = revival + c.revive * losses.preactivation(pre, clt.threshold[i].detach()[dead], norm)
-    if dead_LF.any():
-        dead_f = []
-        for i, dead in enumerate(dead_LF):
-            z = torch.where(dead, clt.pre(x[:, i], i), 0.0)
-            dead_f.append(torch.where(top_mask(z.detach()[:, None], c.auxiliary_k)[:, 0], z, 0.0))
-        auxiliary = clt.decode(dead_f, torch.zeros_like(x)) - torch.stack(list(clt.b_dec))
-        revival = revival + c.auxiliary * losses.reconstruction(auxiliary, (y - yhat).detach())
+    scores = [f_BF.detach() * clt.decoder_norm(i).detach() for i, f_BF in enumerate(f)]
+    least = min((score[score > 0].min() for score in scores if (score > 0).any()), default=torch.zeros(()))
+    for i, dead in enumerate(dead_LF):
+        pre, norm = clt.pre(x[:, i], i)[:, dead], clt.decoder_norm(i).detach()[dead]
+        theta = clt.theta(i)
+        theta = theta[dead] if theta is not None else least * kind.ranks / norm
+        revival = revival + c.revive * losses.preactivation(pre, theta, norm)
     total = fit + PENALTY * sparsity + revival
     total.backward()
     return {"total": total, "reconstruction": fit, "sparsity": sparsity, "revival": revival}

@@ -201,7 +201,7 @@ def test_the_target_l0_is_reached_on_held_out_text(tiny_config, tmp_path: Path, 
     assert e.l0 == pytest.approx(3 * e.l0_per_layer)
 
 
-@pytest.mark.parametrize("settings", [{"cross_layer": False, "skip": True}, {"activation": "relu"}, {"sparsity": "l0"}])
+@pytest.mark.parametrize("settings", [{"cross_layer": False, "skip": True}, {"activation": "relu"}, {"sparsity": 0.5}])
 def test_other_kinds_train_save_and_open(tiny_config, tmp_path: Path, settings: dict):
     done = train(replace(tiny_config, tokens=4000, eval_every=10, **settings), tmp_path / "run")
     assert done.evaluation.fvu < 1.0

@@ -80,19 +80,15 @@ class TrainConfig:
     )
 
     sparsity: float = setting(
-        0.0, "jumprelu: coefficient of the sparsity penalty tanh(c ||W_dec|| f), as a multiple of the squared cut", "objective"
+        0.0,
+        "jumprelu: coefficient of the sparsity penalty tanh(c ||W_dec|| f), as a multiple of the squared cut",
+        "objective",
     )
     sparsity_c: float = setting(1.0, "c in tanh(c ||W_dec|| f)", "objective")
     l0_start: float = setting(20.0, "L0 at the start, as a multiple of the target", "objective")
     l0_ramp: float = setting(0.5, "fraction of the run over which the requested L0 falls to the target", "objective")
     dead_after: int = setting(1_000_000, "tokens without activation after which a feature counts as dead", "objective")
-    revive: float = setting(
-        3e-3, "coefficient of the pre-activation loss that revives dead features (jumprelu)", "objective"
-    )
-    auxiliary: float = setting(
-        1 / 32, "coefficient of the auxiliary loss on dead features (topk, batchtopk)", "objective"
-    )
-    auxiliary_k: int = setting(32, "dead features per token and layer in the auxiliary loss", "objective")
+    revive: float = setting(3e-3, "coefficient of the pre-activation loss that revives dead features", "objective")
 
     batch: int = setting(4096, "batch size: tokens per step, over all ranks", "optimiser")
     accumulate: int = setting(
@@ -156,7 +152,6 @@ class TrainConfig:
             "log_every",
             "eval_tokens",
             "dead_after",
-            "auxiliary_k",
         ):
             self._at_least(name, 1)
         for name in (
@@ -165,7 +160,6 @@ class TrainConfig:
             "clip",
             "revive",
             "sparsity",
-            "auxiliary",
             "warmup",
             "decay",
             "l0_ramp",

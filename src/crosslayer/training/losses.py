@@ -24,11 +24,11 @@ class Activations(Protocol):
 
     f: Tensor
 
-    def of(self, number_F: Tensor) -> Tensor:
+    def of(self, number_F: Tensor, /) -> Tensor:
         """Return per-feature numbers, broadcastable to `f`."""
         ...
 
-    def total(self, number: Tensor) -> Tensor:
+    def total(self, number: Tensor, /) -> Tensor:
         """Return the sum over tokens, per feature, of numbers like `f`."""
         ...
 

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.clt.finding import Found, Given
-from crosslayer.clt.ranking import token_top
+from crosslayer.clt.finding import Found
 from crosslayer.clt.sparse import Active, sampled_products, starts
 from crosslayer.clt.transcoder import CLT
 from crosslayer.training import losses
@@ -40,8 +39,7 @@ SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.006, "mps": 0.006}
 class Terms(NamedTuple):
     """Losses of a micro-batch, each a mean over its tokens, and activation counts.
 
-    If features are sharded, `sparsity`, the pre-activation part of `revival`, `fired_LF` and `above` cover the features
-    of this rank.
+    If features are sharded, `sparsity`, `revival`, `fired_LF` and `above` cover the features of this rank.
     """
 
     total: Float[Tensor, ""]
@@ -168,15 +166,12 @@ def compute(
         residual_BLD[:, i] += clt.skip(x_BD, i)
     residual_BLD -= y_BLD
     error_L = torch.linalg.vector_norm(residual_BLD, dim=(0, 2)).square() / n_tokens
-    dead_features, revival = None, error_L.new_zeros(())
-    if config.auxiliary and clt.mesh.features.any_(bool(dead_LF.any())):
-        # Feature ranks compute the auxiliary loss together, or not at all.
-        dead_features = _auxiliary(clt, x_LBD, residual_BLD, dead_LF, config, share)
-        revival = dead_features.loss
     grad_BLD = residual_BLD.mul_(2.0 * share / n_tokens)
 
     # Backward.
-    sparsity = error_L.new_zeros(())
+    sparsity, revival = error_L.new_zeros(()), error_L.new_zeros(())
+    revive = bool(config.revive) and clt.mesh.world.any_(bool(dead_LF.any()))
+    least = _least_score(clt, points_L) if revive and c.ranks else 0.0
     for i, x_BD in enumerate(x_LBD):
         features = _as_points_or_matrix(clt, x_BD, i, points_L[i], sparse_L[i])
         points_L[i] = None
@@ -191,13 +186,11 @@ def compute(
         into.add(W_dec, features.outer(features.f, grad_BX))
         into.add(clt.W_enc[i], features.outer(slope, x_BD))
         into.add(clt.b_enc[i], features.total(slope).to(clt.b_enc[i].dtype))
-        if config.revive and c.kind.thresholds and dead_LF[i].any():
-            revival = revival + _preactivation(clt, x_BD, i, dead_LF[i], config.revive, share, into)
+        if revive and dead_LF[i].any():
+            revival += _preactivation(clt, x_BD, i, dead_LF[i], least, config.revive, share, into)
         into.add(clt.b_dec[i], grad_BLD[:, i].sum(0).to(clt.b_dec[i].dtype))
         if c.skip:
             into.add(clt.W_skip[i], x_BD.T @ grad_BLD[:, i].to(x_BD.dtype))
-        if dead_features is not None:
-            dead_features.add_to(into, clt, x_BD, i)
         del features, slope
         into.final(p for name, p in clt.named_parameters() if name.endswith(f".{i}") and p.requires_grad)
 
@@ -211,62 +204,27 @@ def _as_points_or_matrix(clt: CLT, x_BD: Tensor, layer: int, points: Points | No
     return points if sparse else Matrix(points.active().dense(), clt.dtype)
 
 
+def _least_score(clt: CLT, points_L: Sequence[Points | None]) -> float:
+    """Return the least score f ||W_dec|| of the active entries of all ranks: the cut of TopK and BatchTopK."""
+    scores = [p.f * p.of(clt.decoder_norm(i).detach()) for i, p in enumerate(points_L) if p is not None]
+    return clt.mesh.world.least(min((s.min().item() for s in scores if len(s)), default=math.inf))
+
+
 def _preactivation(
-    clt: CLT, x_BD: Tensor, layer: int, dead_F: Tensor, weight: float, share: float, into: Gradients
+    clt: CLT, x_BD: Tensor, layer: int, dead_F: Tensor, least: float, weight: float, share: float, into: Gradients
 ) -> Tensor:
-    """Add gradients of the pre-activation loss, which revives a layer's dead features, and return the loss."""
+    """Add gradients of the pre-activation loss, which revives a layer's dead features, and return the loss.
+
+    Args:
+        least: score at which a feature fires, for activations without thresholds.
+    """
     which = dead_F.nonzero()[:, 0]
-    with torch.enable_grad():
-        W_KD = clt.W_enc[layer].detach()[which].requires_grad_()
-        b_K = clt.b_enc[layer].detach()[which].requires_grad_()
-        pre_BK = F.linear(x_BD, W_KD) + b_K
-        norm_K = torch.linalg.vector_norm(clt.W_dec[layer].detach()[which].flatten(1), dim=1, dtype=pre_BK.dtype)
-        loss = weight * losses.preactivation(pre_BK, clt.threshold[layer].detach()[which], norm_K)
-        grad_KD, grad_K = torch.autograd.grad(share * loss, [W_KD, b_K])
-    into.add(clt.W_enc[layer], Some(which, grad_KD))
-    into.add(
-        clt.b_enc[layer], torch.zeros_like(clt.b_enc[layer]).index_put_((which,), grad_K.to(clt.b_enc[layer].dtype))
-    )
-    return loss.detach()
-
-
-class _DeadFeatures(NamedTuple):
-    """Auxiliary loss: a reconstruction of the residual by dead features."""
-
-    loss: Tensor
-    found: list[Found | None]
-    grad_BLD: Tensor
-
-    def add_to(self, into: Gradients, clt: CLT, x_BD: Tensor, layer: int) -> None:
-        """Add the gradients of one layer's weights."""
-        if (found := self.found[layer]) is None:
-            return
-        points, grad_BX = Points(found, len(x_BD), clt.config.n_features), clt.columns(self.grad_BLD, layer)
-        grad_K = points.grad(grad_BX, clt.W_dec[layer].detach().view(clt.config.n_features, -1))
-        into.add(clt.W_dec[layer], points.outer(points.f, grad_BX))
-        into.add(clt.W_enc[layer], points.outer(grad_K, x_BD))
-        into.add(clt.b_enc[layer], points.total(grad_K).to(clt.b_enc[layer].dtype))
-
-
-def _auxiliary(
-    clt: CLT, x_LBD: list[Tensor], residual_BLD: Tensor, dead_LF: Tensor, config: TrainConfig, share: float
-) -> _DeadFeatures:
-    """Reconstruct the residual from the top k dead features of each layer (Gao et al. 2024, arXiv:2406.04093)."""
-    c, n_tokens = clt.config, len(x_LBD[0])
-    left_BLD, found = torch.zeros_like(residual_BLD), list[Found | None]()
-    for i, (x_BD, dead_F) in enumerate(zip(x_LBD, dead_LF, strict=True)):
-        which = dead_F.nonzero()[:, 0]
-        found.append(None)
-        if not clt.mesh.features.any_(len(which) > 0):
-            continue
-        pre_BK = F.linear(x_BD, clt.W_enc[i].detach()[which]) + clt.b_enc[i].detach()[which]
-        ((entries, z_K),) = token_top(
-            Given([pre_BK]), [torch.ones_like(pre_BK[0])], config.auxiliary_k, clt.mesh.features
-        )
-        entries = entries._replace(feature_K=which[entries.feature_K])
-        found[i] = Found(entries, z_K)
-        clt.add_written(clt.columns(left_BLD, i), Active(*entries, z_K, (n_tokens, c.n_features)), i)
-    clt.mesh.features.sum_(left_BLD)
-    left_BLD += residual_BLD
-    loss = config.auxiliary * left_BLD.square().sum() / n_tokens
-    return _DeadFeatures(loss, found, left_BLD.mul_(2.0 * config.auxiliary * share / n_tokens))
+    W_KD, b_K, theta_F = clt.W_enc[layer].detach()[which], clt.b_enc[layer].detach()[which], clt.theta(layer)
+    pre_BK = F.linear(x_BD, W_KD) + b_K
+    norm_K = torch.linalg.vector_norm(clt.W_dec[layer].detach()[which].flatten(1), dim=1, dtype=pre_BK.dtype)
+    theta_K = theta_F[which].to(norm_K.dtype) if theta_F is not None else least / norm_K.clamp(min=1e-8)
+    slope_BK = (pre_BK < theta_K) * (norm_K * (-share * weight / len(x_BD)))
+    into.add(clt.W_enc[layer], Some(which, (slope_BK.to(x_BD.dtype).T @ x_BD)))
+    grad_F = torch.zeros_like(clt.b_enc[layer])
+    into.add(clt.b_enc[layer], grad_F.index_put_((which,), slope_BK.sum(0).to(grad_F.dtype)))
+    return weight * losses.preactivation(pre_BK, theta_K, norm_K)

@@ -29,8 +29,6 @@ def stdlib() -> TrainConfig:
         l0_start=6.0,
         l0_ramp=0.4,
         dead_after=20_000,
-        auxiliary=0.1,
-        auxiliary_k=32,
         batch=1024,
         lr=5e-3,
         decay=0.8,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from crosslayer.core.errors import RunError
 from crosslayer.core.files import write_json, write_text
 from crosslayer.schemas.run import RunManifest
-from crosslayer.training.config import renamed
+from crosslayer.training.config import TrainConfig, renamed
 
 MAY_CHANGE = frozenset({"checkpoint_every", "feature_ranks", "keep", "log_every", "tensorboard", "wandb"})
 """Settings that may change when a run resumes: they do not affect the trained weights."""
@@ -35,12 +36,12 @@ def write_manifest(folder: Path, manifest: RunManifest) -> None:
 
 
 def check_same_config(saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse to resume a run with other settings; saved settings may have old names.
+    """Refuse to resume a run with other settings; saved settings may have old names, or lack newer ones.
 
     Raises:
         RunError: naming the first setting that differs.
     """
-    saved = renamed(saved)
+    saved = {f.name: f.default for f in fields(TrainConfig)} | renamed(saved)
     for name, value in asked.items():
         if name not in MAY_CHANGE and saved.get(name) != value:
             raise RunError(

@@ -297,7 +297,7 @@ class Trainer:
                 [
                     terms.reconstruction * rank_share,
                     terms.sparsity,
-                    terms.revival * (rank_share if clt.config.ranks else 1),
+                    terms.revival,
                     variance_L.sum() * rank_share,
                     dead_LF.double().mean() * rank_share,
                 ],

@@ -58,7 +58,9 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
     micro = config.batch // config.accumulate
     n_tokens, n_entries = min(micro, TOKENS), n_layers * config.n_features
     x_BLD, y_BLD = torch.randn(2, n_tokens, n_layers, shape.d_model, device=device)
-    optimiser = Adam([{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 0.0}], (0.9, 0.999), 0, config.moments)
+    optimiser = Adam(
+        [{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 0.0}], (0.9, 0.999), 0, config.moments
+    )
     inactive_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
     start = part.first_l0(n_layers)
     passes, updates = list[float](), list[float]()
@@ -68,9 +70,9 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
             clt.set_cut(cut_for_density(clt, x_BLD, asked / n_entries))
         elif not clt.config.ranks:
             set_bias_for_density(clt, x_BLD, asked / n_entries)
-        # Dead features take part in the auxiliary loss.
+        # Dead features take part in the pre-activation loss.
         dead_LF = inactive_LF.clone()
-        dead_LF[:, ::10] = progress * config.tokens > config.dead_after and bool(config.auxiliary)
+        dead_LF[:, ::10] = progress * config.tokens > config.dead_after and bool(config.revive)
         sparse_L = [asked / n_entries < SPARSE_BELOW[torch.device(device).type]] * n_layers
         for _ in range(2):
             gradients = Gradients()
