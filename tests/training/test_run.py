@@ -169,7 +169,7 @@ def test_a_resumed_run_leaves_out_the_same_massive_activations(
         for run in (whole, resumed)
     ]
     assert shares[0] == shares[1]
-    assert 0 < shares[0][-1] < 0.5
+    assert 0.1 < shares[0][-1] < 0.9
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
