@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_settings.py --host NAME --text FILE --tokens 300000 --grid grid.json --log FILE.jsonl
 
-`grid.json` is a list of objects of settings, such as {"lr": 0.005, "l0_ramp": 0.8}. The activations of all tokens are
+`--data FILE` keeps the activations in a file, for several processes (`--part I/N`) to share. `grid.json` is a list of objects of settings, such as {"lr": 0.005, "l0_ramp": 0.8}. The activations of all tokens are
 held in memory on the device, so a run costs its training steps only. Each line of the log has the settings, FVU, L0 and
 dead share on held-out text after conversion to JumpReLU at the target L0, the L0 in training, and seconds.
 """
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--grid", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th setting from the I-th")
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no run after so many seconds")
@@ -168,8 +169,15 @@ def main() -> None:
     host = load_host(args.host, dtype=torch.float32, device=args.device)
     which, of = map(int, args.part.split("/"))
     grid = json.loads(args.grid.read_text())[which::of]
-    most = max(int(settings.get("tokens", args.tokens) / settings.get("reuse", 1)) for settings in grid)
-    data = load(host, tuple(args.text), most, args.device)
+    most = max([int(settings.get("tokens", args.tokens) / settings.get("reuse", 1)) for settings in grid] or [args.tokens])
+    if args.data and args.data.exists():
+        kept = torch.load(args.data, mmap=True, weights_only=True)
+        train, held_out, units = Activations(*kept[:2]), Activations(*kept[2:4]), Units(*kept[4:])
+        data = Data(train, held_out, units)
+    else:
+        data = load(host, tuple(args.text), most, args.device)
+        if args.data:
+            torch.save([t.cpu() for t in (*data.train, *data.held_out, *data.units)], args.data)
     base = TrainConfig(text=("none",), l0_per_layer=8.0, tokens=args.tokens, n_features=8 * host.d_model)
     for settings in grid:
         if time.monotonic() - began > args.limit_s:

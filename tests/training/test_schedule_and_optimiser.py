@@ -78,6 +78,18 @@ def test_the_cut_holds_any_schedule_from_any_natural_l0(above, natural, start, r
     assert max(errors[max(steps // 10, round(ramp * steps)) :]) < math.log(1.5)
 
 
+def test_a_request_that_cannot_be_met_does_not_wind_up_the_cut():
+    """Fewer entries are positive than requested at first; when the request falls below them, the L0 follows it."""
+    cut, positive, errors = Cut(), 30.0, list[float]()
+    for step in range(300):
+        asked, following = (l0_asked(s / 300, 100.0, 10.0, 0.7) for s in (step, step + 1))
+        l0, above = (positive * math.exp(-math.exp(cut.log_tau + extra)) for extra in (0.0, STEP))
+        errors.append(math.log(l0 / asked))
+        cut.observe(l0, above, asked, following)
+    can_be_met = next(step for step in range(300) if l0_asked(step / 300, 100.0, 10.0, 0.7) < 0.9 * positive)
+    assert max(abs(e) for e in errors[can_be_met + 15 :]) < 0.1
+
+
 @pytest.mark.parametrize("exponent", [0.3, 1.0])
 def test_the_penalty_settles_on_the_requested_l0(exponent: float):
     penalty, l0 = Penalty(), 500.0

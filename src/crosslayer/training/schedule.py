@@ -23,6 +23,10 @@ STEP = 0.1
 """Width, in log score, of the band above the cut that measures how fast the L0 falls as the cut rises."""
 
 
+FLAT = 0.05
+"""Slope of log L0 below which the cut has no hold on the L0."""
+
+
 @dataclass
 class Cut:
     """Holds the L0 of JumpReLU by one cut tau on the score f ||W_dec||, with a damped Newton step on log L0 per batch.
@@ -54,10 +58,12 @@ class Cut:
             measured = math.log(l0 / max(above, 1e-3 * l0)) / STEP
             self.slope = self.memory * self.slope + (1 - self.memory) * measured
         error = max(-3.0, min(3.0, math.log(max(l0, 1e-3 * asked) / asked)))
+        # Far below all scores the cut has no hold on the L0: if too few pre-activations are positive, it waits there.
+        waits = self.slope < FLAT and error < 0
         # A large error is of the start or of a jump: it is clipped, so that nothing winds up.
-        self.drift += 0.1 * max(-0.2, min(0.2, error))
-        step = (self.damping * error + self.drift + math.log(asked / next_asked)) / max(self.slope, 0.5)
-        self.log_tau += max(-1.0, min(1.0, step))
+        self.drift = 0.0 if waits else max(-0.2, min(0.2, self.drift + 0.1 * max(-0.2, min(0.2, error))))
+        step = (self.damping * error + self.drift + math.log(asked / next_asked)) / max(self.slope, FLAT)
+        self.log_tau += 0.0 if waits else max(-1.0, min(1.0, step))
 
 
 @dataclass
