@@ -2,9 +2,10 @@
 
     python benchmarks/sweep_settings.py --host NAME --text FILE --tokens 300000 --grid grid.json --log FILE.jsonl
 
-`--data FILE` keeps the activations in a file, for several processes (`--part I/N`) to share. `grid.json` is a list of objects of settings, such as {"lr": 0.005, "l0_ramp": 0.8}. The activations of all tokens are
-held in memory on the device, so a run costs its training steps only. Each line of the log has the settings, FVU, L0 and
-dead share on held-out text after conversion to JumpReLU at the target L0, the L0 in training, and seconds.
+`grid.json` is a list of objects of settings, such as {"lr": 0.005, "l0_ramp": 0.8}; others are chosen by budget.
+`--data FILE` keeps the activations in a file, for several processes (`--part I/N`) to share. The activations of all
+tokens are held in memory on the device, so a run costs its training steps only. Each line of the log has the settings,
+FVU, L0 and dead share on held-out text after conversion to JumpReLU at the target L0, the L0 in training, and seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from crosslayer.eval.measures import Reconstruction
 from crosslayer.host.host import Host, load_host
 from crosslayer.parallel import ALONE
 from crosslayer.training.config import TrainConfig
+from crosslayer.training.settings import Budget, by_budget
 from crosslayer.training.setup import empty_state
 from crosslayer.training.trainer import Trainer
 
@@ -169,7 +171,8 @@ def main() -> None:
     host = load_host(args.host, dtype=torch.float32, device=args.device)
     which, of = map(int, args.part.split("/"))
     grid = json.loads(args.grid.read_text())[which::of]
-    most = max([int(settings.get("tokens", args.tokens) / settings.get("reuse", 1)) for settings in grid] or [args.tokens])
+    sizes = [int(settings.get("tokens", args.tokens) / settings.get("reuse", 1)) for settings in grid]
+    most = max(sizes, default=args.tokens)
     if args.data and args.data.exists():
         kept = torch.load(args.data, mmap=True, weights_only=True)
         train, held_out, units = Activations(*kept[:2]), Activations(*kept[2:4]), Units(*kept[4:])
@@ -178,7 +181,8 @@ def main() -> None:
         data = load(host, tuple(args.text), most, args.device)
         if args.data:
             torch.save([t.cpu() for t in (*data.train, *data.held_out, *data.units)], args.data)
-    base = TrainConfig(text=("none",), l0_per_layer=8.0, tokens=args.tokens, n_features=8 * host.d_model)
+    base = TrainConfig(text=("none",), tokens=args.tokens)
+    budget = Budget(n_layers=host.n_layers, d_model=host.d_model, memory_bytes=1 << 36)
     for settings in grid:
         if time.monotonic() - began > args.limit_s:
             break
@@ -186,7 +190,7 @@ def main() -> None:
         per_width, init = settings.pop("width_multiple", None), (settings.pop("enc", 1.0), settings.pop("dec", 1.0))
         if per_width:
             settings["n_features"] = int(per_width * host.d_model)
-        config = replace(base, **settings)
+        config, _ = by_budget(replace(base, **settings), budget)
         n = config.tokens // config.reuse
         part = data._replace(train=Activations(data.train.x_BLD[:n], data.train.y_BLD[:n]))
         try:

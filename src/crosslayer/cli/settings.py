@@ -50,7 +50,8 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             kind = click.Choice(choices) if choices else kinds[0]
             # Not passed as the option's default: a given value must be distinguishable from the default, for recipes.
             value = f"{f.default:,}" if hint is int else f.default
-            shown = "" if value is None else f"  [default: {value}]"
+            value = "by budget" if f.metadata.get("by_budget") else value
+            shown = "" if value in ("", 0.0) and f.name in ("column", "l0") else f"  [default: {value}]"
             option = click.option(flag, f.name, type=kind, default=None, help=f"{text}{shown}")
         command = option(command)
     recipe = click.option(

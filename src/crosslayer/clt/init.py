@@ -1,6 +1,7 @@
-"""Initial weights, vectorised: encoder U(-1/sqrt(F), 1/sqrt(F)), decoder U(-1/sqrt(n_layers D), 1/sqrt(n_layers D)).
+"""Initial weights, vectorised: encoder U(-2/sqrt(F), 2/sqrt(F)), decoder U(-1/sqrt(n_layers D), 1/sqrt(n_layers D)).
 
-As in Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units. Every rank draws the whole layer
+As in Anthropic's cross-layer transcoders (Ameisen et al. 2025), in normalised units; their encoder is half as large,
+which left half as many features again dead (docs/log.md). Every rank draws the whole layer
 and keeps the rows of its features, so initial weights do not depend on the number of ranks.
 """
 
@@ -25,7 +26,7 @@ def initialise(clt: CLT, seed: int, threshold: float = 0.0) -> None:
         parameter.copy_(values.chunk(group.size)[group.rank])
 
     for i in range(c.n_layers):
-        uniform(clt.W_enc[i], (c.n_features * group.size) ** -0.5)
+        uniform(clt.W_enc[i], 2 * (c.n_features * group.size) ** -0.5)
         uniform(clt.W_dec[i], (c.n_layers * c.d_model) ** -0.5)
         clt.b_enc[i].zero_()
         clt.b_dec[i].zero_()

@@ -24,9 +24,24 @@ def setting(default: Any, text: str, group: str, choices: Iterable[str] = ()) ->
     return field(default=default, metadata={"help": text, "group": group, "choices": tuple(choices)})
 
 
+def chosen(default: Any, text: str, group: str) -> Any:
+    """Return a dataclass field that is left to the budget by default; `default` is 0 in the type of the setting."""
+    return field(default=default, metadata={"help": text, "group": group, "choices": (), "by_budget": True})
+
+
+LEAST = {
+    **dict.fromkeys(("tokens", "reuse", "rows_per_forward", "accumulate", "feature_ranks", "keep", "log_every"), 1),
+    "l0_start": 1,
+    "sparsity_c": 1e-9,
+}
+"""Least values of settings that may not be 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of a training run. Losses are means over tokens, in units where activations have norm sqrt(D).
+
+    Settings that are 0 by default are left to the budget: `crosslayer.training.settings.by_budget` chooses them.
 
     Raises:
         ConfigError: for invalid or contradictory values.
@@ -49,19 +64,17 @@ class TrainConfig:
     )
     tokens: int = setting(1_000_000, "number of training tokens; a reused token counts each time", "data")
     context: int = setting(256, "tokens per row (context length), including the special token", "data")
-    buffer_tokens: int = setting(
-        65_536, "size of the activation buffer in tokens, over all ranks; batches are shuffled within it", "data"
+    buffer_tokens: int = chosen(
+        0, "size of the activation buffer in tokens, over all ranks; batches are shuffled within it", "data"
     )
     reuse: int = setting(
         1, "times that each token's activations are used before they leave the activation buffer", "data"
     )
     rows_per_forward: int = setting(32, "rows per forward pass of the host", "data")
-    scale_tokens: int = setting(1_000_000, "tokens used to estimate the normalisation", "data")
-    calibration_tokens: int = setting(
-        65_536, "tokens used to calibrate thresholds to the target L0 after training", "data"
-    )
+    scale_tokens: int = chosen(0, "maximum of tokens used to estimate the normalisation", "data")
+    calibration_tokens: int = chosen(0, "tokens used to calibrate thresholds to the target L0 after training", "data")
 
-    n_features: int = setting(4096, "features per layer", "transcoder")
+    n_features: int = chosen(0, "features per layer", "transcoder")
     activation: str = setting(
         JUMPRELU.name, "activation function; topk and batchtopk are saved as jumprelu", "transcoder", ACTIVATIONS
     )
@@ -74,9 +87,9 @@ class TrainConfig:
         "transcoder",
     )
     skip: bool = setting(False, "add an affine skip connection from each MLP's input to its output", "transcoder")
-    l0: float | None = setting(None, "target L0: active features per token, summed over layers", "transcoder")
-    l0_per_layer: float | None = setting(
-        None, "target L0 per layer: active features per token and layer; give this or --l0", "transcoder"
+    l0: float = setting(0.0, "target L0: active features per token, summed over layers", "transcoder")
+    l0_per_layer: float = chosen(
+        0.0, "target L0 per layer: active features per token and layer; give this or --l0", "transcoder"
     )
 
     sparsity: float = setting(
@@ -85,22 +98,22 @@ class TrainConfig:
         "objective",
     )
     sparsity_c: float = setting(1.0, "c in tanh(c ||W_dec|| f)", "objective")
-    l0_start: float = setting(20.0, "L0 at the start, as a multiple of the target", "objective")
-    l0_ramp: float = setting(0.5, "fraction of the run over which the requested L0 falls to the target", "objective")
-    dead_after: int = setting(1_000_000, "tokens without activation after which a feature counts as dead", "objective")
+    l0_start: float = setting(6.0, "L0 at the start, as a multiple of the target", "objective")
+    l0_ramp: float = setting(0.7, "fraction of the run over which the requested L0 falls to the target", "objective")
+    dead_after: int = chosen(0, "tokens without activation after which a feature counts as dead", "objective")
     revive: float = setting(3e-3, "coefficient of the pre-activation loss that revives dead features", "objective")
 
-    batch: int = setting(4096, "batch size: tokens per step, over all ranks", "optimiser")
+    batch: int = chosen(0, "batch size: tokens per step, over all ranks", "optimiser")
     accumulate: int = setting(
         1, "gradient accumulation: micro-batches per step, each of batch / accumulate tokens", "optimiser"
     )
-    lr: float = setting(4e-4, "learning rate of weights and biases", "optimiser")
-    warmup: float = setting(0.02, "fraction of the run for the learning-rate warm-up", "optimiser")
+    lr: float = chosen(0.0, "learning rate of weights and biases", "optimiser")
+    warmup: float = setting(0.03, "fraction of the run for the learning-rate warm-up", "optimiser")
     decay: float = setting(
-        0.2, "fraction of the run, at its end, over which the learning rate decays to zero", "optimiser"
+        0.7, "fraction of the run, at its end, over which the learning rate decays to zero", "optimiser"
     )
     beta1: float = setting(0.9, "Adam's beta1", "optimiser")
-    beta2: float = setting(0.999, "Adam's beta2", "optimiser")
+    beta2: float = chosen(0.0, "Adam's beta2", "optimiser")
     clip: float = setting(1.0, "maximum global gradient norm (gradient clipping); 0: no clipping", "optimiser")
     precision: Precision = setting(
         "fp32", "precision of the weights: fp32, or bf16 with stochastic rounding", "optimiser"
@@ -122,59 +135,28 @@ class TrainConfig:
         "optimiser",
     )
 
-    eval_tokens: int = setting(131_072, "held-out tokens for the final evaluation", "run")
+    eval_tokens: int = chosen(0, "held-out tokens for the final evaluation", "run")
     eval_every: int = setting(
         0, "steps between evaluations on held-out text during training; 0: only at the end", "run"
     )
-    checkpoint_every: int = setting(1000, "steps between checkpoints", "run")
+    checkpoint_every: int = chosen(0, "steps between checkpoints", "run")
     keep: int = setting(2, "number of checkpoints to keep", "run")
     log_every: int = setting(10, "steps between lines of log.jsonl", "run")
     tensorboard: bool = setting(False, "also log metrics to TensorBoard (extra: tensorboard)", "run")
     wandb: bool = setting(False, "also log metrics to Weights & Biases (extra: wandb)", "run")
 
     def __post_init__(self) -> None:
-        for name in (
-            "tokens",
-            "buffer_tokens",
-            "reuse",
-            "rows_per_forward",
-            "scale_tokens",
-            "calibration_tokens",
-            "n_features",
-            "batch",
-            "accumulate",
-            "feature_ranks",
-        ):
-            self._at_least(name, 1)
-        for name in (
-            "checkpoint_every",
-            "keep",
-            "log_every",
-            "eval_tokens",
-            "dead_after",
-        ):
-            self._at_least(name, 1)
-        for name in (
-            "n_skip",
-            "eval_every",
-            "clip",
-            "revive",
-            "sparsity",
-            "warmup",
-            "decay",
-            "l0_ramp",
-            "seed",
-        ):
-            self._at_least(name, 0)
-        for name in ("lr", "sparsity_c"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and finite")
+        for f in fields(self):
+            # Those left to the budget may be 0.
+            self._at_least(f.name, LEAST.get(f.name, 0))
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name in ("lr", "sparsity_c"):
+            if getattr(self, name) == float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)} must be finite")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation={self.activation} is unknown; give one of {', '.join(ACTIVATIONS)}")
-        self._at_least("l0_start", 1)
         if self.context <= self.n_skip + 1:
             raise ConfigError(f"context={self.context} leaves no tokens after n_skip={self.n_skip}; raise --context")
         if not (self.warmup + self.decay <= 1 and self.l0_ramp <= 1):
@@ -182,46 +164,47 @@ class TrainConfig:
                 f"warmup={self.warmup}, decay={self.decay} and l0_ramp={self.l0_ramp} are"
                 " fractions of the run and exceed it; lower them"
             )
-        if (self.l0 is None) == (self.l0_per_layer is None):
+        if self.l0 and self.l0_per_layer:
             raise ConfigError("give the target L0 once: --l0 (summed over layers) or --l0-per-layer")
         if self.seed >= 2**63:
             raise ConfigError(f"seed={self.seed} must be below 2**63")
         if not self.model:
             raise ConfigError("model is empty; give a hub name, a local folder, or stdlib-qwen3 with --model")
-        if not (self.l0 or self.l0_per_layer or 0) > 0:
-            raise ConfigError(
-                f"a target L0 of {self.l0 or self.l0_per_layer or 0} activates nothing; give a positive one"
-            )
-        if self.batch % self.accumulate:
-            raise ConfigError(
-                f"batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one of them"
-            )
         if self.fused_update and self.accumulate > 1:
             raise ConfigError(
                 f"fused_update applies each gradient immediately, but accumulate={self.accumulate} micro-batches must"
                 " be summed first; give --accumulate 1, or omit --fused-update"
-            )
-        if self.batch // self.accumulate < 2:
-            raise ConfigError(
-                f"batch={self.batch} in {self.accumulate} micro-batches leaves one token per micro-batch; raise --batch"
-                " or lower --accumulate"
             )
         if self.n_features % self.feature_ranks:
             raise ConfigError(
                 f"n_features={self.n_features} cannot be divided evenly over feature_ranks={self.feature_ranks};"
                 " make --n-features a multiple of it, or change --feature-ranks"
             )
+        if self.batch:
+            self._check_batch()
+
+    def _check_batch(self) -> None:
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one of them"
+            )
+        if self.batch // self.accumulate < 2:
+            raise ConfigError(
+                f"batch={self.batch} in {self.accumulate} micro-batches leaves one token per micro-batch; raise --batch"
+                " or lower --accumulate"
+            )
         if self.batch > self.tokens:
             raise ConfigError(f"batch={self.batch} exceeds tokens={self.tokens}; lower --batch or raise --tokens")
-        if self.buffer_tokens < self.batch // self.accumulate:
+        if self.buffer_tokens and self.buffer_tokens < self.batch // self.accumulate:
             raise ConfigError(
                 f"buffer_tokens={self.buffer_tokens} is smaller than a micro-batch of {self.batch // self.accumulate};"
                 " raise --buffer-tokens"
             )
 
-    def _at_least(self, name: str, least: int) -> None:
-        if not getattr(self, name) >= least:
-            raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+    def _at_least(self, name: str, least: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, int | float) and not value >= least:
+            raise ConfigError(f"{name}={value} must be at least {least:g}")
 
     @property
     def policy(self) -> FirstPosition:
@@ -248,10 +231,7 @@ class TrainConfig:
                 f"fused_update applies each gradient immediately, but those of {data_ranks} data ranks must be"
                 f" averaged first; omit --fused-update, or give --feature-ranks {ranks}"
             )
-        per_rank = {
-            name: None if (x := getattr(self, name)) is None else x / self.feature_ranks
-            for name in ("l0", "l0_per_layer")
-        }
+        per_rank = {name: getattr(self, name) / self.feature_ranks for name in ("l0", "l0_per_layer")}
         return replace(
             self,
             n_features=self.n_features // self.feature_ranks,
@@ -273,7 +253,7 @@ class TrainConfig:
 
     def target_l0(self, n_layers: int) -> float:
         """Return the target L0 per token, summed over layers."""
-        return self.l0 if self.l0 is not None else (self.l0_per_layer or 0) * n_layers
+        return self.l0 or self.l0_per_layer * n_layers
 
     def first_l0(self, n_layers: int) -> float:
         """Return the L0 requested at the first step, summed over layers: at most half of all features."""
@@ -302,6 +282,11 @@ class TrainConfig:
             skip=self.skip,
         )
 
+    def given(self) -> dict[str, Any]:
+        """Return the settings that are not left to the budget, as JSON types."""
+        left = {f.name for f in fields(self) if f.metadata.get("by_budget") and not getattr(self, f.name)}
+        return {name: value for name, value in self.as_dict().items() if name not in left}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -313,7 +298,8 @@ class TrainConfig:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(saved) - known):
             raise ConfigError(f"unknown setting {unknown[0]}; another version of crosslayer wrote it")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        # Earlier versions saved the L0 that was not given as null.
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if v is not None}
         return cls(**values)
 
 

@@ -16,6 +16,7 @@ from crosslayer.core.errors import ResourceError
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import NUMBERS_AT_ONCE
 from crosslayer.training.objective import SPARSE_BELOW
+from crosslayer.training.settings import Budget
 
 GIB = 2**30
 BUFFER, COLLECTION = "activation buffer", "activation collection"
@@ -96,6 +97,12 @@ def _on_gpu(config: TrainConfig) -> bool:
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
 
 
+def budget_of(config: TrainConfig, shape: HostShape) -> Budget:
+    """Return the budget of a run on this machine: the memory of the device that trains, whatever is free now."""
+    memory_bytes = torch.cuda.mem_get_info()[1] if _on_gpu(config) else psutil.virtual_memory().total
+    return Budget(n_layers=shape.n_layers, d_model=shape.d_model, memory_bytes=memory_bytes)
+
+
 def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     """Return the plan of a run on a host of this shape."""
     device = "cuda" if _on_gpu(config) else "cpu"
@@ -109,11 +116,11 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     activations = micro * c.n_layers * width * 4
     rows = config.rows_per_forward * config.context
     start = config.first_l0(shape.n_layers)
-    # Unless k is small, layers start dense, and full gradients are stored until their norm is known.
-    dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device] or not c.ranks
+    # Where layers start dense, full gradients are stored until their norm is known.
+    dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device]
     largest = c.n_features * width * (max(slots) + 1)
     gradients = 0 if not dense else largest if config.fused_update else n
-    entries = micro * (start if c.ranks else min(start, SPARSE_BELOW[device] * c.n_layers * c.n_features))
+    entries = micro * start
     memory = {
         "host weights": shape.n_parameters * host_weight,
         "transcoder weights": n * weight,

@@ -26,7 +26,7 @@ from crosslayer.clt.transcoder import CLT
 from crosslayer.core.files import write_json, write_text
 from crosslayer.core.progress import Update, track
 from crosslayer.data.massive import Typical
-from crosslayer.data.rows import Documents, RowStream
+from crosslayer.data.rows import RowStream
 from crosslayer.data.sources import Weighted
 from crosslayer.data.stream import Activations, collect_activations
 from crosslayer.data.units import Units
@@ -55,9 +55,9 @@ class Converted(NamedTuple):
     """Baseline fitted on the calibration tokens, if asked for."""
 
 
-def in_host_units(clt: CLT, units: Units, config: TrainConfig, host: Host, sources: Sequence[Weighted]) -> CLT:
+def in_host_units(clt: CLT, units: Units, config: TrainConfig, host: Host, rows: RowStream) -> CLT:
     """Return a JumpReLU copy, calibrated to the target L0 on training text, with the normalisation folded in."""
-    return convert(clt, units, config, host, sources, Console(quiet=True), baseline=False).clt
+    return convert(clt, units, config, host, rows, Console(quiet=True), baseline=False).clt
 
 
 def convert(
@@ -65,7 +65,7 @@ def convert(
     units: Units,
     config: TrainConfig,
     host: Host,
-    sources: Sequence[Weighted],
+    rows: RowStream,
     console: Console,
     *,
     baseline: bool = True,
@@ -73,6 +73,7 @@ def convert(
     """Calibrate to the target L0 on training text and fold the normalisation in.
 
     Args:
+        rows: training text, best such that the run has not trained on it: there the L0 is that of other text.
         console: for progress, and for a message if the host is too large for the baseline.
         baseline: fit the affine baseline on the same tokens.
     """
@@ -86,7 +87,7 @@ def convert(
 
     def batches(update: Update) -> Iterator[Tensor]:
         n_tokens = 0
-        for batch in calibration_text(config, host, sources):
+        for batch in calibration_text(config, host, rows):
             if moments:
                 moments.add(*batch)
             if calibrates:
@@ -105,10 +106,8 @@ def convert(
     return Converted(fold(converted, *units), l0_before, moments.solve() if moments else None)
 
 
-def calibration_text(config: TrainConfig, host: Host, sources: Sequence[Weighted]) -> Iterator[Activations]:
+def calibration_text(config: TrainConfig, host: Host, rows: RowStream) -> Iterator[Activations]:
     """Yield the activations of training text, at least `calibration_tokens` tokens, without massive ones."""
-    # A different order than in training, so that tokens come from all of the text.
-    rows = RowStream(host, Documents(sources, "train", config.seed + 1), config.context)
     typical, n_tokens = None, 0
     while n_tokens < config.calibration_tokens:
         x_BLD, y_BLD = collect_activations(host, rows.rows(config.rows_per_forward))

@@ -42,10 +42,11 @@ from crosslayer.training import checkpoint
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import FusedUpdate, Gradients
 from crosslayer.training.objective import SPARSE_BELOW, compute
-from crosslayer.training.plan import check_fits
+from crosslayer.training.plan import budget_of, check_fits
 from crosslayer.training.publish import convert, in_host_units, publish
-from crosslayer.training.run_folder import Log, check_same_config, refuse_unless_new, write_manifest
+from crosslayer.training.run_folder import MAY_CHANGE, Log, check_same_config, refuse_unless_new, write_manifest
 from crosslayer.training.schedule import l0_asked, learning_rate
+from crosslayer.training.settings import Choice, by_budget, print_choices
 from crosslayer.training.setup import (
     check_same_text,
     empty_state,
@@ -119,10 +120,10 @@ def _train(
     if not parallel.is_first():
         console = Console(quiet=True)
     # A resumed run keeps the precision that it started with, whatever is faster now.
-    precision = config.host_precision
+    precision, manifest, choices = config.host_precision, None, list[Choice]()
     if resume:
         manifest = read_manifest(run)
-        check_same_config(manifest.config, config.as_dict())
+        check_same_config(manifest.config, config.given())
         precision = host_precision(manifest)
     else:
         parallel.world().by_first(lambda: refuse_unless_new(run))
@@ -140,11 +141,17 @@ def _train(
         raise ConfigError(
             f"context={config.context} exceeds the context of {host.name}, {host.max_positions}; lower --context"
         )
+    if manifest is not None:
+        config = TrainConfig.from_dict(manifest.config | {k: v for k, v in config.given().items() if k in MAY_CHANGE})
+    else:
+        # Machines of several nodes may differ in memory: all take the settings of the first.
+        config, choices = parallel.world().objects(by_budget(config, budget_of(config, shape_of(host))))[0]
     check_fits(plan_of_one_rank(config, shape_of(host), mesh.data.size), config, run)
     sources = open_sources(config.text, config.column)
     held_out = held_out_rows(host, sources, config.context, config.eval_tokens)
     with _locked_by_first(run):
         trainer = Trainer(config, run, host, sources, device, console, mesh)
+        print_choices(console, choices)
         trainer.prepare(resume, step)
         trainer.run_steps(held_out)
         return trainer.finish(held_out)
@@ -405,13 +412,21 @@ class Trainer:
     def in_host_units(self) -> CLT:
         """Return the current transcoder as JumpReLU at the target L0, in the host's units."""
         assert self.state.units is not None
-        return in_host_units(self.state.clt, self.state.units, self.config, self.host, self.sources)
+        return in_host_units(self.state.clt, self.state.units, self.config, self.host, self._following_rows())
+
+    def _following_rows(self) -> RowStream:
+        """Return the text after what this run has collected, the same on every rank."""
+        world, config = self.mesh.world, self.config
+        rows = RowStream(self.host, Documents(self.sources, "train", config.seed, 0, world.size), config.context)
+        rows.cursor = world.objects(self.rows.cursor)[0]
+        return rows
 
     def finish(self, held_out: Tensor) -> Trained:
         """Convert, fold, save and evaluate the transcoder."""
         self.save()
         assert self.state.units is not None
-        converted = convert(self.state.clt, self.state.units, self.config, self.host, self.sources, self.console)
+        rows = self._following_rows()
+        converted = convert(self.state.clt, self.state.units, self.config, self.host, rows, self.console)
         evaluation = publish(
             converted,
             self.config,
