@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +44,7 @@ def test_every_setting_is_chosen_and_valid(budget: Budget, tokens: int, ranks: i
 def test_more_tokens_give_larger_batches_more_steps_and_lower_rates():
     budget = Budget(n_layers=6, d_model=192, memory_bytes=1 << 34)
     runs = [by_budget(TrainConfig(text=("x",), tokens=10**n), budget)[0] for n in range(5, 10)]
-    for less, more in zip(runs, runs[1:], strict=False):
+    for less, more in pairwise(runs):
         assert less.batch <= more.batch
         assert less.steps < more.steps
         assert less.lr > more.lr
