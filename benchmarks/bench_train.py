@@ -32,7 +32,7 @@ from torch import Tensor
 from crosslayer.clt.init import cut_for_density, initialise
 from crosslayer.clt.transcoder import CLT
 from crosslayer.training.config import Moments, TrainConfig
-from crosslayer.training.gradients import FusedUpdate, Gradients
+from crosslayer.training.gradients import FusedUpdate
 from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.optimiser import Adam
 
@@ -52,7 +52,6 @@ def ours(
     dtype: torch.dtype,
     sparse: bool | None = None,
     moments: Moments = "fp32",
-    fused: bool = False,
 ) -> Callable[[], Any]:
     """Make one of our steps, on the same batch each time.
 
@@ -78,7 +77,7 @@ def ours(
         if tau:
             clt.set_cut(tau)
         scale = lambda: min(1.0, CLIP / norm)  # noqa: E731
-        gradients = FusedUpdate(lambda p, blocks: optimiser.update(p, blocks, scale())) if fused else Gradients()
+        gradients = FusedUpdate(lambda p, blocks: optimiser.update(p, blocks, scale()))
         terms = compute(
             clt,
             x_BLD,
@@ -90,8 +89,6 @@ def ours(
             l0=l0 if clt.config.ranks else None,
         )
         norm = float(gradients.norm(clt))
-        if not fused:
-            optimiser.step(gradients, scale())
         return terms
 
     return step
@@ -230,11 +227,11 @@ def compare(activation: str, tokens: int, repeats: int) -> dict[str, float]:
     }
 
 
-def reference(device: str, tokens: int, dense: bool, moments: Moments, fused: bool) -> dict[str, Any]:
+def reference(device: str, tokens: int, dense: bool, moments: Moments) -> dict[str, Any]:
     """Measure steps at the reference's shape, at an L0 of 115 in total and of 115 per layer."""
     found = {}
     for name, l0 in (("115 in all", 115), ("115 a layer", 115 * REFERENCE[0])):
-        step = ours(REFERENCE, "jumprelu", tokens, l0, device, torch.bfloat16, not dense, moments, fused)
+        step = ours(REFERENCE, "jumprelu", tokens, l0, device, torch.bfloat16, not dense, moments)
         step()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -256,7 +253,6 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="the reference's shape; needs a large GPU")
     parser.add_argument("--dense", action="store_true", help="with --reference: the dense path")
     parser.add_argument("--moments", choices=("fp32", "8bit"), default="fp32", help="with --reference")
-    parser.add_argument("--fused-update", action="store_true", help="with --reference")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=4096, help="with --reference: tokens per step")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
@@ -269,7 +265,7 @@ def main() -> None:
     )
     rows: dict[str, Any] = {}
     if args.reference:
-        rows = reference(args.device, args.tokens, args.dense, args.moments, args.fused_update)
+        rows = reference(args.device, args.tokens, args.dense, args.moments)
     else:
         for tokens in (512,) if args.quick else (512, 4096):
             for activation in ("topk", "batchtopk", "jumprelu"):

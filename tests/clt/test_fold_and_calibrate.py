@@ -55,3 +55,13 @@ def test_calibration_reports_the_l0_of_the_trained_thresholds(activation: str):
         assert calibrated.l0_before == pytest.approx(before, rel=1e-3)
     else:
         assert calibrated.l0_before is None
+
+
+def test_trained_thresholds_that_are_close_are_kept():
+    clt, x_BLD = make("jumprelu", "all"), inputs(2000)
+    now = to_jumprelu(clt, [x_BLD], 4.0).l0_before
+    assert now is not None
+    for l0, kept in ((now * 1.04, True), (now * 1.1, False)):
+        jump = to_jumprelu(clt, [x_BLD], l0, keep_within=0.05).clt
+        close = [torch.allclose(a.double(), b, rtol=1e-6) for a, b in zip(jump.threshold, clt.threshold, strict=True)]
+        assert all(close) == kept

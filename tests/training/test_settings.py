@@ -36,7 +36,7 @@ def test_every_setting_is_chosen_and_valid(budget: Budget, tokens: int, ranks: i
     assert {c.name for c in choices} == left_open(asked) - ({"l0_per_layer"} if l0 else set())
     assert config.steps >= 1
     assert config.buffer_tokens >= config.batch
-    assert 1e-5 < config.lr <= 0.01
+    assert 1e-6 < config.lr <= 0.02
     assert config.n_features % ranks == 0
     assert by_budget(config, budget) == (config, [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -9,6 +10,9 @@ import click
 
 from crosslayer import __version__
 from crosslayer.core.errors import CrosslayerError
+
+# Threads that wait for each other give way, so that a busy machine does not slow PyTorch tenfold; read when it loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 VERBS = {
     "quickstart": "Train, evaluate and save a transcoder of the bundled model, in a few minutes.",

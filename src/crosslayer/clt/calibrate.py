@@ -33,13 +33,14 @@ class Calibrated(NamedTuple):
 
 
 @torch.no_grad()
-def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) -> Calibrated:
+def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float, keep_within: float = 0.0) -> Calibrated:
     """Return a JumpReLU copy of a transcoder with mean L0 `l0` on these inputs, summed over layers.
 
     Args:
         clt: transcoder with any activation; if features are sharded, each rank converts its own with a shared cut.
         batches: MLP inputs in the transcoder's units; about 10,000 tokens give the mean L0 within 1 %.
         l0: target L0 per token, summed over layers; with a ranking per layer, divided evenly.
+        keep_within: JumpReLU thresholds are kept if their L0 on these inputs is off by no more than this share.
     """
     c = clt.config
     if c.kind.thresholds:
@@ -66,9 +67,12 @@ def to_jumprelu(clt: CLT, batches: Iterable[Float[Tensor, "B L D"]], l0: float) 
     out.mesh = clt.mesh
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
         setattr(out, name, copy.deepcopy(getattr(clt, name)))
+    before = clt.mesh.features.total(n_active) / n_tokens if c.kind.thresholds else None
+    if before is not None and abs(before - l0) <= keep_within * l0:
+        cuts = [1.0]
     thresholds = [u * cuts[i if per_layer else 0] for i, u in enumerate(unit)]
     out.threshold = Weights(nn.Parameter(t) for t in thresholds)
-    return Calibrated(out, clt.mesh.features.total(n_active) / n_tokens if c.kind.thresholds else None)
+    return Calibrated(out, before)
 
 
 def _largest(score: Tensor, n: float) -> Tensor:

@@ -114,16 +114,17 @@ class TrainConfig:
     )
     beta1: float = setting(0.9, "Adam's beta1", "optimiser")
     beta2: float = chosen(0.0, "Adam's beta2", "optimiser")
-    clip: float = setting(1.0, "maximum global gradient norm (gradient clipping); 0: no clipping", "optimiser")
+    clip: float = setting(
+        1.0, "maximum global gradient norm, as of the previous step (gradient clipping); 0: no clipping", "optimiser"
+    )
+        1.0,
+        "maximum global gradient norm (gradient clipping, by the norm of the previous step); 0: no clipping",
+        "optimiser",
+    )
     precision: Precision = setting(
         "fp32", "precision of the weights: fp32, or bf16 with stochastic rounding", "optimiser"
     )
     moments: Moments = setting("fp32", "precision of Adam's moments: fp32, or 8bit with one scale per row", "optimiser")
-    fused_update: bool = setting(
-        False,
-        "update each layer as soon as its gradient is known; clip by the gradient norm of the previous step",
-        "optimiser",
-    )
     host_precision: HostPrecision = setting(
         "auto", "precision of the host; auto: bf16 where the device is faster with it, else fp32", "optimiser"
     )
@@ -170,11 +171,6 @@ class TrainConfig:
             raise ConfigError(f"seed={self.seed} must be below 2**63")
         if not self.model:
             raise ConfigError("model is empty; give a hub name, a local folder, or stdlib-qwen3 with --model")
-        if self.fused_update and self.accumulate > 1:
-            raise ConfigError(
-                f"fused_update applies each gradient immediately, but accumulate={self.accumulate} micro-batches must"
-                " be summed first; give --accumulate 1, or omit --fused-update"
-            )
         if self.n_features % self.feature_ranks:
             raise ConfigError(
                 f"n_features={self.n_features} cannot be divided evenly over feature_ranks={self.feature_ranks};"
@@ -225,11 +221,6 @@ class TrainConfig:
             raise ConfigError(
                 f"batch={self.batch} in accumulate={self.accumulate} micro-batches cannot be divided evenly over"
                 f" {ranks} ranks; make --batch a multiple of {self.accumulate * ranks}"
-            )
-        if self.fused_update and data_ranks > 1:
-            raise ConfigError(
-                f"fused_update applies each gradient immediately, but those of {data_ranks} data ranks must be"
-                f" averaged first; omit --fused-update, or give --feature-ranks {ranks}"
             )
         per_rank = {name: getattr(self, name) / self.feature_ranks for name in ("l0", "l0_per_layer")}
         return replace(

@@ -2,11 +2,10 @@
 
 The gradient of a weight is a sum of parts. With few active entries, a part is a sparse matrix times the gradient of
 each token, which takes a thousandth of the memory of the full matrix. It is materialised some rows at a time, in a
-buffer that fits the processor's cache: once for the norm and once for the update. So a full gradient is held only for
-dense layers.
+buffer that fits the processor's cache, once, where the optimiser uses it; the norm is measured on the way, and clips
+the next step. So a full gradient is held only for dense layers.
 
-`FusedUpdate` stores no gradients: it updates each layer as soon as its gradient is final, clipped by the gradient norm
-of the previous step.
+`FusedUpdate` stores no gradients: it updates each layer as soon as its gradient is final.
 """
 
 from __future__ import annotations
@@ -82,6 +81,7 @@ class Gradients:
 
     def __init__(self, parts: dict[Parameter, list[Part]] | None = None) -> None:
         self.parts = {} if parts is None else parts
+        self.squares: dict[Parameter, Tensor | float] = {}
 
     def add(self, p: Parameter, part: Part | Tensor) -> None:
         """Add a part, or a full gradient, which is stored and may be modified."""
@@ -113,6 +113,13 @@ class Gradients:
                 part.add_to(out, first, weights)
             yield slice(first, first + len(out)), out
 
+    def measured(self, p: Parameter) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the gradient in blocks, like `blocks`, and record its squared norm."""
+        self.squares[p] = 0.0
+        for rows, block in self.blocks(p):
+            self.squares[p] = self.squares[p] + _square(block)
+            yield rows, block
+
     def forget(self, p: Parameter) -> None:
         """Free the gradient of a parameter."""
         self.parts.pop(p, None)
@@ -133,9 +140,9 @@ class Gradients:
     def norm(self, clt: CLT) -> Float[Tensor, ""]:
         """Return the global gradient norm over all feature ranks; decoder biases and affine skip count once.
 
-        Gradients must be averaged over data ranks first.
+        Gradients must be averaged over data ranks first; those that were `measured` may be freed.
         """
-        return _norm(clt, {p: sum(_square(block) for _, block in self.blocks(p)) for p in self.parts})
+        return _norm(clt, self.squares | {p: sum(_square(b) for _, b in self.blocks(p)) for p in self.parts})
 
 
 class FusedUpdate(Gradients):
@@ -148,23 +155,12 @@ class FusedUpdate(Gradients):
     def __init__(self, update: Callable[[Parameter, Iterator[tuple[slice, Tensor]]], None]) -> None:
         super().__init__()
         self.update = update
-        self.squares: dict[Parameter, Tensor | float] = {}
 
     def final(self, parameters: Iterable[Parameter]) -> None:
         """Update these parameters, and free their gradients."""
         for p in parameters:
-            self.squares[p] = 0.0
-            self.update(p, self._measured(p))
+            self.update(p, self.measured(p))
             self.forget(p)
-
-    def norm(self, clt: CLT) -> Float[Tensor, ""]:
-        """Return the norm of all gradients of the step, which are already freed."""
-        return _norm(clt, self.squares)
-
-    def _measured(self, p: Parameter) -> Iterator[tuple[slice, Tensor]]:
-        for rows, block in self.blocks(p):
-            self.squares[p] = self.squares[p] + _square(block)
-            yield rows, block
 
 
 def _square(block: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Adam:
     def step(self, gradients: Gradients, scale: float = 1.0) -> None:
         """Update every parameter with its gradient times `scale`; frees the gradients."""
         for p in self._number:
-            self.update(p, gradients.blocks(p), scale)
+            self.update(p, gradients.measured(p), scale)
             gradients.forget(p)
 
     @torch.no_grad()

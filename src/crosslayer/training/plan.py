@@ -119,7 +119,7 @@ def make_plan(config: TrainConfig, shape: HostShape) -> Plan:
     # Where layers start dense, full gradients are stored until their norm is known.
     dense = start / (c.n_layers * c.n_features) >= SPARSE_BELOW[device]
     largest = c.n_features * width * (max(slots) + 1)
-    gradients = 0 if not dense else largest if config.fused_update else n
+    gradients = 0 if not dense else largest if config.accumulate == 1 else n
     entries = micro * start
     memory = {
         "host weights": shape.n_parameters * host_weight,
@@ -174,7 +174,7 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
             "features of a micro-batch": "lower --batch or raise --accumulate",
             "reconstructions": "lower --batch or raise --accumulate",
             "host weights": "use --host-precision bf16",
-            "gradients": "use --fused-update, or lower --n-features",
+            "gradients": "lower --n-features",
             "Adam moments": (
                 "use --moments 8bit, or lower --n-features" if config.moments == "fp32" else "lower --n-features"
             ),

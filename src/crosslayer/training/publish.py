@@ -44,6 +44,11 @@ LAST = 0.05
 """Share of the log, at its end, over which the L0 in training is averaged."""
 
 
+KEEP = 0.05
+"""Trained thresholds are kept if the L0 on the calibration text is within this share of the target: the mean L0 of a
+hundred documents is not known better, and the end of the training run is a larger sample."""
+
+
 class Converted(NamedTuple):
     """A trained transcoder in the form that is saved, and what its calibration measured."""
 
@@ -98,7 +103,7 @@ def convert(
     l0_before = None
     with track(console, "calibrate", config.calibration_tokens) as update:
         if calibrates:
-            converted, l0_before = to_jumprelu(clt, batches(update), config.target_l0(host.n_layers))
+            converted, l0_before = to_jumprelu(clt, batches(update), config.target_l0(host.n_layers), KEEP)
         else:
             converted = copy.deepcopy(clt)
             if moments:

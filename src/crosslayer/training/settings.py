@@ -3,7 +3,7 @@
 One pure function from (layers, width, tokens, memory) to all settings that are left at 0. It is fitted to the sweeps in
 `docs/log.md` (`benchmarks/sweep_settings.py`): four hosts of 3 to 6 layers and widths of 64 to 192, 100,000 to
 1,000,000 tokens. In short: the number of steps decides. The best batch grows more slowly than the number of tokens, and
-the best learning rate falls with the square root of the number of steps and, more slowly, with the width.
+the best learning rate falls with the square root of the number of steps and, a little faster, with that of the width.
 """
 
 from __future__ import annotations
@@ -121,5 +121,5 @@ def _batch(tokens: int, accumulate: int, ranks: int) -> int:
 
 def _learning_rate(steps: int, d_model: int) -> float:
     """Return the learning rate: 0.0055 for 1,500 steps at width 192."""
-    best = 0.0055 * (1500 / steps) ** 0.45 * (192 / d_model) ** 0.4
-    return float(f"{min(best, 0.01):.2g}")
+    best = 0.0055 * (1500 / steps) ** 0.45 * (192 / d_model) ** 0.6
+    return float(f"{min(best, 0.02):.2g}")

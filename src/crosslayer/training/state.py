@@ -38,7 +38,7 @@ class TrainState:
         clt: the features of this rank, in training units.
         inactive_LF: tokens since the last activation of each feature.
         density_L: density of each layer's entries in the previous step.
-        last_norm: gradient norm of the previous step; fused updates are clipped by it.
+        last_norm: gradient norm of the previous step, which clips the next.
         units, typical: normalisation, and median norms that decide which tokens are left out; set before the first
             step.
         train_s, collect_s: seconds of training in total, and of activation collection.

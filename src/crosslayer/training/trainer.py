@@ -276,7 +276,9 @@ class Trainer:
             group["lr"] = config.lr * learning_rate((state.step + 1) / (steps + 1), config.warmup, config.decay)
         dead_LF = state.inactive_LF >= config.dead_after
         sparse_L = [density < SPARSE_BELOW[torch.device(self.device).type] for density in state.density_L]
-        gradients = FusedUpdate(self._update) if config.fused_update else Gradients()
+        # Gradients that need no sum over micro-batches or ranks are applied as soon as they are known.
+        fused = config.accumulate == 1 and self.mesh.data.size == 1
+        gradients = FusedUpdate(self._update) if fused else Gradients()
         fired_LF = torch.zeros_like(state.inactive_LF)
         sums, micro = torch.zeros(len(METRICS), dtype=torch.float64), config.batch // config.accumulate
         layers_2L, above = torch.zeros(2, self.host.n_layers, dtype=torch.float64), 0.0
@@ -323,10 +325,9 @@ class Trainer:
                 f" step with --resume {self.run} --step"
             )
         gradients.average(data)
-        if config.clip:
-            state.last_norm = metrics["gradient_norm"] = float(gradients.norm(clt))
-        if not config.fused_update:
+        if not fused:
             state.optimiser.step(gradients, self._scale())
+        state.last_norm = metrics["gradient_norm"] = float(gradients.norm(clt))
         del gradients
         data.sum_(fired_LF)
         state.inactive_LF = torch.where(fired_LF > 0, 0, state.inactive_LF + config.batch)
@@ -344,11 +345,11 @@ class Trainer:
         return l0_asked(step / config.steps, config.first_l0(self.host.n_layers), self.target, config.l0_ramp)
 
     def _update(self, p: Parameter, blocks: Iterator[tuple[slice, Tensor]]) -> None:
-        """Update one parameter during the step (fused update)."""
+        """Update one parameter during the step."""
         self.state.optimiser.update(p, blocks, self._scale())
 
     def _scale(self) -> float:
-        """Return the factor that clips gradients to the maximum norm."""
+        """Return the factor that clips gradients to the maximum norm, by the norm of the previous step."""
         return (
             min(1.0, self.config.clip / (self.state.last_norm + 1e-6))
             if self.config.clip and self.state.last_norm
@@ -379,7 +380,7 @@ class Trainer:
             "l0_per_layer": means["l0"] / self.host.n_layers,
             **{k: means[k] for k in ("l0_asked", "lambda", "tau", "dead_share")},
             "massive_share": float(counts[1] / counts[0]),
-            "gradient_norm": means.get("gradient_norm"),
+            "gradient_norm": means["gradient_norm"],
             "lr": state.optimiser.param_groups[0]["lr"],
             "train_s": round(state.train_s, 3),
             "collect_s": round(state.collect_s, 3),

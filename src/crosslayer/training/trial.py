@@ -88,8 +88,6 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
                 l0=asked if clt.config.ranks else None,
             )
             pass_s, _ = _timed(one_pass, device)
-            if config.clip:
-                pass_s += _timed(partial(gradients.norm, clt), device)[0]
             update_s, _ = _timed(partial(optimiser.step, gradients), device)
         passes.append(pass_s)
         updates.append(update_s)
