@@ -5,8 +5,9 @@
 
 All methods train on the same activations in memory, on the same machine, for the same seconds, in turns of a tenth of
 them; measurements are not counted. All are measured on the same held-out tokens after conversion to JumpReLU; one
-factor on the thresholds gives all of them the same L0 on these tokens. Schedules (learning rate, L0, penalty) follow the clock, so each run ends with its schedule. Ours has the
-settings by budget for the tokens that it can train in these seconds.
+factor on the thresholds gives all of them the same L0 on these tokens. Schedules (learning rate, L0, penalty) follow
+the clock, so each run ends with its schedule. Ours has the settings by budget for the tokens that it can train in these
+seconds.
 
 The plain trainers are written as published, with dense products, `torch.optim.Adam`, and one scale per layer as
 normalisation. Both start from Anthropic's initial weights, clip gradients to norm 1 and decay the learning rate over
