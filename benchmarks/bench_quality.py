@@ -347,9 +347,8 @@ def print_table(host: str, result: dict[str, Any]) -> None:
     runs = result["runs"]
     names = best_of_each(runs)
     print(f"\n{host}, {result['text']}, L0 {result['l0']:g} in total, medians over {len(runs['ours'])} seeds\n")
-    print(
-        "| seconds | " + " | ".join(f"FVU: {n}" for n in names) + " | " + " | ".join(f"ours / {n}" for n in names[1:])
-    )
+    heads = ["seconds", *(f"FVU: {n}" for n in names), *(f"ours / {n}" for n in names[1:])]
+    print("| " + " | ".join(heads) + " |")
     print("|---" * (2 * len(names)) + "|")
     for point in range(POINTS):
         fvu = {n: [run["series"][point]["fvu"] for run in runs[n]] for n in names}
@@ -365,7 +364,7 @@ def print_table(host: str, result: dict[str, Any]) -> None:
         cells = (
             f"{at_end(each, 'seconds'):.1f} | {at_end(each, 'tokens'):,.0f} | {fvu:.4f} |"
             f" {at_end(each, 'l0_per_layer'):.2f} | {at_end(each, 'dead'):.1%} | {recovered:.3f} |"
-            f" {median(reached):.1f} s"
+            f" {f'{median(reached):.1f} s' if median(reached) < math.inf else 'never'}"
         )
         print(f"| {n} | {cells} |")
 
