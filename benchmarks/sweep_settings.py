@@ -21,6 +21,7 @@ import torch
 
 from crosslayer.clt.calibrate import to_jumprelu
 from crosslayer.clt.init import cut_for_density, initialise
+from crosslayer.clt.transcoder import CLT
 from crosslayer.data.rows import Documents, RowStream, held_out_rows
 from crosslayer.data.sources import open_sources
 from crosslayer.data.stream import Activations, collect_activations
@@ -116,12 +117,19 @@ def usual(a: Activations) -> Activations:
 
 
 @torch.no_grad()
-def held_out_measures(sweep: Sweep, data: Data) -> dict[str, float]:
-    units = data.units
-    clt = sweep.state.clt
+def calibrated(clt: CLT, data: Data, target: float) -> CLT:
+    """Return a JumpReLU copy with the target L0 on training text."""
+    return to_jumprelu(clt, (data.units.inputs(x) for x in data.train.x_BLD[:16384].split(2048)), target).clt
+
+
+@torch.no_grad()
+def held_out_measures(clt: CLT, data: Data, target: float) -> dict[str, float]:
+    """Measure a transcoder in training units on held-out text, calibrated to the target L0."""
+    n_layers, units = clt.config.n_layers, data.units
     before = clt.encode_sparse(units.inputs(data.held_out.x_BLD[:2048])) if clt.config.kind.thresholds else None
-    clt = to_jumprelu(clt, (units.inputs(x) for x in data.train.x_BLD[:16384].split(2048)), sweep.target).clt
-    fit, fired = Reconstruction(sweep.host.n_layers, sweep.host.d_model), torch.zeros_like(sweep.state.inactive_LF)
+    clt = calibrated(clt, data, target)
+    fit = Reconstruction(n_layers, clt.config.d_model)
+    fired = torch.zeros(n_layers, clt.config.n_features, dtype=torch.int64, device=clt.device)
     for x, y in zip(data.held_out.x_BLD.split(2048), data.held_out.y_BLD.split(2048), strict=True):
         x_BLD = units.inputs(x)
         active = clt.encode_sparse(x_BLD)
@@ -129,8 +137,8 @@ def held_out_measures(sweep: Sweep, data: Data) -> dict[str, float]:
         fired += torch.stack([a.count() for a in active])
     return {
         "fvu": fit.fvu(),
-        "l0_per_layer": float(fired.sum()) / fit.n_tokens / sweep.host.n_layers,
-        "l0_uncalibrated": sum(len(a.value_K) for a in before) / 2048 / sweep.host.n_layers if before else 0.0,
+        "l0_per_layer": float(fired.sum()) / fit.n_tokens / n_layers,
+        "l0_uncalibrated": sum(len(a.value_K) for a in before) / before[0].shape[0] / n_layers if before else 0.0,
         "dead": float((fired == 0).double().mean()),
     }
 
@@ -148,7 +156,7 @@ def run(
             l0.append(metrics["l0"] / host.n_layers)
             fvu.append(metrics["reconstruction"] / metrics["variance"])
     return {
-        **held_out_measures(sweep, data),
+        **held_out_measures(sweep.state.clt, data, sweep.target),
         "train_fvu": sum(fvu) / len(fvu),
         "l0_in_training": sum(l0) / len(l0),
         "train_s": time.perf_counter() - began,

@@ -164,16 +164,17 @@ def sampled_products(
 
 
 def _compressed(start: Tensor, column_K: Tensor, value_K: Tensor, shape: tuple[int, int]) -> Tensor:
-    _silence_beta_warning()
+    _silence_warnings()
     return torch.sparse_csr_tensor(start, column_K, value_K, shape, check_invariants=False)
 
 
 @cache
-def _silence_beta_warning() -> None:
-    """Silence PyTorch's warning, printed once, that CSR tensors are in beta."""
+def _silence_warnings() -> None:
+    """Silence what PyTorch warns of once: CSR tensors are in beta and, in 2.11 despite the argument, unchecked."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse")
-        torch.eye(1).to_sparse_csr()
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant checks are implicitly disabled)")
+        none = torch.zeros(0, dtype=torch.int64)
+        torch.sparse_csr_tensor(F.pad(none, (2, 0)), none, none.float(), (1, 1), check_invariants=False)
 
 
 class _SparsePre(torch.autograd.Function):

@@ -8,6 +8,9 @@
 Sums are float32 (float64 for float64), whatever the dtype of the weights. No kernel uses floating-point atomics, so
 results are deterministic. Triton comes with PyTorch's CUDA builds; its interpreter (TRITON_INTERPRET=1) runs the
 kernels on CPU.
+
+Kernels are marked `@no_type_check`: Triton cannot compile a function that a run-time type checker has wrapped. Triton
+passes Python floats as float32 unless they are annotated as `tl.float64`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -57,18 +59,19 @@ def adam(
 
 
 @triton.jit
+@no_type_check
 def _adam(
     weight,
     grad,
     mean,
     square,
     n,
-    rate,
-    correction,
-    beta1,
-    beta2,
-    eps,
-    scale,
+    rate: tl.float64,
+    correction: tl.float64,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    eps: tl.float64,
+    scale: tl.float64,
     seed,
     first,
     WIDE: tl.constexpr,
@@ -77,14 +80,15 @@ def _adam(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
-    g = tl.load(grad + i, mask=here, other=0.0).to(WIDE) * scale
+    g = tl.load(grad + i, mask=here, other=0.0).to(WIDE) * tl.full((), scale, WIDE)
     m = tl.load(mean + i, mask=here, other=0.0)
     v = tl.load(square + i, mask=here, other=0.0)
-    m += (g - m) * (1 - beta1)
-    v = v * beta2 + g * g * (1 - beta2)
+    m += (g - m) * tl.full((), 1 - beta1, WIDE)
+    v = v * tl.full((), beta2, WIDE) + g * g * tl.full((), 1 - beta2, WIDE)
     tl.store(mean + i, m, mask=here)
     tl.store(square + i, v, mask=here)
-    new = tl.load(weight + i, mask=here, other=0.0).to(WIDE) - rate * m / (tl.sqrt(v * correction) + eps)
+    step = tl.full((), rate, WIDE) * m / (tl.sqrt(v * tl.full((), correction, WIDE)) + tl.full((), eps, WIDE))
+    new = tl.load(weight + i, mask=here, other=0.0).to(WIDE) - step
     if ROUND:
         noise = (tl.randint(seed, (first + i).to(tl.int32)) & 0xFFFF).to(tl.int32)
         bits = (new.to(tl.int32, bitcast=True) + noise) & -65536

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -56,6 +58,7 @@ def encode_above(
 
 
 @triton.jit
+@no_type_check
 def _encode_above(
     place,
     z_out,

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,7 @@ def add_rows(
 
 
 @triton.jit
+@no_type_check
 def _add_rows(out, start, row, scale, rows, width, out_stride, rows_stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     x = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -76,6 +79,7 @@ def sampled_products(
 
 
 @triton.jit
+@no_type_check
 def _sampled_products(
     out,
     a,
