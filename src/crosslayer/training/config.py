@@ -117,10 +117,6 @@ class TrainConfig:
     clip: float = setting(
         1.0, "maximum global gradient norm, as of the previous step (gradient clipping); 0: no clipping", "optimiser"
     )
-        1.0,
-        "maximum global gradient norm (gradient clipping, by the norm of the previous step); 0: no clipping",
-        "optimiser",
-    )
     precision: Precision = setting(
         "fp32", "precision of the weights: fp32, or bf16 with stochastic rounding", "optimiser"
     )
