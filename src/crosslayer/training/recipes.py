@@ -14,7 +14,7 @@ from crosslayer.training.config import TrainConfig
 
 def stdlib() -> TrainConfig:
     """Return the settings of the quickstart: the bundled host, two minutes on two cores."""
-    return TrainConfig(model="stdlib-qwen3", text=("stdlib",), tokens=1_000_000)
+    return TrainConfig(model="stdlib-qwen3", text=("stdlib",), tokens=500_000)
 
 
 def gpt2_32k() -> TrainConfig:

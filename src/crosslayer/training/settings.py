@@ -76,7 +76,7 @@ def by_budget(given: TrainConfig, budget: Budget) -> tuple[TrainConfig, list[Cho
     steps = tokens // batch
     choose("lr", _learning_rate(steps, budget.d_model), f"for {steps:,} steps at width {budget.d_model}")
     choose("beta2", max(0.98, min(0.999, round(1 - 30 / steps, 4))), "a memory of a thirtieth of the run")
-    choose("dead_after", max(10_000, min(10_000_000, tokens // 10)), "a tenth of the run")
+    choose("dead_after", max(10_000, min(10_000_000, tokens // 20)), "a twentieth of the run")
     token_bytes = 2 * 2 * budget.n_layers * budget.d_model
     buffer = min(tokens // 10, 1_000_000, budget.memory_bytes // 8 // token_bytes)
     choose("buffer_tokens", max(buffer, 2 * batch), "a tenth of the run, within an eighth of the memory")
