@@ -18,6 +18,9 @@ from rich.console import Console
 import crosslayer as xl
 from crosslayer.schemas.evaluation import Evaluation
 from crosslayer.schemas.run import RunManifest
+from crosslayer.training.plan import budget_of
+from crosslayer.training.settings import by_budget
+from crosslayer.training.setup import shape_of
 
 
 def equal_parameters(clt: xl.CLTConfig) -> int:
@@ -40,7 +43,9 @@ def main() -> None:
     recipe = xl.RECIPES["stdlib"]()
     if args.tokens:
         recipe = replace(recipe, tokens=args.tokens)
-    n_plt = equal_parameters(replace(recipe.clt(host.n_layers, host.d_model), activation="jumprelu", k=None))
+    # Both with the settings that the budget gives the CLT.
+    recipe, _ = by_budget(recipe, budget_of(recipe, shape_of(host)))
+    n_plt = equal_parameters(recipe.clt(host.n_layers, host.d_model))
     kinds = {"CLT": recipe, "PLT": replace(recipe, cross_layer=False, n_features=n_plt)}
     found: dict[str, list[Evaluation]] = {kind: [] for kind in kinds}
     parameters: dict[str, int] = {}
