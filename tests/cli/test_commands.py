@@ -243,3 +243,12 @@ def test_ctrl_c_saves_and_the_run_resumes(host_folder: Path, text_folder: Path, 
     refused = crosslayer("train", "--resume", tmp_path / "run", "--lr", "0.5")
     assert refused.returncode == 2
     assert "started with lr=" in refused.stderr
+
+
+def test_waiting_threads_give_way_unless_the_environment_decides():
+    """A busy machine slows PyTorch tenfold if its threads spin while they wait."""
+    code = "import os, crosslayer.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, policy in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == policy
