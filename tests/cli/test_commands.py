@@ -247,8 +247,9 @@ def test_ctrl_c_saves_and_the_run_resumes(host_folder: Path, text_folder: Path, 
 
 def test_waiting_threads_give_way_unless_the_environment_decides():
     """A busy machine slows PyTorch tenfold if its threads spin while they wait."""
-    code = "import os, crosslayer.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, policy in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == policy
+    code = "import os, crosslayer.cli.main; print(os.environ.get('GOMP_SPINCOUNT'))"
+    for given, spins in (({}, "20000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        cleared = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=cleared | given, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == spins

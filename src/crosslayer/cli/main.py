@@ -11,8 +11,10 @@ import click
 from crosslayer import __version__
 from crosslayer.core.errors import CrosslayerError
 
-# Threads that wait for each other give way, so that a busy machine does not slow PyTorch tenfold; read when it loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait for each other soon give way, so that a busy machine does not slow PyTorch tenfold. OpenMP reads this
+# when PyTorch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 VERBS = {
     "quickstart": "Train, evaluate and save a transcoder of the bundled model, in a few minutes.",

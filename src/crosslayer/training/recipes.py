@@ -13,8 +13,8 @@ from crosslayer.training.config import TrainConfig
 
 
 def stdlib() -> TrainConfig:
-    """Return the settings of the quickstart: the bundled host, two minutes on two cores."""
-    return TrainConfig(model="stdlib-qwen3", text=("stdlib",), tokens=500_000)
+    """Return the settings of the quickstart: the bundled host, four minutes on two cores."""
+    return TrainConfig(model="stdlib-qwen3", text=("stdlib",), tokens=1_000_000)
 
 
 def gpt2_32k() -> TrainConfig:
