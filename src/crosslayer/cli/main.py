@@ -11,8 +11,8 @@ import click
 from crosslayer import __version__
 from crosslayer.core.errors import CrosslayerError
 
-# Threads that wait for each other soon give way, so that a busy machine does not slow PyTorch tenfold. OpenMP reads this
-# when PyTorch is imported.
+# Threads that wait for each other soon give way, so that a busy machine does not slow PyTorch tenfold. OpenMP reads
+# this when PyTorch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
