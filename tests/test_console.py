@@ -57,7 +57,7 @@ def test_help_of_train_gives_the_defaults_of_the_settings():
             continue
         shown = f"{f.default:,}" if isinstance(f.default, int) else str(f.default)
         shown = "by budget" if f.metadata.get("by_budget") else shown
-        start = text.index(f"--{f.name.replace('_', '-')} ")
+        start = text.rindex(f"--{f.name.replace('_', '-')} ")
         assert f"[default: {shown}]" in text[start : start + 400], f.name
 
 

@@ -21,7 +21,7 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
     """Train a cross-layer transcoder.
 
     \b
-    crosslayer train --model PATH --text PATH --l0-per-layer 8 -o runs/mine
+    crosslayer train --model PATH --text PATH -o runs/mine
     crosslayer train --recipe stdlib -o runs/mine
     crosslayer train --resume runs/mine
     torchrun --nproc-per-node 8 -m crosslayer train --recipe gpt2-32k -o runs/gpt2
