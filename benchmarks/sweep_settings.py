@@ -22,6 +22,7 @@ import torch
 from crosslayer.clt.calibrate import to_jumprelu
 from crosslayer.clt.init import cut_for_density, initialise
 from crosslayer.clt.transcoder import CLT
+from crosslayer.data.massive import Typical
 from crosslayer.data.rows import Documents, RowStream, held_out_rows
 from crosslayer.data.sources import open_sources
 from crosslayer.data.stream import Activations, collect_activations
@@ -108,12 +109,11 @@ def load(host: Host, text: tuple[str, ...], n_tokens: int, device: str) -> Data:
 
 
 def usual(a: Activations) -> Activations:
-    """Leave out tokens with massive activations: a norm over ten times the median of a layer."""
-    keep = torch.ones(len(a.x_BLD), dtype=torch.bool, device=a.x_BLD.device)
-    for t in a:
-        norm_BL = torch.cat([part.float().norm(dim=2) for part in t.split(8192)])
-        keep &= (norm_BL <= 10 * norm_BL.median(0).values).all(1)
-    return Activations(a.x_BLD[keep], a.y_BLD[keep])
+    """Leave out tokens with massive activations."""
+    parts = list(zip(a.x_BLD.split(8192), a.y_BLD.split(8192), strict=True))
+    typical = Typical.of(parts)
+    usual_B = torch.cat([~typical.massive(x_BLD, y_BLD) for x_BLD, y_BLD in parts])
+    return Activations(a.x_BLD[usual_B], a.y_BLD[usual_B])
 
 
 @torch.no_grad()

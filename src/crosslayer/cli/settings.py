@@ -41,13 +41,8 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         elif f.name == "text":
             option = click.option(flag, f.name, multiple=True, metavar="SOURCE", help=text)
         else:
-            kinds = (
-                [k for k in get_args(hint) if k is not type(None)]
-                if get_origin(hint) not in (None, Literal)
-                else [hint]
-            )
-            choices = f.metadata["choices"] or (get_args(kinds[0]) if get_origin(kinds[0]) is Literal else None)
-            kind = click.Choice(choices) if choices else kinds[0]
+            choices = f.metadata["choices"] or (get_args(hint) if get_origin(hint) is Literal else None)
+            kind = click.Choice(choices) if choices else hint
             # Not passed as the option's default: a given value must be distinguishable from the default, for recipes.
             value = f"{f.default:,}" if hint is int else f.default
             value = "by budget" if f.metadata.get("by_budget") else value

@@ -29,17 +29,13 @@ def command(out: Path | None, resume: Path | None, step: int | None, recipe: str
     from crosslayer import parallel
     from crosslayer.eval.report import print_table
     from crosslayer.schemas.run import read_manifest
-    from crosslayer.training.config import TrainConfig
-    from crosslayer.training.run_folder import MAY_CHANGE, check_same_config
+    from crosslayer.training.run_folder import resumed_config
     from crosslayer.training.trainer import train
 
     if (out is None) == (resume is None):
         raise ConfigError("give --out for a new run, or --resume for an existing one")
     if resume is not None:
-        saved = read_manifest(resume).config
-        given = given_flags(flags)
-        check_same_config(saved, given)
-        config = TrainConfig.from_dict(saved | {k: v for k, v in given.items() if k in MAY_CHANGE})
+        config = resumed_config(read_manifest(resume).config, given_flags(flags))
     else:
         if step is not None:
             raise ConfigError(f"--step={step} needs --resume; omit it for a new run")

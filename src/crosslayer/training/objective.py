@@ -150,7 +150,7 @@ def compute(
 
     # Forward.
     residual_BLD = torch.zeros(y_BLD.shape, dtype=torch.promote_types(clt.dtype, torch.float32), device=y_BLD.device)
-    fired_L, above = list[Tensor](), 0.0
+    fired_L, above_L = list[Tensor](), list[Tensor]()
     for i, x_BD in enumerate(x_LBD):
         here = together[i] if together else clt.find_layer(x_BD, i, k) if sparse_L[i] or c.ranks else None
         points_L.append(Points(here, n_tokens, c.n_features) if here else None)
@@ -158,7 +158,7 @@ def compute(
         clt.add_written(clt.columns(residual_BLD, i), features.active(), i)
         fired_L.append(features.fired())
         if c.kind.thresholds:
-            above += float((features.f > features.of(clt.threshold[i] * math.exp(STEP))).sum())
+            above_L.append((features.f > features.of(clt.threshold[i] * math.exp(STEP))).sum())
         del features
     clt.mesh.features.sum_(residual_BLD)
     residual_BLD += torch.stack(list(clt.b_dec))
@@ -195,7 +195,9 @@ def compute(
         into.final(p for name, p in clt.named_parameters() if name.endswith(f".{i}") and p.requires_grad)
 
     fit = error_L.sum()
-    return Terms(fit + penalty * sparsity + revival, fit, error_L, sparsity, revival, torch.stack(fired_L), above)
+    return Terms(
+        fit + penalty * sparsity + revival, fit, error_L, sparsity, revival, torch.stack(fired_L), float(sum(above_L))
+    )
 
 
 def _as_points_or_matrix(clt: CLT, x_BD: Tensor, layer: int, points: Points | None, sparse: bool) -> Points | Matrix:

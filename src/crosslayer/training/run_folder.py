@@ -35,6 +35,16 @@ def write_manifest(folder: Path, manifest: RunManifest) -> None:
     write_json(folder / "run.json", manifest.model_dump())
 
 
+def resumed_config(saved: dict[str, Any], asked: dict[str, Any]) -> TrainConfig:
+    """Return the saved config of a run with those asked settings that may change.
+
+    Raises:
+        RunError: naming the first setting that differs and may not.
+    """
+    check_same_config(saved, asked)
+    return TrainConfig.from_dict(saved | {name: value for name, value in asked.items() if name in MAY_CHANGE})
+
+
 def check_same_config(saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuse to resume a run with other settings; saved settings may have old names, or lack newer ones.
 

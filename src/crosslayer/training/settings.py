@@ -61,16 +61,12 @@ def by_budget(given: TrainConfig, budget: Budget) -> tuple[TrainConfig, list[Cho
         if not getattr(given, name):
             choices.append(Choice(name, value, reason))
 
-    def now(name: str) -> Any:
-        return getattr(given, name) or next(c.value for c in choices if c.name == name)
-
     tokens = given.tokens
     if not given.l0 and not given.l0_per_layer:
         choose("l0_per_layer", L0_PER_LAYER, "the usual sparsity")
-    multiple, why = _features(given, budget)
-    choose("n_features", multiple, why)
-    choose("batch", _batch(tokens, given.accumulate, given.feature_ranks), f"for {tokens:,} tokens")
-    batch = now("batch")
+    choose("n_features", *_features(given, budget))
+    batch = given.batch or _batch(tokens, given.accumulate, given.feature_ranks)
+    choose("batch", batch, f"for {tokens:,} tokens")
     if batch > tokens:
         raise ConfigError(f"batch={batch} exceeds tokens={tokens}; lower --batch or raise --tokens")
     steps = tokens // batch

@@ -44,7 +44,7 @@ from crosslayer.training.gradients import FusedUpdate, Gradients
 from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.plan import budget_of, check_fits
 from crosslayer.training.publish import convert, in_host_units, publish
-from crosslayer.training.run_folder import MAY_CHANGE, Log, check_same_config, refuse_unless_new, write_manifest
+from crosslayer.training.run_folder import Log, refuse_unless_new, resumed_config, write_manifest
 from crosslayer.training.schedule import l0_asked, learning_rate
 from crosslayer.training.settings import Choice, by_budget, print_choices
 from crosslayer.training.setup import (
@@ -120,10 +120,10 @@ def _train(
     if not parallel.is_first():
         console = Console(quiet=True)
     # A resumed run keeps the precision that it started with, whatever is faster now.
-    precision, manifest, choices = config.host_precision, None, list[Choice]()
+    precision, choices = config.host_precision, list[Choice]()
     if resume:
         manifest = read_manifest(run)
-        check_same_config(manifest.config, config.given())
+        config = resumed_config(manifest.config, config.given())
         precision = host_precision(manifest)
     else:
         parallel.world().by_first(lambda: refuse_unless_new(run))
@@ -141,9 +141,7 @@ def _train(
         raise ConfigError(
             f"context={config.context} exceeds the context of {host.name}, {host.max_positions}; lower --context"
         )
-    if manifest is not None:
-        config = TrainConfig.from_dict(manifest.config | {k: v for k, v in config.given().items() if k in MAY_CHANGE})
-    else:
+    if not resume:
         # Machines of several nodes may differ in memory: all take the settings of the first.
         config, choices = parallel.world().objects(by_budget(config, budget_of(config, shape_of(host))))[0]
     check_fits(plan_of_one_rank(config, shape_of(host), mesh.data.size), config, run)
