@@ -21,7 +21,7 @@ from torch import Tensor
 
 ENTRIES_AT_ONCE = 1 << 18
 """Entries whose rows are gathered at once if there is no sampled product."""
-NUMBERS_AT_ONCE = 1 << 20
+NUMBERS_AT_ONCE = 1 << 22
 """Elements of a matrix that are copied at once."""
 
 
