@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 import torch
@@ -44,15 +46,22 @@ def test_edge_is_the_effect_with_everything_else_held(family: str, skip: bool):
 
 @pytest.mark.parametrize("family", list(tiny.CONFIGS))
 def test_no_change_is_bitwise_identical(family: str):
+    """Also with edits that are not empty: active features keep their activation, silent ones stay silent."""
     pair = make_pair(family)
-    same = Intervention(layer=1, index=3, scale=1.0)
-    inactive = Intervention(layer=0, index=0, set=0.0, positions=2)
-    f = xl.attribute(*pair, TOKENS).arrays
-    assert not ((f.layer_F == 0) & (f.index_F == 0) & (f.position_F == 2)).any() or family != "qwen3"
-    sets = [[], [same]] + ([[inactive]] if family == "qwen3" else [])
+    a = xl.attribute(*pair, TOKENS).arrays
+    active = [(int(a.layer_F[n]), int(a.index_F[n])) for n in np.flatnonzero(a.position_F == 2)[:4]]
+    silent = next(i for i in range(40) if not ((a.layer_F == 1) & (a.index_F == i)).any())
+    sets = [
+        [],
+        [Intervention(layer=layer, index=index, scale=1.0) for layer, index in active],
+        [Intervention(layer=1, index=silent, scale=0.0)],
+        [Intervention(layer=1, index=silent, set=0.0)],
+    ]
+    assert len(active) == 4
     for one in sets:
         r = xl.intervene(*pair, TOKENS, one)
         torch.testing.assert_close(r.after_BTV[0], r.before_TV, rtol=0, atol=0)
+        assert r.changes == [[0.0] * len(one)]
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -83,28 +92,68 @@ def test_positions_restrict_the_intervention(pair: Pair):
         torch.testing.assert_close(other.after_BTV, last[0].after_BTV)
 
 
+def from_the_start(pair: Pair, tokens: list[int], edits: list[Intervention], mlps: str, hold: Collection[int]) -> int:
+    """The next token of a whole text, without a cache and with dense features; the prompt is the first of it."""
+    host, clt = pair
+    n = len(TOKENS)
+    prompt = host.tap(torch.tensor([TOKENS]))
+    pending = torch.zeros(tiny.N_LAYERS, len(tokens), tiny.D_MODEL)
+
+    def visit(layer: int, x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
+        f_TF, was_TF = clt.encode_layer(x_BTD[0], layer), clt.encode_layer(prompt.x_BTLD[0, :, layer], layer)
+        change_TF, out_TD = torch.zeros_like(f_TF), y_BTD[0].clone()
+        if mlps == "replaced":
+            change_TF[1:] = f_TF[1:]
+            change_TF[1:n] -= was_TF[1:]
+            out_TD[n:] = clt.b_dec[layer]
+        if mlps == "replaced" or layer in hold:
+            out_TD[1:n] = prompt.y_BTLD[0, 1:, layer]
+        now_TF = f_TF.clone()
+        if layer in hold:
+            change_TF[:n], now_TF[:n] = 0, was_TF
+        for i in edits:
+            if i.layer == layer:
+                change_TF[i.positions, i.index] += i.set - now_TF[i.positions, i.index]
+        for slot, W_FD in enumerate(clt.W_dec[layer].unbind(1)):
+            pending[layer + slot] += change_TF @ W_FD
+        return (out_TD + pending[layer])[None]
+
+    logits = host.run(torch.tensor([tokens]), visit)
+    assert logits is not None
+    return int(logits[0, -1].argmax())
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("mlps", ["host", "replaced"])
-def test_open_positions_include_generated_tokens(family: str, mlps: str):
-    """Compare with generation without a cache, from the whole text at every step."""
+@pytest.mark.parametrize("hold", [(), (1,), ALL])
+def test_generated_tokens_equal_those_without_a_cache(family: str, mlps: str, hold: Collection[int]):
+    """Open positions include generated tokens; layers are held at the prompt only."""
     pair = make_pair(family)
-    forever = [Intervention(layer=0, index=i, set=4.0, positions=slice(3, None)) for i in (1, 2, 5)]
-    r = xl.intervene(*pair, TOKENS, forever, generate=5, mlps=mlps)
-    if mlps == "host":
+    edits = [Intervention(layer=i % 2, index=i, set=4.0, positions=slice(3, None)) for i in (1, 2, 5)]
+    for some in (edits, []):
+        r = xl.intervene(*pair, TOKENS, some, generate=6, mlps=mlps, hold=hold)
         tokens = list(TOKENS)
-        for _ in range(5):
-            again = xl.intervene(*pair, tokens, forever)
-            tokens.append(int(again.after_BTV[0, -1].argmax()))
+        for _ in range(6):
+            tokens.append(from_the_start(pair, tokens, some, mlps, hold))
         assert r.generated[0] == tokens[len(TOKENS) :]
-        only = [Intervention(layer=i.layer, index=i.index, set=4.0, positions=slice(3, len(TOKENS))) for i in forever]
-        closed = xl.intervene(*pair, TOKENS, only, generate=5)
-        assert closed.generated[0][0] == r.generated[0][0]
-    tokens = list(TOKENS)
-    for _ in range(5):
-        logits = pair.host.run(torch.tensor([tokens]))
-        assert logits is not None
-        tokens.append(int(logits[0, -1].argmax()))
-    assert r.generated_before == tokens[len(TOKENS) :]
+        tokens = list(TOKENS)
+        for _ in range(6):
+            tokens.append(from_the_start(pair, tokens, [], "host", ()))
+        assert r.generated_before == tokens[len(TOKENS) :]
+
+
+def test_changes_are_those_of_the_features():
+    pair = make_pair()
+    f_TF = pair.clt.encode_layer(pair.host.tap(torch.tensor([TOKENS])).x_BTLD[0, :, 1], 1)
+    active, silent = int(f_TF[3].argmax()), int((f_TF[1:].amax(0) == 0).nonzero()[0])
+    sets = [
+        [Intervention(layer=1, index=active, positions=3, scale=0), Intervention(layer=1, index=silent, scale=0)],
+        [Intervention(layer=1, index=silent, set=2.5)],
+    ]
+    (ablated, nothing), (added,) = xl.intervene(*pair, TOKENS, sets).changes
+    assert ablated == pytest.approx(float(f_TF[3, active]), rel=1e-5)
+    assert nothing == 0
+    assert added == 2.5
 
 
 def test_held_layers_leave_only_direct_effects(pair: Pair):

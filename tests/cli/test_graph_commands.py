@@ -14,8 +14,10 @@ from crosslayer.cli.main import app
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.formats import published
 from crosslayer.clt.init import initialise
+from crosslayer.clt.open import load_clt
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import CrosslayerError
+from crosslayer.host.host import load_host
 
 PROMPT = "def class return"
 
@@ -106,6 +108,18 @@ def test_an_intervention_prints_before_and_after(clt_folder: Path):
     assert code == 0, error
     for words in ("before", "after", "KL(before || after)"):
         assert words in printed
+
+
+def test_ablating_a_silent_feature_is_said(clt_folder: Path):
+    host = load_host(load_clt(clt_folder).provenance.model_name)
+    x_TD = host.tap(host.encode(PROMPT)).x_BTLD[0, :, 0]
+    active_F = load_clt(clt_folder).clt.encode_layer(x_TD, 0)[2] > 0
+    changes = [part for i in range(len(active_F)) for part in ("--ablate", f"L0/{i}@2")]
+    code, printed, error = run("intervene", "--clt", clt_folder, "--prompt", PROMPT, *changes)
+    assert code == 0, error
+    for i, active in enumerate(active_F.tolist()):
+        assert (f"note: --ablate L0/{i}@2 changes nothing: the feature is not active there" in printed) == (not active)
+    assert 0 < active_F.sum() < len(active_F)
 
 
 @pytest.mark.parametrize(

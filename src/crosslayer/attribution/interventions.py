@@ -8,8 +8,9 @@ decoder rows is added to the MLP outputs that the feature writes to. Three setti
 - `hold`: layers whose MLP outputs are fixed, except for what the interventions add (and for affine skips, which are
   linear). Features of these layers pass nothing on. Holding all layers leaves only direct effects, which are the edges
   of a graph.
-- `freeze`: attention patterns, norm scales, both or neither are frozen at the prompt's values. Generated tokens have no
-  values to freeze.
+- `freeze`: attention patterns, norm scales, both or neither are frozen at the prompt's values.
+
+Generated tokens have no values to hold or to freeze: there all layers react as `mlps` says.
 
 The first positions of the policy have no features. Their MLPs are always the host's own.
 """
@@ -85,6 +86,7 @@ class Intervened(NamedTuple):
     Attributes:
         tokens_T: the prompt.
         before_TV, after_BTV: logits.
+        changes: per set, the largest change of each intervention's feature over its positions; 0 if it did nothing.
         watched_before_K, watched_BK: pre-activations of the watched features.
         generated_before, generated: generated tokens without and with each set of interventions.
         stream_before_LTD, stream_BLTD: MLP inputs at the transcoder's hook; None unless `keep_stream`.
@@ -93,6 +95,7 @@ class Intervened(NamedTuple):
     tokens_T: Int[Tensor, " T"]
     before_TV: Float[Tensor, "T V"]
     after_BTV: Float[Tensor, "B T V"]
+    changes: list[list[float]]
     watched_before_K: Float[Tensor, " K"]
     watched_BK: Float[Tensor, "B K"]
     generated_before: list[int]
@@ -109,13 +112,31 @@ class Watch(NamedTuple):
     index: int
 
 
-class _Edit(NamedTuple):
-    row: int
-    intervention: Intervention
-    row_SD: Tensor
-    encoder_D: Tensor
-    bias: float
-    threshold: float
+class _Edits(NamedTuple):
+    """The E interventions of one layer, with the weights of the U distinct features that they change."""
+
+    row_E: list[int]
+    """The set of interventions that each belongs to, which is its row of the batch, and its place in the set."""
+    place_E: list[int]
+    which_E: Int[Tensor, " E"]
+    """Each one's feature among the distinct ones."""
+    interventions: list[Intervention]
+    index_U: Int[Tensor, " U"]
+    row_USD: Float[Tensor, "U S D"]
+    encoder_UD: Float[Tensor, "U D"]
+    bias_U: Float[Tensor, " U"]
+    threshold_U: Float[Tensor, " U"] | None
+
+    def at(self, positions: range, n_prompt: int, first: int) -> tuple[Tensor, Tensor]:
+        """Return K pairs of intervention and position that this pass covers, from the first position with features."""
+        pairs = [
+            (e, p)
+            for e, i in enumerate(self.interventions)
+            for p in _places(i.positions, n_prompt, positions)
+            if p >= first
+        ]
+        edit_K, position_K = torch.tensor(pairs, device=self.which_E.device).view(-1, 2).unbind(1)
+        return edit_K, position_K
 
 
 class _Steer:
@@ -135,10 +156,8 @@ class _Steer:
     ) -> None:
         self.clt, self.local, self.n_skip, self.n_prompt = clt, local, n_skip, n_prompt
         self.mlps, self.hold, self.watch, self.keep_stream = mlps, hold, watch, keep_stream
-        self.edits: list[list[_Edit]] = [[] for _ in range(clt.config.n_layers)]
-        for row, interventions in enumerate(batch):
-            for i in interventions:
-                self.edits[i.layer].append(_edit(clt, row, i))
+        self.edits = {layer: _edits(clt, layer, batch) for layer in {i.layer for some in batch for i in some}}
+        self.largest = [torch.zeros(len(some), dtype=torch.float64) for some in batch]
         self.offset = 0
         self.pending: dict[int, Tensor] = {}
         self.watched = torch.zeros(len(batch), len(watch), dtype=torch.promote_types(clt.dtype, torch.float32))
@@ -149,20 +168,23 @@ class _Steer:
         positions = range(self.offset, self.offset + x_BTD.shape[1])
         self._look(layer, x_BTD)
         out_BTD = self._written(layer, x_BTD, y_BTD)
-        if self.mlps == "replaced" and layer not in self.hold:
+        if self.mlps == "replaced" and not self._held(layer):
             self._react(layer, x_BTD)
-        for edit in self.edits[layer]:
-            self._carry_out(layer, edit, x_BTD, positions)
+        if layer in self.edits:
+            self._carry_out(layer, self.edits[layer], x_BTD, positions)
         added = self.pending.pop(layer, None)
         if added is None:
             return out_BTD
         base = y_BTD if out_BTD is None else out_BTD
         return (base + added.to(base.dtype)) if out_BTD is None or added.any() else out_BTD
 
+    def _held(self, layer: int) -> bool:
+        """Whether a layer's outputs are fixed at the tokens of this pass; only the prompt's can be."""
+        return layer in self.hold and self.offset == 0
+
     def _written(self, layer: int, x_BTD: Tensor, y_BTD: Tensor) -> Tensor | None:
         """Return the MLP output before any addition; None for the host's own output."""
-        held = layer in self.hold
-        if not (held or self.mlps == "replaced") or self.local is None:
+        if not (self._held(layer) or self.mlps == "replaced") or self.local is None:
             return None
         out_BTD = y_BTD.clone()
         first = max(self.n_skip - self.offset, 0)
@@ -172,7 +194,7 @@ class _Steer:
             if self.clt.config.skip:
                 x_TD = self.local.host_pass.x_LTD[layer, first : self.n_prompt].to(x_BTD.dtype)
                 out_BTD[:, known] += self.clt.skip(x_BTD[:, known] - x_TD, layer).to(y_BTD.dtype)
-        elif not held:
+        else:
             fresh = self.clt.b_dec[layer].to(y_BTD.dtype).expand_as(y_BTD)
             out_BTD = fresh + self.clt.skip(x_BTD, layer).to(y_BTD.dtype) if self.clt.config.skip else fresh.clone()
         return out_BTD
@@ -184,8 +206,7 @@ class _Steer:
         if first >= T:
             return
         active = self.clt.encode_layer_sparse(x_BTD[:, first:].reshape(-1, D), layer)
-        now_BF = active
-        parts_XSD = self.clt.decode_layer(now_BF, layer).unflatten(0, (B, T - first))
+        parts_XSD = self.clt.decode_layer(active, layer).unflatten(0, (B, T - first))
         if self.offset == 0 and self.local is not None:
             was = self._firing(layer, first)
             parts_XSD = parts_XSD - self.clt.decode_layer(was, layer)[None]
@@ -196,35 +217,51 @@ class _Steer:
         assert self.local is not None
         return self.clt.encode_layer_sparse(self.local.host_pass.x_LTD[layer, first:], layer)
 
-    def _carry_out(self, layer: int, edit: _Edit, x_BTD: Tensor, positions: range) -> None:
-        at = [
-            p - self.offset for p in _places(edit.intervention.positions, self.n_prompt, positions) if p >= self.n_skip
-        ]
-        if not at:
+    def _carry_out(self, layer: int, edits: _Edits, x_BTD: Tensor, positions: range) -> None:
+        """Add what the interventions on a layer's features write, to this and to later layers."""
+        edit_K, position_K = edits.at(positions, self.n_prompt, self.n_skip)
+        if not len(edit_K):
             return
-        held = layer in self.hold and self.local is not None and self.offset == 0
-        x_KD = self.local.host_pass.x_LTD[layer, at] if held and self.local is not None else x_BTD[edit.row, at]
-        was_K = self._activation(layer, edit, x_KD)
-        i = edit.intervention
-        new_K = torch.full_like(was_K, i.set) if i.set is not None else was_K * (i.scale or 0.0)
-        change_K = new_K - was_K
+        row_K = torch.tensor(edits.row_E, device=x_BTD.device)[edit_K]
+        at_K, which_K = position_K - self.offset, edits.which_E[edit_K]
+        if self._held(layer) and self.local is not None:
+            x_KD = self.local.host_pass.x_LTD[layer, at_K]
+        else:
+            x_KD = x_BTD[row_K, at_K]
+        was_K = self._activation(layer, edits, which_K, x_KD)
+        value_E = was_K.new_tensor([i.scale if i.set is None else i.set for i in edits.interventions])
+        scaled_E = torch.tensor([i.set is None for i in edits.interventions], device=x_BTD.device)
+        change_K = torch.where(scaled_E[edit_K], was_K * value_E[edit_K], value_E[edit_K]) - was_K
+        self._note(edits, edit_K, change_K)
         if not change_K.any():
             return
-        for slot, row_D in enumerate(edit.row_SD):
-            self._add(layer + slot, x_BTD, edit.row, at, change_K[:, None] * row_D)
+        for slot in range(edits.row_USD.shape[1]):
+            self._add(layer + slot, x_BTD, row_K, at_K, change_K[:, None] * edits.row_USD[which_K, slot])
 
-    def _activation(self, layer: int, edit: _Edit, x_KD: Tensor) -> Tensor:
+    def _activation(self, layer: int, edits: _Edits, which_K: Tensor, x_KD: Tensor) -> Tensor:
         if self.clt.config.ranks:
-            return self.clt.encode_layer(x_KD, layer)[:, edit.intervention.index].to(edit.encoder_D.dtype)
-        z_K = x_KD.to(edit.encoder_D.dtype) @ edit.encoder_D + edit.bias
-        return torch.where(z_K > edit.threshold, z_K, 0.0)
+            f_KF = self.clt.encode_layer(x_KD, layer)
+            return f_KF.gather(1, edits.index_U[which_K, None])[:, 0].to(edits.encoder_UD.dtype)
+        z_K = (x_KD.to(edits.encoder_UD.dtype) * edits.encoder_UD[which_K]).sum(1) + edits.bias_U[which_K]
+        fires_K = z_K > (0.0 if edits.threshold_U is None else edits.threshold_U[which_K])
+        return torch.where(fires_K, z_K, 0.0)
+
+    def _note(self, edits: _Edits, edit_K: Tensor, change_K: Tensor) -> None:
+        """Record the largest change of each intervention."""
+        largest_E = change_K.new_zeros(len(edits.interventions), dtype=torch.float64)
+        largest_E.scatter_reduce_(0, edit_K, change_K.abs().double(), "amax")
+        for row, place, largest in zip(edits.row_E, edits.place_E, largest_E.tolist(), strict=True):
+            self.largest[row][place] = max(float(self.largest[row][place]), largest)
 
     def _add(self, layer: int, x_BTD: Tensor, row: Any, at: Any, values: Tensor) -> None:
         if layer not in self.pending:
             self.pending[layer] = torch.zeros(
                 x_BTD.shape, dtype=torch.promote_types(values.dtype, torch.float32), device=x_BTD.device
             )
-        self.pending[layer][row, at] += values
+        if isinstance(row, Tensor):
+            self.pending[layer].index_put_((row, at), values.to(self.pending[layer].dtype), accumulate=True)
+        else:
+            self.pending[layer][row, at] += values
 
     def _look(self, layer: int, x_BTD: Tensor) -> None:
         """Record the pre-activations and MLP inputs that were asked for."""
@@ -240,18 +277,21 @@ class _Steer:
             self.watched[:, here] = ((x_BKD * row_KD).sum(-1) + self.clt.b_enc[layer][index_K]).to(self.watched).cpu()
 
 
-def _edit(clt: CLT, row: int, i: Intervention) -> _Edit:
-    c = clt.config
-    which = torch.tensor([i.index], device=clt.device)
+def _edits(clt: CLT, layer: int, batch: Sequence[Sequence[Intervention]]) -> _Edits:
+    """Read the weights of all features of one layer that are changed, once each."""
+    chosen = [(row, place, i) for row, some in enumerate(batch) for place, i in enumerate(some) if i.layer == layer]
+    index_U, which_E = torch.tensor([i.index for *_, i in chosen], device=clt.device).unique(return_inverse=True)
     wide = torch.promote_types(clt.dtype, torch.float32)
-    threshold = float(clt.threshold[i.layer][i.index]) if c.kind.thresholds else 0.0
-    return _Edit(
-        row,
-        i,
-        clt.decoder_rows(i.layer, which)[0].to(wide),
-        clt.W_enc.rows(i.layer, which)[0].to(wide),
-        float(clt.b_enc[i.layer][i.index]),
-        threshold,
+    return _Edits(
+        [row for row, *_ in chosen],
+        [place for _, place, _ in chosen],
+        which_E,
+        [i for *_, i in chosen],
+        index_U,
+        clt.decoder_rows(layer, index_U).to(wide),
+        clt.W_enc.rows(layer, index_U).to(wide),
+        clt.b_enc[layer][index_U].to(wide),
+        clt.threshold[layer][index_U].to(wide) if clt.config.kind.thresholds else None,
     )
 
 
@@ -325,6 +365,7 @@ def intervene(
         tokens_BT[0],
         before[0],
         after,
+        [largest.tolist() for largest in steer.largest],
         plain.watched[0],
         steer.watched,
         generated_before[0],

@@ -28,7 +28,7 @@ class Validation(NamedTuple):
         feature_pearson, feature_spearman: predicted against measured change of pre-activations when a source is ablated
             and all MLPs are held except for what it writes (constrained patching).
         kl_spearman: a feature's influence against the KL divergence of the next-token distribution when the feature is
-            ablated and everything reacts.
+            ablated and everything reacts; NaN if a target of the graph is a feature, whose influence is on no token.
         cosine_L, error_L: effect of an ablation on each layer's MLP input, replacement model against host. `cosine_L`
             is the cosine, `error_L` the norm of the difference over the norm of the host's effect. Both are means over
             the sources of earlier layers.
@@ -79,24 +79,23 @@ def validate(
     tokens = torch.tensor(h.tokens)
     watch = [Watch(int(a.layer_F[n]), int(a.position_F[n]), int(a.index_F[n])) for n in rows]
     ablations = [[_ablate(graph, n)] for n in sources]
+    targets = [t for t in h.targets if t.kind != "feature"]
     predicted_SR = -graph.edges[rows][:, sources].toarray().T
     measured, divergence, cosines, errors = [], [], [], []
     for i in range(0, len(sources), ROWS_AT_ONCE):
-        some = ablations[i : i + ROWS_AT_ONCE]
+        # The first row of each run is its baseline: it went through the same products as the others.
+        some = [[], *ablations[i : i + ROWS_AT_ONCE]]
         run = lambda **knobs: intervene(host, opened, tokens, some, **knobs)  # noqa: E731, B023
         held = run(freeze=freeze, hold=range(h.n_layers), watch=watch)
-        measured.append((held.watched_BK - held.watched_before_K).numpy())
+        measured.append((held.watched_BK[1:] - held.watched_BK[0]).numpy())
         free, replaced = run(keep_stream=True), run(mlps="replaced", keep_stream=True)
-        position = h.targets[0].position
-        before_V = free.before_TV[position].double().log_softmax(-1)
-        after_BV = free.after_BTV[:, position].double().log_softmax(-1)
-        divergence.append((before_V.exp() * (before_V - after_BV)).sum(-1).cpu().numpy())
-        assert free.stream_before_LTD is not None
+        if len(targets) == len(h.targets):
+            log_BV = free.after_BTV[:, targets[0].position].double().log_softmax(-1)
+            divergence.append((log_BV[0].exp() * (log_BV[0] - log_BV[1:])).sum(-1).cpu().numpy())
         assert free.stream_BLTD is not None
         assert replaced.stream_BLTD is not None
-        cosine_BL, error_BL = _agreement(
-            free.stream_BLTD - free.stream_before_LTD, replaced.stream_BLTD - free.stream_before_LTD
-        )
+        effects = (r_BLTD[1:] - r_BLTD[0] for r_BLTD in (free.stream_BLTD, replaced.stream_BLTD))
+        cosine_BL, error_BL = _agreement(*effects)
         cosines.append(cosine_BL)
         errors.append(error_BL)
     measured_SR = np.concatenate(measured)
@@ -109,7 +108,7 @@ def validate(
         len(x),
         _correlation(pearsonr, x, y),
         _correlation(spearmanr, x, y),
-        _correlation(spearmanr, graph.influence_N[sources], np.concatenate(divergence)),
+        _correlation(spearmanr, graph.influence_N[sources], np.concatenate(divergence)) if divergence else float("nan"),
         _nanmean(mean(cosines)),
         _nanmean(mean(errors)),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from crosslayer.cli.texts import prompt_text
-from crosslayer.core.console import results
+from crosslayer.core.console import progress, results
 
 
 @click.command()
@@ -82,6 +82,12 @@ def command(
         raise ConfigError("the prompt is empty; give some text")
     layers = _layers(hold, opened.clt.config.n_layers)
     r = intervene(host, opened, text, interventions, freeze=freeze, mlps=mlps, hold=layers, generate=generate)
+    for i, (kind, asked), change in zip(interventions, wanted, r.changes[0], strict=True):
+        if not change:
+            state = "is not active there" if kind != "set" else f"has the value {i.set:g} there already"
+            progress().print(
+                f"note: --{kind} {asked} changes nothing: the feature {state}", highlight=False, markup=False
+            )
     before_V, after_V = r.before_TV[-1].float().softmax(0), r.after_BTV[0, -1].float().softmax(0)
     top = min(top, len(before_V))
     chosen = list(dict.fromkeys(before_V.topk(top).indices.tolist() + after_V.topk(top).indices.tolist()))
