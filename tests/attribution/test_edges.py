@@ -84,12 +84,10 @@ def brute_force(pair: Pair, graph: Graph) -> np.ndarray:
         return embedded[0]
 
     hook = host.model.get_input_embeddings().register_forward_hook(keep_embedding)
-    with frozen(local, "both"):
+    with frozen(local, "both"), host.without_softcap():
         logits = host.run(torch.tensor([TOKENS]), visit)
     hook.remove()
     assert logits is not None
-    cap = local.anatomy.softcap
-    logits = cap * torch.atanh(logits / cap) if cap else logits
     centred = (logits - logits.mean(-1, keepdim=True))[0]
     values: list[tuple[int, torch.Tensor]] = []
     for n in range(graph.n_features):
@@ -131,6 +129,39 @@ def test_other_activations(kind: str):
     assert graph.sum_error() < 1e-9
     if kind == "topk":
         assert np.bincount(graph.arrays.layer_F).tolist() == [6 * (len(TOKENS) - 1)] * tiny.N_LAYERS
+
+
+def test_float32_products_decide_which_features_fire():
+    """Host and transcoder in bfloat16; products rounded to bfloat16 give other features."""
+    host, clt = make_pair(dtype=torch.bfloat16, n_features=3000)
+    local = local_model(host, clt, torch.tensor(TOKENS))
+    coarse = 0
+    for layer, active in enumerate(local.firing):
+        x_TD, W_FD, b_F = local.host_pass.x_LTD[layer, 1:], clt.W_enc[layer], clt.b_enc[layer]
+        fires = torch.nn.functional.linear(x_TD.float(), W_FD.float(), b_F.float()) > clt.threshold[layer].float()
+        torch.testing.assert_close(
+            torch.stack([active.token_K - 1, active.feature_K]), fires.nonzero().T, rtol=0, atol=0
+        )
+        coarse += int(((x_TD @ W_FD.T + b_F > clt.threshold[layer]) != fires).sum())
+    assert coarse > 0
+
+
+def test_token_vectors_are_the_embeddings_where_no_position_is_learned():
+    for family in tiny.CONFIGS:
+        host, clt = make_pair(family)
+        embedding: Any = host.model.get_input_embeddings()
+        scale = tiny.D_MODEL**0.5 if family.startswith("gemma") else 1.0
+        token_TD = local_model(host, clt, torch.tensor(TOKENS)).host_pass.token_TD
+        torch.testing.assert_close(token_TD, embedding.weight[TOKENS] * scale, msg=family)
+
+
+def test_token_ids_are_stored_with_the_text_that_gives_them(pair: Pair):
+    """Also if tokens split characters, and without the special token in front."""
+    text = "def é 漢 return"
+    ids = pair.host.encode(text)[0].tolist()
+    graphs = [xl.attribute(*pair, prompt, tolerance=0.5).header for prompt in (text, ids, ids[1:])]
+    assert [h.prompt for h in graphs] == [text, text, text]
+    assert [h.tokens for h in graphs] == [ids, ids, ids[1:]]
 
 
 def test_without_skipped_positions_every_position_has_features():

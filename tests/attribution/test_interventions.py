@@ -23,7 +23,6 @@ ALL = range(tiny.N_LAYERS)
 @pytest.mark.parametrize("skip", [False, True])
 def test_edge_is_the_effect_with_everything_else_held(family: str, skip: bool):
     pair = make_pair(family, skip=skip)
-    pair.host.model.config.get_text_config().final_logit_softcapping = None
     graph = xl.attribute(*pair, TOKENS, tolerance=0.0)
     a, dense = graph.arrays, graph.to_dense()
     sources = [int(n) for n in np.argsort(-np.abs(dense).sum(0)[: graph.n_features])[:3]]
@@ -38,7 +37,7 @@ def test_edge_is_the_effect_with_everything_else_held(family: str, skip: bool):
         predicted = 0.5 * dense[later, s]
         measured = (r.watched_BK[row] - r.watched_before_K).numpy()
         assert np.abs(measured - predicted).max() <= 1e-3 * np.abs(predicted).max()
-        change = r.after_BTV[row, -1] - r.before_TV[-1]
+        change = r.linear_after_BTV[row, -1] - r.linear_before_TV[-1]
         tokens = [t.token for t in graph.header.targets]
         predicted = 0.5 * dense[graph.first_target :, s]
         assert np.abs((change[tokens] - change.mean()).numpy() - predicted).max() <= 1e-3 * np.abs(predicted).max()
@@ -62,6 +61,17 @@ def test_no_change_is_bitwise_identical(family: str):
         r = xl.intervene(*pair, TOKENS, one)
         torch.testing.assert_close(r.after_BTV[0], r.before_TV, rtol=0, atol=0)
         assert r.changes == [[0.0] * len(one)]
+
+
+def test_logits_before_and_after_the_softcap():
+    pair = make_pair("gemma2")
+    r = xl.intervene(*pair, TOKENS, [])
+    own = pair.host.run(torch.tensor([TOKENS]))
+    assert own is not None
+    torch.testing.assert_close(r.before_TV, own[0])
+    cap = pair.host.softcap
+    torch.testing.assert_close(cap * torch.tanh(r.linear_before_TV / cap), own[0])
+    assert not torch.allclose(r.linear_before_TV, own[0])
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -174,6 +184,11 @@ def test_held_layers_leave_only_direct_effects(pair: Pair):
             [Intervention(layer=0, index=9, scale=0.0, positions=0)],
             {},
             "position 0 is among the first 1, which have no features",
+        ),
+        (
+            [Intervention(layer=0, index=9, scale=0.0, positions=slice(0, 1))],
+            {},
+            "the positions of L0/9 are among the first 1, which have no features",
         ),
         ([], {"hold": [3]}, "there is no layer 3 to hold"),
         ([], {"freeze": "heads"}, "freeze='heads' is unknown; give one of none, attention"),

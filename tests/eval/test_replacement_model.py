@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from crosslayer.clt.formats import published
 from crosslayer.clt.init import initialise
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError, HostError
+from crosslayer.eval.replacement_model import tokens_of
 from crosslayer.host.host import load_host
 
 PROMPT = "def f(self):\n    return"
@@ -66,6 +68,21 @@ def test_token_ids_are_unchanged(folders: tuple[Path, Path]):
         model.features([])
     with pytest.raises(ConfigError, match="no layer 7"):
         model.logits(PROMPT, replace=[7])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (torch.tensor([1.5, 2.0]), "token ids are whole numbers, not 1.5"),
+        (torch.tensor([True, False]), "token ids are whole numbers, not True"),
+        (torch.ones(2, 3, dtype=torch.long), "one row of token ids"),
+        (torch.zeros(0), "no tokens"),
+        ([9999], "token 9999 is not among"),
+    ],
+)
+def test_what_is_no_row_of_token_ids_is_refused(folders: tuple[Path, Path], prompt: Any, words: str):
+    with pytest.raises(ConfigError, match=words):
+        tokens_of(load_host(folders[0]), prompt)
 
 
 def test_another_host_of_the_same_shape_is_used_with_a_warning(folders: tuple[Path, Path], tmp_path: Path):

@@ -132,6 +132,44 @@ def test_full_subgraph_scores_as_the_graph_and_smaller_ones_less(full: Graph):
     assert part.completeness_strict.value < whole.completeness_strict.value
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    tolerance=st.floats(0.001, 0.9), limit=st.none() | st.integers(1, 60), share=st.floats(0, 1), seed=st.integers(0, 9)
+)
+def test_subgraph_scores_of_an_incomplete_graph_contain_the_true_ones(
+    full: Graph, pair: Pair, tolerance: float, limit: int | None, share: float, seed: int
+):
+    graph = xl.attribute(*pair, TOKENS, tolerance=tolerance, max_nodes=limit)
+    keep = np.flatnonzero(np.random.default_rng(seed).random(full.n_features) < share).tolist()
+    for true, interval in zip(full.subgraph_scores(keep), graph.subgraph_scores(keep), strict=True):
+        assert interval.low - 1e-5 <= true.value <= interval.high + 1e-5
+        assert interval.low <= interval.value <= interval.high
+        assert true.high - true.low < 1e-5
+
+
+def greedy_left(full: Graph, n_nodes: int) -> float:
+    """Influence left if the node with the largest is expanded, and all are ranked again, `n_nodes` times."""
+    W = np.abs(full.to_dense().astype(np.float64))
+    W /= np.maximum(W.sum(1, keepdims=True), 1e-300)
+    has_row = np.arange(full.n_nodes) >= full.first_target
+    p = full.weight_N / full.weight_N.sum()
+    for step in range(n_nodes + 1):
+        rows = np.where(has_row[:, None], W, 0.0)
+        left = np.where(has_row, 0.0, p @ np.linalg.inv(np.eye(len(W)) - rows) - p)[: full.n_features]
+        if step < n_nodes:
+            has_row[left.argmax()] = True
+    return float(left.sum())
+
+
+@pytest.mark.parametrize("n_nodes", [5, 20, 40])
+def test_max_nodes_are_spent_by_influence(full: Graph, pair: Pair, n_nodes: int):
+    graph = xl.attribute(*pair, TOKENS, tolerance=0.0, max_nodes=n_nodes)
+    assert (graph.arrays.row_R < graph.n_features).sum() == n_nodes
+    best = greedy_left(full, n_nodes)
+    assert graph.unexpanded <= 1.1 * best + 0.01
+    assert best < 0.9
+
+
 def test_removed_feature_counts_as_error(full: Graph):
     """By definition, the feature's column is added to the errors and its row is removed."""
     left = int(np.argmax(full.influence_N[: full.n_features]))

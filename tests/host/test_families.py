@@ -8,6 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma3Config, Gemma3ForC
 
 import tiny
 from crosslayer.core.errors import ConfigError, HostError
+from crosslayer.host.anatomy import Anatomy
 from crosslayer.host.families import FAMILIES
 from crosslayer.host.host import Host
 
@@ -123,3 +124,14 @@ def test_unknown_hooks_list_the_known():
 def test_too_long_a_row_is_refused():
     with pytest.raises(HostError, match="65 tokens exceed the context of qwen3, 64"):
         host_of("qwen3").run(torch.zeros(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.CONFIGS if not f.startswith("gpt")])
+def test_norms_of_a_bfloat16_host_keep_their_gains(family: str):
+    """Gemma adds 1 to its gains in float32; in bfloat16 edges would be off by up to 2.7 % of a row's largest."""
+    host = Host(tiny.make_model(family).bfloat16(), tiny.make_tokenizer(), family)
+    x_TD = torch.randn(5, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
+    for block in Anatomy(host).blocks:
+        for norm in (block.attention_norm, block.mlp_norm, block.after_mlp_norm):
+            if norm is not None:
+                torch.testing.assert_close(norm.apply(x_TD, norm.scale(x_TD)), norm.module(x_TD).float())

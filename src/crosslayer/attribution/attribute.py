@@ -173,7 +173,7 @@ def _header(
         for r in targets
     ]
     return GraphHeader(
-        prompt=prompt if isinstance(prompt, str) else "".join(strings),
+        prompt=prompt if isinstance(prompt, str) else host.text_of(tokens),
         tokens=tokens,
         token_strings=strings,
         n_layers=local.n_layers,

@@ -36,7 +36,7 @@ from crosslayer.clt.sparse import Active
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
 from crosslayer.eval.replacement_model import Prompt, ReplacementModel, tokens_of
-from crosslayer.host.host import Host
+from crosslayer.host.host import Host, capped
 
 MOST = 1e18
 """Maximum value or scale of an intervention. Its square still fits into a float32."""
@@ -85,7 +85,8 @@ class Intervened(NamedTuple):
 
     Attributes:
         tokens_T: the prompt.
-        before_TV, after_BTV: logits.
+        linear_before_TV, linear_after_BTV: logits before a soft-cap (Gemma 2), as the targets of a graph are.
+        softcap: cap of the host's logits.
         changes: per set, the largest change of each intervention's feature over its positions; 0 if it did nothing.
         watched_before_K, watched_BK: pre-activations of the watched features.
         generated_before, generated: generated tokens without and with each set of interventions.
@@ -93,8 +94,9 @@ class Intervened(NamedTuple):
     """
 
     tokens_T: Int[Tensor, " T"]
-    before_TV: Float[Tensor, "T V"]
-    after_BTV: Float[Tensor, "B T V"]
+    linear_before_TV: Float[Tensor, "T V"]
+    linear_after_BTV: Float[Tensor, "B T V"]
+    softcap: float | None
     changes: list[list[float]]
     watched_before_K: Float[Tensor, " K"]
     watched_BK: Float[Tensor, "B K"]
@@ -102,6 +104,16 @@ class Intervened(NamedTuple):
     generated: list[list[int]]
     stream_before_LTD: Float[Tensor, "L T D"] | None
     stream_BLTD: Float[Tensor, "B L T D"] | None
+
+    @property
+    def before_TV(self) -> Float[Tensor, "T V"]:
+        """Logits of the host without interventions."""
+        return capped(self.linear_before_TV, self.softcap)
+
+    @property
+    def after_BTV(self) -> Float[Tensor, "B T V"]:
+        """Logits of the host with each set of interventions."""
+        return capped(self.linear_after_BTV, self.softcap)
 
 
 class Watch(NamedTuple):
@@ -365,6 +377,7 @@ def intervene(
         tokens_BT[0],
         before[0],
         after,
+        host.softcap,
         [largest.tolist() for largest in steer.largest],
         plain.watched[0],
         steer.watched,
@@ -383,6 +396,7 @@ def _run(
     with ExitStack() as stack:
         if local is not None and freeze != "none":
             stack.enter_context(frozen(local, freeze))
+        stack.enter_context(host.without_softcap())
         cache = host.cache() if generate else None
         logits = host.run(tokens_BT, steer, cache=cache)
     assert logits is not None
@@ -447,7 +461,7 @@ def _check(
                         " later one"
                     )
     for some in batch:
-        _check_once(some, n, generate)
+        _check_once(some, n, generate, host.policy.n_skip)
     for w in watch:
         if not (0 <= w.layer < c.n_layers and 0 <= w.index < c.n_features and 0 <= w.position < n):
             raise ConfigError(
@@ -456,8 +470,8 @@ def _check(
             )
 
 
-def _check_once(interventions: Sequence[Intervention], n: int, generate: int) -> None:
-    """Check that each intervention has a position and that no feature is changed twice at one position."""
+def _check_once(interventions: Sequence[Intervention], n: int, generate: int, n_skip: int) -> None:
+    """Check that each intervention has a position with features, and that none changes a feature again at a position."""
     taken: set[tuple[int, int, int]] = set()
     for i in interventions:
         places = _places(i.positions, n, range(n + generate))
@@ -465,6 +479,11 @@ def _check_once(interventions: Sequence[Intervention], n: int, generate: int) ->
             raise ConfigError(
                 f"the positions of L{i.layer}/{i.index} hold none of the prompt's {n}; give 0 to {n - 1}, or -1 for the"
                 " last"
+            )
+        if max(places) < n_skip:
+            raise ConfigError(
+                f"the positions of L{i.layer}/{i.index} are among the first {n_skip}, which have no features; give a"
+                " later one"
             )
         for p in places:
             if (i.layer, i.index, p) in taken:

@@ -20,7 +20,7 @@ from crosslayer.clt.sparse import Active
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
 from crosslayer.host.anatomy import Anatomy
-from crosslayer.host.host import Host
+from crosslayer.host.host import Host, capped
 from crosslayer.schemas.hooks import short_hook
 
 
@@ -241,8 +241,7 @@ class LocalModel:
         logits = top_TD @ self.anatomy.unembedding_VD.T.to(self.dtype)
         if self.anatomy.unembedding_bias_V is not None:
             logits = logits + self.anatomy.unembedding_bias_V
-        cap = self.anatomy.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return capped(logits, self.anatomy.host.softcap)
 
 
 def _in_order(firing: Sequence[Active]) -> Features:
@@ -271,7 +270,8 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
         )
     host_pass = run_host(host, anatomy, tokens_T)
     n_skip = min(host.policy.n_skip, len(tokens_T))
-    x_BLD = host_pass.x_LTD[:, n_skip:].transpose(0, 1)
+    # Products in float32 decide which features fire, whatever the precision of host and transcoder.
+    x_BLD = host_pass.x_LTD[:, n_skip:].transpose(0, 1).to(torch.promote_types(host.dtype, torch.float32))
     firing = clt.encode_sparse(x_BLD)
     firing = [_only_firing(a) for a in firing]
     return LocalModel(anatomy, clt, host_pass, firing)

@@ -5,6 +5,9 @@ influence of its nodes is final. The most influential nodes are expanded (get th
 sweep moves down. Each expanded row is normalised to 1, so the targets' influence ends in tokens, in errors, or in
 unexpanded features. The last share is the bound: the influence of any node, and the totals of tokens and errors, are
 underestimated by at most this share.
+
+With a max number of nodes, a layer's nodes compete with those of lower layers, whose influence so far is an estimate
+from below: the nodes of the layer are expanded that are among the most influential of all, as many as are left.
 """
 
 from __future__ import annotations
@@ -143,8 +146,7 @@ def sweep(
 
     Args:
         tolerance: share of influence that may stay unexpanded; 0 expands every active feature.
-        max_nodes: max number of expanded features; each layer may use the remaining number divided by the remaining
-            layers.
+        max_nodes: max number of expanded features, of all layers together.
         dtype: dtype of the matrix products.
     """
     local = writes.local
@@ -163,7 +165,9 @@ def sweep(
             continue
         which_N = (features.layer_N == layer).nonzero().flatten()
         influence_N = state.influence_N[which_N]
-        allowed = len(which_N) if max_nodes is None else (max_nodes - expanded) // (layer + 1)
+        allowed = len(which_N)
+        if max_nodes is not None:
+            allowed = _allowed(state.influence_N[: state.n_features], features.layer_N, layer, max_nodes - expanded)
         budget = (tolerance * total - unexpanded) / (layer + 1)
         chosen = _choose(influence_N, budget, allowed, everything=tolerance == 0 and max_nodes is None)
         unexpanded += float(influence_N.sum() - influence_N[chosen].sum())
@@ -172,6 +176,15 @@ def sweep(
             state.add(feature_reads(local, layer, which_N[chosen]), which_N[chosen], influence_N[chosen])
         on_progress((n_layers - layer) / n_layers, f"{expanded} nodes")
     return state.result(max(unexpanded, 0.0) / total)
+
+
+def _allowed(influence_N: Tensor, layer_N: Tensor, layer: int, left: int) -> int:
+    """Count the nodes of a layer among the `left` most influential of this and all lower layers."""
+    competing_N = layer_N <= layer
+    if left >= int(competing_N.sum()):
+        return int((layer_N == layer).sum())
+    order = influence_N[competing_N].argsort(descending=True, stable=True)[:left]
+    return int((layer_N[competing_N][order] == layer).sum())
 
 
 def _choose(influence_N: Tensor, budget: float, allowed: int, *, everything: bool) -> Tensor:

@@ -1,7 +1,8 @@
 """Targets of a graph: logits, differences of logits, directions and features.
 
 A target reads the residual stream at one position. A logit's direction is its unembedding row minus the mean row, so
-that it does not depend on an offset common to all logits.
+that it does not depend on an offset common to all logits. Logits are those before a soft-cap (Gemma 2), as it is not
+linear; so are `Intervened.linear_before_TV` and `linear_after_BTV`.
 """
 
 from __future__ import annotations

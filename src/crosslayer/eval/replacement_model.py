@@ -55,11 +55,17 @@ def tokens_of(host: Host, prompt: Prompt) -> Int[Tensor, "1 T"]:
     """Return token ids of a prompt; text gets the special token of the policy, token ids are unchanged.
 
     Raises:
-        ConfigError: for an empty prompt, or an id outside the vocabulary.
+        ConfigError: for an empty prompt, numbers that are not whole, or an id outside the vocabulary.
     """
     if isinstance(prompt, str):
         return host.encode(prompt)
-    given = torch.as_tensor(prompt, dtype=torch.long)
+    try:
+        given = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"a prompt is a text or one row of token ids, not {prompt!r:.80}") from error
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise ConfigError(f"token ids are whole numbers, not {given.flatten()[0].item()}; give those of the tokenizer")
+    given = given.long()
     if given.dim() > 1 and given.numel() != given.shape[-1]:
         raise ConfigError(f"a prompt is one row of token ids, not {tuple(given.shape)}; give rows one by one")
     tokens_BT = given.reshape(1, -1)

@@ -149,10 +149,7 @@ class Graph:
         Raises:
             ConfigError: for an imported graph, which was pruned and has no scores.
         """
-        if self.imported:
-            raise ConfigError(
-                "the graph was imported from a pruned file, whose rows are incomplete; trace the prompt for scores"
-            )
+        self._check_rows()
         a = self.arrays
         total_R = a.mass_R4[:, :3].sum(1)
         error_R = np.divide(a.mass_R4[:, 1], total_R, out=np.zeros_like(total_R), where=total_R > 0)
@@ -169,16 +166,38 @@ class Graph:
     def subgraph_scores(self, features: Collection[int]) -> Scores:
         """Compute scores with the given features only; all other features count as errors.
 
+        The intervals are what unexpanded features and edges that are not stored leave open.
+
         Raises:
-            ConfigError: for a node that is not a feature.
+            ConfigError: for a node that is not a feature, or an imported graph.
         """
+        self._check_rows()
         if wrong := [n for n in features if not 0 <= n < self.n_features]:
             raise ConfigError(
                 f"node {wrong[0]} is no feature of the graph, which has {self.n_features}; give numbers below that"
             )
+        a = self.arrays
+        mass_N, layer_N = np.zeros(self.n_nodes), np.full(self.n_nodes, -1)
+        mass_N[a.row_R] = a.mass_R4[:, :3].sum(1, dtype=np.float64)
+        layer_N[: self.n_features] = a.layer_F
+        layer_N[self.first_target :] = [
+            self.header.n_layers if t.layer is None else t.layer for t in self.header.targets
+        ]
         return subgraph_scores(
-            self.edges, self.weight_N, sorted(features), n_features=self.n_features, first_token=self.first_token
+            self.edges,
+            mass_N,
+            self.weight_N,
+            layer_N,
+            sorted(features),
+            n_features=self.n_features,
+            first_token=self.first_token,
         )
+
+    def _check_rows(self) -> None:
+        if self.imported:
+            raise ConfigError(
+                "the graph was imported from a pruned file, whose rows are incomplete; trace the prompt for scores"
+            )
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98, wanted: Collection[int] = ()) -> Pruned:
         """Keep the fewest nodes that hold `node_threshold` of the influence, and likewise the fewest of their edges.

@@ -236,34 +236,57 @@ def _interval(value: float, low: float, high: float) -> Interval:
 
 def subgraph_scores(
     weight_NN: csr_array,
+    mass_N: Float[np.ndarray, " N"],
     weight_N: Float[np.ndarray, " N"],
+    layer_N: Int[np.ndarray, " N"],
     keep: Sequence[int],
     *,
     n_features: int,
     first_token: int,
 ) -> Scores:
-    """Compute scores with some features only; all other features count as errors.
+    """Compute scores with some features only, all others counting as errors, with the intervals left by what is open.
+
+    Open is what flows into kept features without a row, and into edges that are not stored.
 
     Args:
-        weight_NN: signed edges; rows are complete except for the features removed by `keep`.
+        weight_NN: signed edges.
+        mass_N: sum of the absolute values of each node's incoming edges, stored or not; 0 without a row.
+        layer_N: layer of each feature and target; any number for other nodes.
         keep: features of the subgraph.
     """
     kept_N = np.zeros(len(weight_N), dtype=bool)
     kept_N[list(keep)] = True
     kept_N[n_features:] = True
-    W = normalised(weight_NN)
-    flow = W.copy()
-    flow.data = flow.data * np.repeat(kept_N, np.diff(flow.indptr))
-    reach_N = influence(flow, weight_N) + weight_N
     lost_N = (~kept_N).astype(float)
     lost_N[n_features:first_token] = 1.0
-    error_share_N = W @ lost_N
+    has_row = (mass_N > 0) & kept_N
+    scale_N = np.divide(1.0, mass_N, out=np.zeros(len(mass_N)), where=has_row)
+    W = csr_array(
+        (np.abs(weight_NN.data) * np.repeat(scale_N, np.diff(weight_NN.indptr)), weight_NN.indices, weight_NN.indptr),
+        _shape(weight_NN),
+    )
+    stored_N = row_sums(W)
+    rest_N = np.where(has_row, np.maximum(1 - stored_N, 0.0), 0.0)
     total = weight_N.sum()
-    token = (reach_N[first_token:].sum() - total) / total
-    error = float(reach_N @ lost_N) / total
-    has_row = (np.diff(W.indptr) > 0) & kept_N
-    known, complete = reach_N[has_row].sum() / total, (reach_N * (1 - error_share_N))[has_row].sum() / total
-    # Completeness counts tokens and errors as complete nodes, including the removed features.
+    reach_N = (influence(W, weight_N) + weight_N) / total
+    token, error = reach_N[first_token:].sum() - 1.0, reach_N @ lost_N
+    lost_share_N = W @ lost_N
+    error_share_N = np.divide(lost_share_N, stored_N, out=np.zeros(len(stored_N)), where=stored_N > 0)
+    known, complete = (reach_N[has_row] @ x for x in (np.ones(has_row.sum()), 1 - error_share_N[has_row]))
+    most, least = (reach_N[has_row] @ (1 - x[has_row]) for x in (lost_share_N, lost_share_N + rest_N))
+    # Influence of kept features without a row, and the most that open flow could add to features of lower layers.
+    no_row = reach_N[:n_features] @ (kept_N & ~has_row)[:n_features]
+    open_N = np.where(kept_N & ~has_row, reach_N, reach_N * rest_N)
+    open_N[n_features:first_token] = 0.0
+    open_N[(layer_N < 0)] = 0.0
+    flow, below = open_N.sum(), open_N @ layer_N
     ends = token + error
-    same = lambda v: Interval(float(v), float(v), float(v))  # noqa: E731
-    return Scores(same(token / ends if ends else 0.0), same((complete + ends) / (known + ends)), same(complete / known))
+    replacement = _interval(token / ends if ends > 0 else 0.0, token, token + flow)
+    wide, count = no_row + below, known + no_row + below
+    strict = _interval(complete / known, least / count, (most + wide) / count)
+    loose = _interval(
+        (complete + ends) / (known + ends),
+        (least + ends + flow) / (count + ends + flow),
+        (most + ends + flow + wide) / (count + ends + flow),
+    )
+    return Scores(replacement, loose, strict)

@@ -118,12 +118,6 @@ class Anatomy:
         model: Any = self.host.model
         return getattr(model.get_output_embeddings(), "bias", None)
 
-    @property
-    def softcap(self) -> float | None:
-        """Cap c of logits, c tanh(logits / c); None without."""
-        model: Any = self.host.model
-        return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
     def _block(self, layer: nn.Module) -> Block:
         f = self._family
         norm = lambda path: self._norm(layer.get_submodule(path)) if path else None  # noqa: E731
@@ -139,7 +133,10 @@ class Anatomy:
         if isinstance(module, nn.LayerNorm):
             return Norm(module, gain_D, module.bias.detach(), True, module.eps)
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        return Norm(module, gain_D + 1 if self._family.gain_plus_one else gain_D, None, False, eps)
+        if self._family.gain_plus_one:
+            # The model adds in float32; in bfloat16 the sum would lose the lower bits of the weight.
+            gain_D = gain_D.to(torch.promote_types(gain_D.dtype, torch.float32)) + 1
+        return Norm(module, gain_D, None, False, eps)
 
 
 def _attention(module: Any, host: Host) -> Attention:

@@ -40,6 +40,11 @@ class Tapped(NamedTuple):
     y_BTLD: Float[Tensor, "B T L D"]
 
 
+def capped(logits: Float[Tensor, "*B V"], cap: float | None) -> Float[Tensor, "*B V"]:
+    """Apply the soft-cap of final logits, c tanh(logits / c); None is none."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 class Host:
     """A language model with its tokenizer and the places where a transcoder reads and writes.
 
@@ -125,8 +130,25 @@ class Host:
         """Return the logits of final hidden states, as the model computes them, with its soft-cap if it has one."""
         model: Any = self.model
         logits = model.get_output_embeddings()(hidden)
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return capped(logits, self.softcap)
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap c of the final logits, c tanh(logits / c); None without."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    @contextmanager
+    def without_softcap(self) -> Iterator[None]:
+        """Return logits before the soft-cap inside the block."""
+        config: Any = self.model.config
+        cap = self.softcap
+        if cap is not None:
+            config.final_logit_softcapping = None
+        try:
+            yield
+        finally:
+            if cap is not None:
+                config.final_logit_softcapping = cap
 
     def _forward(self, runner: Any, tokens_BT: Tensor, visit: Visitor | None, cache: Any) -> Any:
         if tokens_BT.shape[1] > self.max_positions:
@@ -173,6 +195,18 @@ class Host:
 
         self.run(tokens_BT, store, logits=False)
         return Tapped(torch.stack(xs, dim=2), torch.stack(ys, dim=2))
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text that `encode` turns into these ids; if there is none, the text of the ids as they are."""
+        ids = list(tokens)
+        if self.tokenizer is None:
+            return "".join(map(self.decode_token, ids))
+        whole = self.tokenizer.decode(ids)
+        if self.policy.prepend and ids[:1] == [self.first_token]:
+            rest = self.tokenizer.decode(ids[1:])
+            if self.encode(rest)[0].tolist() == ids:
+                return rest
+        return whole
 
     def encode(self, text: str) -> Int[Tensor, "1 T"]:
         """Return the token ids of a text, with the policy's special token in front unless it begins with it."""

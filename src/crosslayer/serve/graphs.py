@@ -204,10 +204,6 @@ def subgraph(
 ) -> dict[str, Any]:
     """Return scores with the given features only; all other features count as errors."""
     found: Graph = opened(request).graph(library(request).find("graph", id).path)
-    if found.imported:
-        raise ConfigError(
-            "the graph was imported from a pruned file, whose rows are incomplete; trace the prompt for scores"
-        )
     _check_nodes(found, nodes)
     return {
         k: v._asdict() for k, v in found.subgraph_scores([n for n in nodes if n < found.n_features])._asdict().items()
