@@ -125,7 +125,7 @@ class Watch(NamedTuple):
 
 
 class _Edits(NamedTuple):
-    """The E interventions of one layer, with the weights of the U distinct features that they change."""
+    """The E interventions of one layer, with the weights of the N distinct features that they change."""
 
     row_E: list[int]
     """The set of interventions that each belongs to, which is its row of the batch, and its place in the set."""
@@ -133,11 +133,11 @@ class _Edits(NamedTuple):
     which_E: Int[Tensor, " E"]
     """Each one's feature among the distinct ones."""
     interventions: list[Intervention]
-    index_U: Int[Tensor, " U"]
-    row_USD: Float[Tensor, "U S D"]
-    encoder_UD: Float[Tensor, "U D"]
-    bias_U: Float[Tensor, " U"]
-    threshold_U: Float[Tensor, " U"] | None
+    index_N: Int[Tensor, " N"]
+    row_NSD: Float[Tensor, "N S D"]
+    encoder_ND: Float[Tensor, "N D"]
+    bias_N: Float[Tensor, " N"]
+    threshold_N: Float[Tensor, " N"] | None
 
     def at(self, positions: range, n_prompt: int, first: int) -> tuple[Tensor, Tensor]:
         """Return K pairs of intervention and position that this pass covers, from the first position with features."""
@@ -247,15 +247,15 @@ class _Steer:
         self._note(edits, edit_K, change_K)
         if not change_K.any():
             return
-        for slot in range(edits.row_USD.shape[1]):
-            self._add(layer + slot, x_BTD, row_K, at_K, change_K[:, None] * edits.row_USD[which_K, slot])
+        for slot in range(edits.row_NSD.shape[1]):
+            self._add(layer + slot, x_BTD, row_K, at_K, change_K[:, None] * edits.row_NSD[which_K, slot])
 
     def _activation(self, layer: int, edits: _Edits, which_K: Tensor, x_KD: Tensor) -> Tensor:
         if self.clt.config.ranks:
             f_KF = self.clt.encode_layer(x_KD, layer)
-            return f_KF.gather(1, edits.index_U[which_K, None])[:, 0].to(edits.encoder_UD.dtype)
-        z_K = (x_KD.to(edits.encoder_UD.dtype) * edits.encoder_UD[which_K]).sum(1) + edits.bias_U[which_K]
-        fires_K = z_K > (0.0 if edits.threshold_U is None else edits.threshold_U[which_K])
+            return f_KF.gather(1, edits.index_N[which_K, None])[:, 0].to(edits.encoder_ND.dtype)
+        z_K = (x_KD.to(edits.encoder_ND.dtype) * edits.encoder_ND[which_K]).sum(1) + edits.bias_N[which_K]
+        fires_K = z_K > (0.0 if edits.threshold_N is None else edits.threshold_N[which_K])
         return torch.where(fires_K, z_K, 0.0)
 
     def _note(self, edits: _Edits, edit_K: Tensor, change_K: Tensor) -> None:
@@ -292,18 +292,18 @@ class _Steer:
 def _edits(clt: CLT, layer: int, batch: Sequence[Sequence[Intervention]]) -> _Edits:
     """Read the weights of all features of one layer that are changed, once each."""
     chosen = [(row, place, i) for row, some in enumerate(batch) for place, i in enumerate(some) if i.layer == layer]
-    index_U, which_E = torch.tensor([i.index for *_, i in chosen], device=clt.device).unique(return_inverse=True)
+    index_N, which_E = torch.tensor([i.index for *_, i in chosen], device=clt.device).unique(return_inverse=True)
     wide = torch.promote_types(clt.dtype, torch.float32)
     return _Edits(
         [row for row, *_ in chosen],
         [place for _, place, _ in chosen],
         which_E,
         [i for *_, i in chosen],
-        index_U,
-        clt.decoder_rows(layer, index_U).to(wide),
-        clt.W_enc.rows(layer, index_U).to(wide),
-        clt.b_enc[layer][index_U].to(wide),
-        clt.threshold[layer][index_U].to(wide) if clt.config.kind.thresholds else None,
+        index_N,
+        clt.decoder_rows(layer, index_N).to(wide),
+        clt.W_enc.rows(layer, index_N).to(wide),
+        clt.b_enc[layer][index_N].to(wide),
+        clt.threshold[layer][index_N].to(wide) if clt.config.kind.thresholds else None,
     )
 
 
