@@ -143,12 +143,14 @@ def test_transcoder_of_another_host_is_refused(pair: Pair):
 
 
 def test_too_little_memory_is_reported_before_starting(pair: Pair, monkeypatch: pytest.MonkeyPatch):
-    class Little:
-        available = 1 << 20
-
-    monkeypatch.setattr("crosslayer.attribution.attribute.psutil.virtual_memory", lambda: Little)
+    monkeypatch.setattr("crosslayer.core.memory.free_bytes", lambda: 1 << 20)
     with pytest.raises(ResourceError, match=r"GiB of memory but 0\.0 GiB are free; set or lower max_nodes"):
         xl.attribute(*pair, TOKENS)
+    monkeypatch.setattr("crosslayer.core.memory.free_bytes", lambda: 100)
+    with pytest.raises(ResourceError, match="attention patterns of 7 tokens take about"):
+        xl.attribute(*pair, TOKENS)
+    with pytest.raises(ResourceError, match=r"1 sets of interventions on 7 tokens take about .* run fewer sets at once"):
+        xl.intervene(*pair, TOKENS, [])
 
 
 @pytest.mark.parametrize("targets", [["#5", "#9-minus-#9"], [Target(vector=torch.zeros(tiny.D_MODEL))]])

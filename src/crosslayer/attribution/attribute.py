@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -24,11 +23,12 @@ from crosslayer.attribution.writes import Writes, read_writes
 from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.precision import NAMES, bfloat16_is_fast
 from crosslayer.clt.transcoder import CLT
-from crosslayer.core.errors import ConfigError, ResourceError
+from crosslayer.core.errors import ConfigError
 from crosslayer.core.progress import Update, track
 from crosslayer.eval.replacement_model import Prompt, ReplacementModel, tokens_of
 from crosslayer.graphs.arrays import GraphArrays
 from crosslayer.graphs.graph import Graph
+from crosslayer.host import memory
 from crosslayer.host.anatomy import Anatomy
 from crosslayer.host.host import Host
 from crosslayer.schemas.graph import GraphHeader, TargetRecord
@@ -113,7 +113,6 @@ def _attribute(
         tokens_BT = tokens_of(host, prompt)
         if isinstance(prompt, str) and not prompt:
             raise ConfigError("the prompt is empty; give some text")
-        _check_patterns(host, tokens_BT.shape[1])
         locals_.append(local_model(host, opened.clt, tokens_BT[0], anatomy))
     resolved = [resolve(local, chosen) for local in locals_]
     if chosen is not None:
@@ -216,36 +215,20 @@ def _arrays(local: LocalModel, s: Swept) -> GraphArrays:
     )
 
 
-def _check_patterns(host: Host, n_positions: int) -> None:
-    """Check that the attention patterns fit; their size is quadratic in the prompt length."""
-    if n_positions > host.max_positions:
-        return
-    config = host.model.config.get_text_config()  # type: ignore[operator]
-    needed = 2 * config.num_attention_heads * host.n_layers * n_positions**2 * torch.finfo(host.dtype).bits // 8
-    _refuse(needed, host.device, f"attention patterns of {n_positions} tokens", "shorten the prompt")
-
-
 def _check_memory(locals_: Sequence[LocalModel], dtype: torch.dtype, settings: dict[str, Any]) -> None:
     """Check that decoder rows and edges fit, before decoders are read."""
-    needed = 0
+    device, machine = locals_[0].x_LTD.device, torch.device("cpu")
+    written, edges = 2 * BYTES_AT_ONCE, 0
     for local in locals_:
         n = len(local.features.layer_N)
-        needed += Writes.n_bytes(local, dtype)
+        written += Writes.n_bytes(local, dtype)
         rows = min(n, settings["max_nodes"] or n)
-        edges_share = 1.0 if settings["tolerance"] == 0 else 0.5
-        needed += int(rows * n / 2 * 8 * edges_share)
-    what = f"decoder rows and edges of {sum(len(x.features.layer_N) for x in locals_)} active features"
-    _refuse(
-        needed + 2 * BYTES_AT_ONCE,
-        locals_[0].x_LTD.device,
-        what,
-        "set or lower max_nodes (--max-nodes), or shorten the prompt",
-    )
-
-
-def _refuse(needed: int, device: torch.device, what: str, remedy: str) -> None:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise ResourceError(
-            f"{what} take about {needed / 2**30:.1f} GiB of memory but {free / 2**30:.1f} GiB are free; {remedy}"
-        )
+        edges += int(rows * n / 2 * 8 * (1.0 if settings["tolerance"] == 0 else 0.5))
+    count = sum(len(x.features.layer_N) for x in locals_)
+    remedy = "set or lower max_nodes (--max-nodes), or shorten the prompt"
+    # Edges are kept on the machine, whatever the device.
+    if device.type == "cpu":
+        memory.require(written + edges, device, f"decoder rows and edges of {count} active features", remedy)
+    else:
+        memory.require(written, device, f"decoder rows of {count} active features", "shorten the prompt")
+        memory.require(edges, machine, f"edges of {count} active features", remedy)

@@ -36,6 +36,7 @@ from crosslayer.clt.sparse import Active
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
 from crosslayer.eval.replacement_model import Prompt, ReplacementModel, tokens_of
+from crosslayer.host import memory
 from crosslayer.host.host import Host, capped
 
 MOST = 1e18
@@ -351,6 +352,7 @@ def intervene(
 
     Raises:
         ConfigError: for a feature, layer or position that does not exist, or an unknown setting.
+        ResourceError: if memory is too small; checked before it is allocated.
     """
     host, opened = open_both(model, clt, device)
     clt_ = opened.clt
@@ -366,6 +368,7 @@ def intervene(
     tokens_BT = tokens_of(host, prompt).to(host.device)
     batch: list[list[Intervention]] = _as_batch(interventions)
     _check(clt_, tokens_BT.shape[1], batch, freeze, mlps, hold, generate, watch, host)
+    _check_memory(host, clt_, len(batch), tokens_BT.shape[1], keep_stream)
     local = None
     if freeze != "none" or mlps == "replaced" or hold:
         local = local_model(host, clt_, tokens_BT[0])
@@ -470,8 +473,20 @@ def _check(
             )
 
 
+def _check_memory(host: Host, clt: CLT, n_sets: int, n_positions: int, keep_stream: bool) -> None:
+    """Check that logits, MLP inputs and what is written to later layers fit, for all sets and the plain run."""
+    numbers = 2 * host.n_vocab + host.d_model * (clt.config.n_layers * (1 + keep_stream) + 4)
+    wide = torch.finfo(torch.promote_types(host.dtype, torch.float32)).bits // 8
+    memory.require(
+        (n_sets + 1) * n_positions * numbers * wide,
+        host.device,
+        f"{n_sets} sets of interventions on {n_positions} tokens",
+        "run fewer sets at once, or shorten the prompt",
+    )
+
+
 def _check_once(interventions: Sequence[Intervention], n: int, generate: int, n_skip: int) -> None:
-    """Check that each intervention has a position with features, and that none changes a feature again at a position."""
+    """Check that each intervention has a position with features, and that no feature is changed twice at a position."""
     taken: set[tuple[int, int, int]] = set()
     for i in interventions:
         places = _places(i.positions, n, range(n + generate))

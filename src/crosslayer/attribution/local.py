@@ -19,6 +19,7 @@ from torch import Tensor
 from crosslayer.clt.sparse import Active
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
+from crosslayer.host import memory
 from crosslayer.host.anatomy import Anatomy
 from crosslayer.host.host import Host, capped
 from crosslayer.schemas.hooks import short_hook
@@ -261,6 +262,7 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
     Raises:
         ConfigError: for a transcoder that covers only some of the host's layers.
         HostError: for a prompt longer than the host's context.
+        ResourceError: if attention patterns do not fit into memory; checked before they are computed.
     """
     anatomy = anatomy or Anatomy(host)
     if host.n_layers != len(anatomy.blocks):
@@ -268,6 +270,7 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
             f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need a"
             " transcoder of all layers"
         )
+    _check_patterns(host, len(tokens_T))
     host_pass = run_host(host, anatomy, tokens_T)
     n_skip = min(host.policy.n_skip, len(tokens_T))
     # Products in float32 decide which features fire, whatever the precision of host and transcoder.
@@ -275,6 +278,15 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
     firing = clt.encode_sparse(x_BLD)
     firing = [_only_firing(a) for a in firing]
     return LocalModel(anatomy, clt, host_pass, firing)
+
+
+def _check_patterns(host: Host, n_positions: int) -> None:
+    """Check that the attention patterns fit; their size is quadratic in the prompt length."""
+    if n_positions > host.max_positions:
+        return
+    config = host.model.config.get_text_config()  # type: ignore[operator]
+    needed = 2 * config.num_attention_heads * host.n_layers * n_positions**2 * torch.finfo(host.dtype).bits // 8
+    memory.require(needed, host.device, f"attention patterns of {n_positions} tokens", "shorten the prompt")
 
 
 def _only_firing(active: Active) -> Active:

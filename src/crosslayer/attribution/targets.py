@@ -134,7 +134,7 @@ def _resolve(local: LocalModel, target: Target) -> Resolved:
         return _feature(local, target, position)
     host, full = local.anatomy.host, local.dtype
     unembedding_VD, bias_V = local.anatomy.unembedding_VD, local.anatomy.unembedding_bias_V
-    mean_D = unembedding_VD.to(full).mean(0)
+    mean_D = local.anatomy.mean_unembedding_D.to(full)
     shift = 0.0
     token = probability = None
     if target.vector is not None:

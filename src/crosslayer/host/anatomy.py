@@ -113,6 +113,11 @@ class Anatomy:
         model: Any = self.host.model
         return model.get_output_embeddings().weight.detach()
 
+    @cached_property
+    def mean_unembedding_D(self) -> Float[Tensor, " D"]:
+        """Mean row of the unembedding, in float32 or wider."""
+        return self.unembedding_VD.to(torch.promote_types(self.unembedding_VD.dtype, torch.float32)).mean(0)
+
     @property
     def unembedding_bias_V(self) -> Float[Tensor, " V"] | None:
         model: Any = self.host.model

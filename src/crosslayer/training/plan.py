@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from crosslayer.clt.finding import TOKENS_AT_ONCE
 from crosslayer.clt.precision import dtype_of
 from crosslayer.core.errors import ResourceError
+from crosslayer.host import memory
+from crosslayer.host.host import choose_device
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.gradients import NUMBERS_AT_ONCE
 from crosslayer.training.objective import SPARSE_BELOW
@@ -97,9 +98,13 @@ def _on_gpu(config: TrainConfig) -> bool:
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
 
 
+def _device(config: TrainConfig) -> torch.device:
+    return torch.device(choose_device(config.device))
+
+
 def budget_of(config: TrainConfig, shape: HostShape) -> Budget:
     """Return the budget of a run on this machine: the memory of the device that trains, whatever is free now."""
-    memory_bytes = torch.cuda.mem_get_info()[1] if _on_gpu(config) else psutil.virtual_memory().total
+    memory_bytes = memory.total_bytes(_device(config))
     return Budget(n_layers=shape.n_layers, d_model=shape.d_model, memory_bytes=memory_bytes)
 
 
@@ -162,10 +167,8 @@ def check_fits(plan: Plan, config: TrainConfig, out: Path) -> None:
     Raises:
         ResourceError: if memory or disk is too small.
     """
-    if _on_gpu(config):
-        needed, free, where = plan.device_bytes, torch.cuda.mem_get_info()[0], "on the GPU"
-    else:
-        needed, free, where = plan.total_bytes, psutil.virtual_memory().available, "of memory"
+    free = memory.free_bytes(_device(config))
+    needed, where = (plan.device_bytes, "on the GPU") if _on_gpu(config) else (plan.total_bytes, "of memory")
     if needed > free:
         part = max(plan.memory_bytes, key=lambda name: plan.memory_bytes[name])
         remedy = {
