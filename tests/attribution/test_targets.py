@@ -149,7 +149,9 @@ def test_too_little_memory_is_reported_before_starting(pair: Pair, monkeypatch: 
     monkeypatch.setattr("crosslayer.core.memory.free_bytes", lambda: 100)
     with pytest.raises(ResourceError, match="attention patterns of 7 tokens take about"):
         xl.attribute(*pair, TOKENS)
-    with pytest.raises(ResourceError, match=r"1 sets of interventions on 7 tokens take about .* run fewer sets at once"):
+    with pytest.raises(
+        ResourceError, match=r"1 sets of interventions on 7 tokens take about .* run fewer sets at once"
+    ):
         xl.intervene(*pair, TOKENS, [])
 
 
