@@ -15,11 +15,16 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
 EOT = "<|endoftext|>"
+WINDOW = 4
+"""Sliding window of the families that have one; prompts of the tests are longer."""
 N_LAYERS, D_MODEL, N_VOCAB, CONTEXT = 3, 16, 320, 64
 _SHAPE = {
     "vocab_size": N_VOCAB,
@@ -36,9 +41,12 @@ _GROUPED = {**_SHAPE, "num_key_value_heads": 1, "head_dim": 8}
 
 CONFIGS: dict[str, Any] = {
     "qwen3": Qwen3Config(**_GROUPED),
+    "qwen2": Qwen2Config(**_SHAPE, num_key_value_heads=1),
     "llama": LlamaConfig(**_GROUPED),
-    "gemma2": Gemma2Config(**_GROUPED, sliding_window=8),
-    "gemma3_text": Gemma3TextConfig(**_GROUPED, sliding_window=8),
+    "mistral": MistralConfig(**_GROUPED, sliding_window=WINDOW),
+    "phi3": Phi3Config(**_SHAPE, num_key_value_heads=1),
+    "gemma2": Gemma2Config(**_GROUPED, sliding_window=WINDOW),
+    "gemma3_text": Gemma3TextConfig(**_GROUPED, sliding_window=WINDOW),
     "gpt2": GPT2Config(
         vocab_size=N_VOCAB,
         n_embd=D_MODEL,

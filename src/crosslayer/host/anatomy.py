@@ -145,13 +145,18 @@ class Anatomy:
 
 
 def _attention(module: Any, host: Host) -> Attention:
-    """Find the value projection: separate, the last third of a fused one, or interleaved by head."""
+    """Find the value projection: separate, the last part of a fused one, or interleaved by head."""
     config = host.model.config.get_text_config()  # type: ignore[operator]
     heads = config.num_attention_heads
     if hasattr(module, "v_proj"):
         value, out = module.v_proj, module.o_proj
         n_value_heads = value.weight.shape[0] // module.head_dim
         return Attention(module, value.weight, value.bias, out.weight, out.bias, heads, n_value_heads)
+    if hasattr(module, "qkv_proj"):
+        fused, out, n_value_heads = module.qkv_proj, module.o_proj, config.num_key_value_heads
+        last = slice(-n_value_heads * module.head_dim, None)
+        bias = None if fused.bias is None else fused.bias[last]
+        return Attention(module, fused.weight[last], bias, out.weight, out.bias, heads, n_value_heads)
     if hasattr(module, "c_attn"):
         weight, bias = module.c_attn.weight.T.chunk(3)[2], module.c_attn.bias.chunk(3)[2]
         return Attention(module, weight, bias, module.c_proj.weight.T, module.c_proj.bias, heads, heads)

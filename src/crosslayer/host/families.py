@@ -41,7 +41,10 @@ GEMMA_LIKE = LLAMA_LIKE._replace(
 
 FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
     "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "phi3": LLAMA_LIKE,
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
     "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers", final_norm="model.language_model.norm"),
