@@ -116,6 +116,6 @@ def _batch(tokens: int, accumulate: int, ranks: int) -> int:
 
 
 def _learning_rate(steps: int, d_model: int) -> float:
-    """Return the learning rate: 0.0055 for 1,500 steps at width 192, and inversely proportional to larger widths."""
-    best = 0.0055 * (1500 / steps) ** 0.45 * (192 / d_model) ** (0.6 if d_model < 192 else 1.0)
+    """Return the learning rate: 0.0055 for up to 1,500 steps at width 192, inversely proportional to larger widths."""
+    best = 0.0055 * (1500 / max(steps, 1500)) ** 0.45 * (192 / d_model) ** (0.6 if d_model < 192 else 1.0)
     return float(f"{min(best, 0.02):.2g}")
