@@ -184,13 +184,13 @@ LONG = "\n".join(f"line {i}" for i in range(50_000)).encode()
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("a.txt.gz", gzip.compress(LONG)[:-900], "is not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(LONG, mtime=0)[:-900], "is not a whole gzip file"),
         ("a.txt.gz", b"plain text", "is not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:40], "is not a whole gzip file"),
-        ("a.txt.gz", gzip.compress(LONG)[:50] + b"x" * 50, "is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:40], "is not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(LONG, mtime=0)[:50] + b"x" * 50, "is not a whole gzip file"),
         ("a.txt.zst", zstd(LONG)[:-900], "cannot be read: Truncated"),
         ("a.jsonl.zst", b"plain text", "cannot be read: ZSTD"),
-        ("a.txt.gz", gzip.compress(b"caf\xe9"), r"a.txt.gz is not UTF-8 text \(byte 3\)"),
+        ("a.txt.gz", gzip.compress(b"caf\xe9", mtime=0), r"a.txt.gz is not UTF-8 text \(byte 3\)"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}', "line 2, is not UTF-8"),
         ("a.jsonl", b'{"text": "ok"}\n["text"]', "line 2, is JSON but not an object"),
         ("a.txt", b'{"text": "ok"}\n{"text": "cut', "line 2, is not JSON"),
@@ -203,7 +203,7 @@ LONG = "\n".join(f"line {i}" for i in range(50_000)).encode()
         ("a.csv", b"a line\nof text\n", "found a line; give the column"),
         ("a.csv", b"", "holds no text"),
         ("a.parquet", b"PAR1 and nothing", "cannot be read as Parquet"),
-        ("a.parquet.gz", gzip.compress(b"PAR1"), "is a compressed Parquet file"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "is a compressed Parquet file"),
         ("data", b"\x00\xff\xfe", "not UTF-8"),
     ],
 )
