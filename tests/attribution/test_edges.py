@@ -17,12 +17,16 @@ from crosslayer.graphs.graph import Graph
 from pairs import TOKENS, Pair, make_pair
 
 AFTER_NORM, BEFORE_NORM = ("mlp.hook_in", "mlp.hook_out"), ("hook_resid_mid", "hook_mlp_out")
+BEFORE_GAIN = ("ln2.hook_normalized", "hook_mlp_out")
 CASES = [
     (family, hooks, skip)
     for family in tiny.CONFIGS
     for hooks in (AFTER_NORM, BEFORE_NORM)
     for skip in (False, True)
     if not (family == "gpt_neox" and hooks == BEFORE_NORM)
+] + [
+    (family, BEFORE_GAIN, skip)
+    for family, skip in (("gpt2", True), ("gpt_neox", False), ("gemma2", False), ("gemma2", True))
 ]
 
 

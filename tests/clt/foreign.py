@@ -196,3 +196,42 @@ def gemma_scope(folder: Path, skip: bool) -> Meaning:
         return torch.stack(written, dim=1)
 
     return Meaning(features, reconstruct)
+
+
+def gemma_scope_set(folder: Path, archive: Callable[..., None] | None, skip: bool) -> Meaning:
+    """Write a config that lists a file per layer in subfolders: of Gemma Scope as `.npz` by `archive`, or of 2."""
+    layers, paths = [], []
+    for i in range(L):
+        names = ("w_enc", "w_dec") if archive is None else ("W_enc", "W_dec")
+        tensors = {
+            names[0]: _random(D, F, seed=i),
+            names[1]: _random(F, D, seed=20 + i),
+            "b_enc": _random(F, seed=40 + i) * 0.1,
+            "b_dec": _random(D, seed=60 + i),
+            "threshold": _random(F, seed=90 + i).abs(),
+        }
+        if skip:
+            tensors["affine_skip_connection"] = _random(D, D, seed=80 + i)
+        paths.append(f"layer_{i}/width_16k/average_l0_{7 * i}/params.{'safetensors' if archive is None else 'npz'}")
+        (folder / paths[-1]).parent.mkdir(parents=True)
+        if archive is None:
+            save_file(tensors, folder / paths[-1])
+        else:
+            archive(folder / paths[-1], **{name: t.numpy() for name, t in tensors.items()})
+        layers.append({name.lower(): t for name, t in tensors.items()})
+    said = "model_kind: transcoder_set\nmodel_name: google/gemma-2-2b\nscan: gemmascope-transcoder-16k\n"
+    said += "feature_input_hook: ln2.hook_normalized\nfeature_output_hook: hook_mlp_out\ntranscoders:\n"
+    (folder / "config.yaml").write_text(said + "".join(f"- {path}\n" for path in paths))
+
+    def features(x_BLD: Tensor) -> list[Tensor]:
+        pre = [x_BD @ t["w_enc"] + t["b_enc"] for x_BD, t in zip(x_BLD.unbind(1), layers, strict=True)]
+        return [z * (z > t["threshold"]) for z, t in zip(pre, layers, strict=True)]
+
+    def reconstruct(x_BLD: Tensor) -> Tensor:
+        written = [f @ t["w_dec"] + t["b_dec"] for f, t in zip(features(x_BLD), layers, strict=True)]
+        if skip:
+            pairs = zip(written, x_BLD.unbind(1), layers, strict=True)
+            written = [y + x @ t["affine_skip_connection"] for y, x, t in pairs]
+        return torch.stack(written, dim=1)
+
+    return Meaning(features, reconstruct)

@@ -187,7 +187,10 @@ def check_virtual(made: Made, n: int, writes: torch.Tensor, reads: torch.Tensor)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2", "gpt_neox"])
-@pytest.mark.parametrize("hooks", [("mlp.hook_in", "mlp.hook_out"), ("hook_resid_mid", "hook_mlp_out")])
+@pytest.mark.parametrize(
+    "hooks",
+    [("mlp.hook_in", "mlp.hook_out"), ("hook_resid_mid", "hook_mlp_out"), ("ln2.hook_normalized", "mlp.hook_out")],
+)
 def test_virtual_weights_are_gradients_through_the_norms(family: str, hooks: tuple[str, str]):
     """Compare with gradients from a feature's write to another's pre-activation, with every norm scale held at 1."""
     if family == "gpt_neox" and hooks[0] == "hook_resid_mid":
@@ -211,7 +214,8 @@ def test_virtual_weights_are_gradients_through_the_norms(family: str, hooks: tup
                     after = anatomy.blocks[m].after_mlp_norm
                     stream = stream + (without_bias(after, row) if after and hooks[1] == "mlp.hook_out" else row)
                 block = anatomy.blocks[layer]
-                read = without_bias(block.mlp_norm, stream) if hooks[0] == "mlp.hook_in" else stream
+                read_norm = block.mlp_norm if hooks[0] == "mlp.hook_in" else block.mlp_norm.plain()
+                read = stream if hooks[0] == "hook_resid_mid" else without_bias(read_norm, stream)
                 weights = (read @ pair.clt.W_enc[layer].T)[0]
                 for t in range(6):
                     at = (found.upstream.id[layer * 6 + t] == source * 6 + i).nonzero()

@@ -88,6 +88,18 @@ def test_hook_resid_mid_is_what_the_norm_reads(family: str):
         torch.testing.assert_close(normed, host.tap(TOKENS_BT).x_BTLD[:, :, i])
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_hook_normalized_is_the_norm_before_its_gain_and_bias(family: str):
+    plain = host_of(family, input_hook="blocks.{i}.ln2.hook_normalized").tap(TOKENS_BT).x_BTLD
+    host = host_of(family)
+    gained = host.tap(TOKENS_BT).x_BTLD
+    for i, block in enumerate(Anatomy(host).blocks):
+        bias_D = 0.0 if block.mlp_norm.bias_D is None else block.mlp_norm.bias_D
+        torch.testing.assert_close(plain[:, :, i] * block.mlp_norm.gain_D + bias_D, gained[:, :, i])
+    some = any(bool((block.mlp_norm.gain_D != 1).any()) for block in Anatomy(host).blocks)
+    assert torch.allclose(plain, gained) != some
+
+
 def test_hook_mlp_out_differs_where_a_norm_follows_the_mlp():
     for family, same in (("gemma2", False), ("gemma3_text", False), ("qwen3", True), ("gpt2", True)):
         inner = host_of(family).tap(TOKENS_BT).y_BTLD
@@ -115,7 +127,7 @@ def test_unknown_family_lists_the_known():
 
 
 def test_unknown_hooks_list_the_known():
-    with pytest.raises(ConfigError, match=r"mlp\.hook_in, hook_resid_mid"):
+    with pytest.raises(ConfigError, match=r"mlp\.hook_in, ln2\.hook_normalized, hook_resid_mid"):
         host_of("qwen3", input_hook="hook_nonsense")
     with pytest.raises(ConfigError, match=r"mlp\.hook_out, hook_mlp_out"):
         host_of("qwen3", output_hook="hook_nonsense")

@@ -347,11 +347,11 @@ def _skip(local: LocalModel, layer: int) -> tuple[Tensor | None, Tensor | None, 
     scale_T = torch.ones_like(scales.mlp_T)
     constant_D = None
     back_DD = skip_DD.T
-    if local.reads_after_norm:
-        back_DD = block.mlp_norm.pull(back_DD)
+    if block.read_norm is not None:
+        back_DD = block.read_norm.pull(back_DD)
         scale_T = scales.mlp_T.clone()
-        if block.mlp_norm.bias_D is not None:
-            constant_D = block.mlp_norm.bias_D.to(full) @ skip_DD
+        if block.read_norm.bias_D is not None:
+            constant_D = block.read_norm.bias_D.to(full) @ skip_DD
     if scales.after_mlp_T is not None and block.after_mlp_norm is not None:
         back_DD = block.after_mlp_norm.gain_D.to(full)[:, None] * back_DD
         scale_T = scale_T * scales.after_mlp_T

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from crosslayer.attribution.local import LocalModel
-from crosslayer.host.anatomy import Attention, Norm
+from crosslayer.host.anatomy import Attention
+from crosslayer.host.norms import Norm
 
 FREEZES = ("none", "attention", "norms", "both")
 
@@ -37,6 +38,9 @@ def frozen(local: LocalModel, what: str) -> Iterator[None]:
                     _freeze_norm(stack, block.after_mlp_norm, scales.after_mlp_T)
         if what in ("norms", "both"):
             _freeze_norm(stack, local.anatomy.final_norm, local.final_scale_T)
+            host = local.anatomy.host
+            host.read_scales = [scales.mlp_T for scales in local.scales]
+            stack.callback(setattr, host, "read_scales", None)
         yield
 
 

@@ -122,7 +122,6 @@ class LocalModel:
         self.anatomy, self.clt, self.host_pass = anatomy, clt, host_pass
         self.dtype = torch.promote_types(host.dtype, torch.float32)
         self.n_skip = min(host.policy.n_skip, len(host_pass.tokens_T))
-        self.reads_after_norm = short_hook(host.input_hook) == "mlp.hook_in"
         self.writes_before_norm = short_hook(host.output_hook) == "mlp.hook_out"
         self.scales: list[Scales] = []
         self.early: list[Tensor] = []
@@ -161,7 +160,7 @@ class LocalModel:
         middle_TD = stream_TD + written_TD
         read_TD = stream_TD if self.anatomy.parallel else middle_TD
         mlp_T = block.mlp_norm.scale(read_TD)
-        x_TD = block.mlp_norm.apply(read_TD, mlp_T) if self.reads_after_norm else read_TD
+        x_TD = block.read_norm.apply(read_TD, mlp_T) if block.read_norm else read_TD
         y_TD = self.host_pass.y_LTD[layer].to(self.dtype)
         if block.after_mlp_norm and self.writes_before_norm:
             after_mlp_T = block.after_mlp_norm.scale(y_TD)
@@ -235,7 +234,7 @@ class LocalModel:
             y_TD = made_LTD[layer] + self.error_LTD[layer] + self.constant_LTD[layer]
             if self.clt.config.skip:
                 read_TD = stream_TD if self.anatomy.parallel else middle_TD
-                x_TD = block.mlp_norm.apply(read_TD, scales.mlp_T) if self.reads_after_norm else read_TD
+                x_TD = block.read_norm.apply(read_TD, scales.mlp_T) if block.read_norm else read_TD
                 y_TD[self.n_skip :] += self.clt.skip(x_TD[self.n_skip :], layer)
             stream_TD = middle_TD + self._enter(layer, y_TD, scales)
         top_TD = self.anatomy.final_norm.apply(stream_TD, self.final_scale_T)

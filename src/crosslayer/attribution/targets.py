@@ -246,10 +246,10 @@ def feature_reads(local: LocalModel, layer: int, which_N: Tensor) -> Reads:
     position_N, index_N = f.position_N[which_N], f.index_N[which_N]
     row_ND = local.clt.W_enc.rows(layer, index_N).to(full)
     constant_N = local.clt.b_enc[layer][index_N].to(full)
-    if local.reads_after_norm:
-        if block.mlp_norm.bias_D is not None:
-            constant_N = constant_N + row_ND @ block.mlp_norm.bias_D.to(full)
-        row_ND = block.mlp_norm.pull(row_ND) * local.scales[layer].mlp_T[position_N, None]
+    if block.read_norm is not None:
+        if block.read_norm.bias_D is not None:
+            constant_N = constant_N + row_ND @ block.read_norm.bias_D.to(full)
+        row_ND = block.read_norm.pull(row_ND) * local.scales[layer].mlp_T[position_N, None]
     return Reads(layer, position_N, row_ND, constant_N, f.activation_N[which_N])
 
 

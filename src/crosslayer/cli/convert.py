@@ -27,7 +27,10 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 @click.option(
     "--keep-skip", is_flag=True, help="keep an affine skip connection in the published format; only crosslayer loads it"
 )
-def command(source: str, target: Path, to: str, dtype: str | None, drop_skip: bool, keep_skip: bool) -> None:
+@click.option("--k", type=int, help="active features per token and layer, for a TopK set that does not say")
+def command(
+    source: str, target: Path, to: str, dtype: str | None, drop_skip: bool, keep_skip: bool, k: int | None
+) -> None:
     """Convert the transcoder SOURCE to the folder TARGET, layer by layer, and verify the result.
 
     SOURCE is a folder, a run folder, or owner/name[@revision][//subfolder] on the Hub, in any format that `inspect`
@@ -49,6 +52,7 @@ def command(source: str, target: Path, to: str, dtype: str | None, drop_skip: bo
             to=to,
             dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
             skip="drop" if drop_skip else "keep" if keep_skip else "refuse",
+            k=k,
             on_progress=lambda what, share: update(share + (what == "verify"), what),
         )
     click.echo(f"written to {target} and verified; inspect it with: crosslayer inspect {target}")

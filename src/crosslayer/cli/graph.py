@@ -40,6 +40,7 @@ from crosslayer.core.console import progress, results
     show_default=True,
     help="precision of the matrix products; auto: bf16 where the device is faster with it",
 )
+@click.option("--k", type=int, help="active features per token and layer, for a TopK set that does not say")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto (cuda if available)")
 @click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="number of features to print")
 @click.option(
@@ -75,6 +76,7 @@ def command(
     tolerance: float,
     max_nodes: int | None,
     precision: str,
+    k: int | None,
     device: str,
     top: int,
     features: Path | None,
@@ -86,11 +88,13 @@ def command(
     """Compute the attribution graph of PROMPT: the features that lead to the next token, and their connections."""
     from crosslayer.attribution.attribute import attribute
     from crosslayer.bundles.bundle import load_features
+    from crosslayer.clt.open import load_clt
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable
     from crosslayer.graphs.files import files_of, refuse_other_file
     from crosslayer.graphs.interchange import slug_of, to_file, write_graph_file
     from crosslayer.graphs.report import print_graph
+    from crosslayer.host.host import choose_device
 
     for path in (*(files_of(out) if out is not None else ()), *([export] if export is not None else [])):
         require_writable(path)
@@ -106,7 +110,7 @@ def command(
     text = prompt_text(prompt)
     graph = attribute(
         model,
-        clt,
+        clt if k is None else load_clt(clt, device=choose_device(device), k=k),
         text,
         targets=list(targets) or None,
         tolerance=tolerance,

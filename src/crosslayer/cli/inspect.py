@@ -19,21 +19,23 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("clt")
 @click.option("--deep", is_flag=True, help="read all weights: norms, decoder norm by layer distance, NaN and infinity")
+@click.option("--k", type=int, help="active features per token and layer, for a TopK set that does not say")
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
-def command(clt: str, deep: bool, as_json: bool) -> None:
+def command(clt: str, deep: bool, k: int | None, as_json: bool) -> None:
     """Describe the transcoder CLT: a folder, a run folder, or owner/name[@revision][//subfolder] on the Hub.
 
-    Supports the published format, per-layer sets, BluelightAI's format and Gemma Scope 2. Reads only file headers and
-    small tensors unless --deep is given. The exit code is 2 if files are missing or damaged.
+    Supports the published format, per-layer sets (Gemma Scope's among them), BluelightAI's format and Gemma Scope 2.
+    Reads only file headers and small tensors unless --deep is given. The exit code is 2 if files are missing or
+    damaged.
     """
     from crosslayer.clt.inspect import describe
     from crosslayer.core.progress import track
 
     if deep:
         with track(progress(), "read", 1.0) as update:
-            d = describe(clt, deep=True, on_progress=update)
+            d = describe(clt, deep=True, k=k, on_progress=update)
     else:
-        d = describe(clt)
+        d = describe(clt, k=k)
     if as_json:
         click.echo(json.dumps(asdict(d), indent=2))
     else:

@@ -31,6 +31,7 @@ def convert(
     to: str = "published",
     dtype: torch.dtype | None = None,
     skip: Literal["refuse", "keep", "drop"] = "refuse",
+    k: int | None = None,
     on_progress: Progress = lambda what, share: None,
 ) -> None:
     """Convert a transcoder to another format or dtype, and verify the result.
@@ -41,6 +42,7 @@ def convert(
         to: name of a writable format: `published`, or `per-layer` (a set of per-layer transcoders).
         dtype: dtype of all tensors; default: unchanged.
         skip: what to do with an affine skip in the published format, which circuit-tracer does not open.
+        k: active features per token and layer, for a TopK set that does not say.
         on_progress: called with "write" or "verify", and the fraction done.
 
     Raises:
@@ -50,7 +52,7 @@ def convert(
     writable = {f.target: f for f in FORMATS if f.target}
     if to not in writable:
         raise ConfigError(f"format {to!r} cannot be written; give one of {', '.join(writable)}")
-    opened, target_format = load_clt(source), writable[to]
+    opened, target_format = load_clt(source, k=k), writable[to]
     if opened.clt.config.skip and not target_format.holds_skip and skip != "keep":
         if skip == "refuse":
             raise ConfigError(

@@ -87,7 +87,7 @@ def clt_folder(path: Path) -> Path:
 
 
 def _open_repository(name: str, repo: str, revision: str | None, under: str | None) -> Folder:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     unreachable = hub_errors()
@@ -117,18 +117,33 @@ def _open_repository(name: str, repo: str, revision: str | None, under: str | No
         commit = snapshot.name
 
     def fetch(file: str) -> Path:
-        try:
-            return Path(hf_hub_download(repo, f"{prefix}{file}", revision=commit))
-        except unreachable as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise FormatError(
-                f"{name}: {file} cannot be downloaded from the Hub ({first_line}); check the network and try again"
-            ) from error
+        return hub_file(name, repo, f"{prefix}{file}", commit)
 
     names = frozenset(f.removeprefix(prefix) for f in files if f.startswith(prefix))
     if not names:
         raise FormatError(f"{name}: {repo} has no files under {under}; its folders are {_folders(files)}")
     return Folder(name, names, fetch, local=False)
+
+
+def hub_file(where: str, repo: str, file: str, revision: str | None) -> Path:
+    """Return the local path of a file on the Hub; download it if needed.
+
+    Args:
+        where: what names the file, for messages.
+
+    Raises:
+        FormatError: for a file that cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except hub_errors() as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FormatError(
+            f"{where}: {file} of {repo} cannot be downloaded from the Hub ({first_line}); check the network and try"
+            " again"
+        ) from error
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

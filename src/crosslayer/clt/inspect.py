@@ -63,19 +63,24 @@ class Description:
 
 
 def describe(
-    name: str | Path, *, deep: bool = False, on_progress: Callable[[float], None] = lambda share: None
+    name: str | Path,
+    *,
+    deep: bool = False,
+    k: int | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> Description:
     """Describe a transcoder in any supported format.
 
     Args:
         deep: read all weights: norms, decoder norm by layer distance, NaN and infinity.
+        k: active features per token and layer, for a TopK set that does not say.
         on_progress: called with the fraction of layers read.
 
     Raises:
         FormatError: for an incomplete or damaged folder, with the file and the fault.
     """
     folder = open_folder(name)
-    format_name, opened = open_format(name)
+    format_name, opened = open_format(name, k=k)
     clt, p = opened
     c = clt.config
     layers: list[LayerWeights | None] = []

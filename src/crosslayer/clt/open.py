@@ -9,13 +9,19 @@ from torch import nn
 
 from crosslayer.clt.folder import open_folder
 from crosslayer.clt.formats import FORMATS, published, transcoder_set
+from crosslayer.clt.formats.format import Reading
 from crosslayer.clt.formats.opened import Opened, in_dtype
 from crosslayer.clt.weights import Weights
-from crosslayer.core.errors import FormatError
+from crosslayer.core.errors import ConfigError, FormatError
 
 
 def load_clt(
-    name: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", as_loader: bool = False
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    as_loader: bool = False,
+    k: int | None = None,
 ) -> Opened:
     """Open a transcoder and its metadata; matrices are loaded lazily, from disk or the Hub.
 
@@ -23,22 +29,29 @@ def load_clt(
         name: a folder, a run, or `owner/name[@revision][//subfolder]` on the Hub.
         dtype: dtype of the weights; default: that of the files.
         as_loader: interpret BluelightAI's `topk_all` as their loader does.
+        k: active features per token and layer, for a TopK set that does not say.
 
     Raises:
+        ConfigError: for a `k` that the transcoder does not need.
         FormatError: for a folder that does not match its format; the message names the file and the tensor.
     """
-    opened = open_format(name, as_loader=as_loader)[1]
+    opened = open_format(name, as_loader=as_loader, k=k)[1]
     if dtype is not None or device != "cpu":
         _move(opened, dtype, device)
     return opened
 
 
-def open_format(name: str | Path, *, as_loader: bool = False) -> tuple[str, Opened]:
+def open_format(name: str | Path, *, as_loader: bool = False, k: int | None = None) -> tuple[str, Opened]:
     """Open a transcoder; return the name of its format as well."""
     folder = open_folder(name)
     for known in FORMATS:
         if known.recognises(folder):
-            return known.name, known.open(folder, as_loader)
+            opened = known.open(folder, Reading(as_loader, k))
+            if k is not None and opened.clt.config.k != k:
+                config = opened.clt.config
+                has = f"has k={config.k}" if config.ranks else f"is {config.activation} and has no k"
+                raise ConfigError(f"k={k}: {name} {has}; omit k")
+            return known.name, opened
     if published.CONFIG in folder.names:
         kind = published.read_yaml(folder).get("model_kind")
         raise FormatError(

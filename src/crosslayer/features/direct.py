@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosslayer.clt.transcoder import CLT
-from crosslayer.host.anatomy import Anatomy, Norm
+from crosslayer.host.anatomy import Anatomy
 from crosslayer.host.host import Host
+from crosslayer.host.norms import Norm
 from crosslayer.schemas.hooks import short_hook
 
 ROWS_AT_ONCE = 1024
@@ -58,8 +59,7 @@ class Wiring:
         blocks = [self.anatomy.blocks[model_layers.index(layer)] for layer in host.layers]
         before_norm = short_hook(host.output_hook) == "mlp.hook_out"
         self.after = [b.after_mlp_norm if before_norm else None for b in blocks]
-        through_norm = short_hook(host.input_hook) == "mlp.hook_in"
-        self.into: list[Norm | None] = [b.mlp_norm if through_norm else None for b in blocks]
+        self.into: list[Norm | None] = [b.read_norm for b in blocks]
 
     @property
     def layers(self) -> range:

@@ -14,34 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crosslayer.host.host import Host
-
-
-class Norm(NamedTuple):
-    """An RMS or layer norm: `gain * scale(x) * (x - mean(x) if centred else x) + bias`."""
-
-    module: nn.Module
-    gain_D: Float[Tensor, " D"]
-    bias_D: Float[Tensor, " D"] | None
-    centred: bool
-    eps: float
-
-    def scale(self, x_TD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
-        """Return the scale of each position."""
-        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        if self.centred:
-            x_TD = x_TD - x_TD.mean(-1, keepdim=True)
-        return (x_TD.square().mean(-1) + self.eps).rsqrt()
-
-    def apply(self, x_TD: Float[Tensor, "... T D"], scale_T: Float[Tensor, " T"]) -> Float[Tensor, "... T D"]:
-        """Apply the norm with frozen scales."""
-        x = x_TD - x_TD.mean(-1, keepdim=True) if self.centred else x_TD
-        y = x * scale_T[..., None] * self.gain_D
-        return (y if self.bias_D is None else y + self.bias_D).to(x_TD.dtype)
-
-    def pull(self, g_ND: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        """Return gradients at the input, given those at the output, for a scale of one."""
-        g_ND = g_ND * self.gain_D.to(g_ND.dtype)
-        return g_ND - g_ND.mean(-1, keepdim=True) if self.centred else g_ND
+from crosslayer.host.norms import Norm, norm_of
+from crosslayer.schemas.hooks import NORMALIZED, short_hook
 
 
 class Attention(NamedTuple):
@@ -83,6 +57,8 @@ class Block(NamedTuple):
     mlp_norm: Norm
     mlp: nn.Module
     after_mlp_norm: Norm | None
+    read_norm: Norm | None
+    """What the transcoder's input passes after the residual stream; None where it reads the stream itself."""
 
 
 class Anatomy:
@@ -99,7 +75,7 @@ class Anatomy:
         model: Any = host.model
         layers: list[nn.Module] = list(model.get_submodule(self._family.layers))
         self.blocks = [self._block(layer) for layer in layers]
-        self.final_norm = self._norm(model.get_submodule(self._family.final_norm))
+        self.final_norm = norm_of(model.get_submodule(self._family.final_norm), self._family)
 
     def positions_TD(self, n_positions: int) -> Float[Tensor, "T D"] | None:
         """Learned positions as they enter the stream; None for a family without them."""
@@ -125,23 +101,22 @@ class Anatomy:
 
     def _block(self, layer: nn.Module) -> Block:
         f = self._family
-        norm = lambda path: self._norm(layer.get_submodule(path)) if path else None  # noqa: E731
+        norm = lambda path: norm_of(layer.get_submodule(path), f) if path else None  # noqa: E731
         attention_norm, mlp_norm = norm(f.attention_norm), norm(f.mlp_norm)
         assert attention_norm is not None
         assert mlp_norm is not None
         attention = _attention(layer.get_submodule(f.attention), self.host)
         mlp = layer.get_submodule(f.mlp)
-        return Block(attention_norm, attention, norm(f.after_attention_norm), mlp_norm, mlp, norm(f.after_mlp_norm))
-
-    def _norm(self, module: Any) -> Norm:
-        gain_D = module.weight.detach()
-        if isinstance(module, nn.LayerNorm):
-            return Norm(module, gain_D, module.bias.detach(), True, module.eps)
-        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        if self._family.gain_plus_one:
-            # The model adds in float32; in bfloat16 the sum would lose the lower bits of the weight.
-            gain_D = gain_D.to(torch.promote_types(gain_D.dtype, torch.float32)) + 1
-        return Norm(module, gain_D, None, False, eps)
+        read_norm = {"mlp.hook_in": mlp_norm, NORMALIZED: mlp_norm.plain()}.get(short_hook(self.host.input_hook))
+        return Block(
+            attention_norm,
+            attention,
+            norm(f.after_attention_norm),
+            mlp_norm,
+            mlp,
+            norm(f.after_mlp_norm),
+            read_norm,
+        )
 
 
 def _attention(module: Any, host: Host) -> Attention:

@@ -75,6 +75,8 @@ class Site(NamedTuple):
 
     module: str
     side: Literal["input", "output"]
+    normalized: bool = False
+    """Whether the value is what the norm makes of its input before its gain and bias."""
 
 
 def input_site(family: Family, hook: str, *, parallel: bool) -> Site:
@@ -82,6 +84,8 @@ def input_site(family: Family, hook: str, *, parallel: bool) -> Site:
     match short_hook(hook):
         case "mlp.hook_in":
             return Site(family.mlp, "input")
+        case "ln2.hook_normalized":
+            return Site(family.mlp_norm, "input", normalized=True)
         case "hook_resid_mid" if not parallel:
             return Site(family.mlp_norm, "input")
         case "hook_resid_mid":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from crosslayer.core.errors import ConfigError, HostError
 from crosslayer.host.families import Family, family_of, input_site, output_site
+from crosslayer.host.norms import norm_of
 from crosslayer.schemas.hooks import short_hook
 from crosslayer.schemas.policy import FirstPosition
 
@@ -53,6 +54,7 @@ class Host:
         layers, n_layers: layers whose MLPs are tapped and patched; default: all.
         d_model, n_vocab, max_positions: its sizes.
         input_hook, output_hook: the sites tapped and patched, in TransformerLens' names.
+        read_scales: frozen norm scales of each layer, for the input hook `ln2.hook_normalized`; default: computed.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Host:
         self.parallel = bool(self.family.parallel_when and getattr(config, self.family.parallel_when))
         self.input_hook, self.output_hook = input_hook, output_hook
         self.policy = policy or FirstPosition()
+        self.read_scales: list[Tensor] | None = None
         self._input_site = input_site(self.family, input_hook, parallel=self.parallel)
         self._output_site = output_site(self.family, output_hook)
 
@@ -171,14 +174,20 @@ class Host:
 
     def _hook(self, hooks: ExitStack, layer: int, block: nn.Module, visit: Visitor) -> None:
         seen: list[Tensor] = []
+        source = block.get_submodule(self._input_site.module)
+        norm = norm_of(source, self.family).plain() if self._input_site.normalized else None
 
         def store_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0])
+            x_BTD = inputs[0]
+            if norm is not None:
+                scale_T = self.read_scales[layer] if self.read_scales else norm.scale(x_BTD)
+                x_BTD = norm.apply(x_BTD.to(scale_T.dtype), scale_T).to(x_BTD.dtype)
+            seen.append(x_BTD)
 
         def on_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
             return visit(layer, seen.pop(), output)
 
-        into = block.get_submodule(self._input_site.module).register_forward_pre_hook(store_input)
+        into = source.register_forward_pre_hook(store_input)
         out = block.get_submodule(self._output_site.module).register_forward_hook(on_output)
         hooks.callback(into.remove)
         hooks.callback(out.remove)

@@ -254,5 +254,5 @@ FORMAT = Format(
     name="BluelightAI",
     marker=CONFIG,
     recognises=recognises,
-    open=lambda folder, as_loader: open_(folder, as_loader=as_loader),
+    open=lambda folder, reading: open_(folder, as_loader=reading.as_loader),
 )

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from crosslayer.clt.folder import Folder
 from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.formats.writing import FilePlan
+
+
+class Reading(NamedTuple):
+    """How to read what a format leaves open.
+
+    Attributes:
+        as_loader: as the format's own loader does, where that differs.
+        k: active features per token and layer of a TopK set that does not say.
+    """
+
+    as_loader: bool = False
+    k: int | None = None
+
 
 Plan = Callable[[Opened, torch.dtype | None], list[FilePlan]]
 
@@ -23,7 +37,7 @@ class Format:
         target: name that `convert --to` takes; None for a format that is only read.
         marker: file by which its folders are known.
         recognises: whether a folder has this format.
-        open: open a folder; as_loader interprets it as the format's own loader does, where that differs.
+        open: open a folder.
         plan: files to write for a transcoder; None without a target.
         holds_skip: whether other tools open an affine skip in this format.
     """
@@ -32,6 +46,6 @@ class Format:
     target: str | None = None
     marker: str
     recognises: Callable[[Folder], bool]
-    open: Callable[[Folder, bool], Opened]
+    open: Callable[[Folder, Reading], Opened]
     plan: Plan | None = None
     holds_skip: bool = True

@@ -4,6 +4,7 @@ params_layer_{i}.safetensors    w_enc (D, F) · w_dec (F, n_layers, D), slot m w
                                 b_enc (F) · b_dec (D) · threshold (F) · affine_skip_connection (D, D), optional, used
                                 as x @ affine_skip_connection
 config.json                     optional: model_name, hf_hook_point_in, hf_hook_point_out
+config.yaml                     instead of both: the published format's keys, and transcoders: the list of files
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats import listed
 from crosslayer.clt.formats.format import Format
-from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble
+from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
+from crosslayer.clt.formats.published import CONFIG, KIND, read_yaml
 from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.core.errors import FormatError
 from crosslayer.schemas.policy import FirstPosition
@@ -27,13 +30,24 @@ PATTERN = "params_layer_{}.safetensors"
 
 def recognises(folder: Folder) -> bool:
     """Return whether the folder has this format."""
-    return bool(folder.numbered(PATTERN))
+    return bool(folder.numbered(PATTERN)) or _lists(folder)
+
+
+def _lists(folder: Folder) -> bool:
+    if CONFIG not in folder.names:
+        return False
+    config = read_yaml(folder)
+    return config.get("model_kind") == KIND and listed.KEY in config
 
 
 def open_(folder: Folder) -> Opened:
     """Open a transcoder of this format; encoders are transposed at first use, decoders read by row."""
-    n_layers = all_there(folder.name, folder.numbered(PATTERN), PATTERN)
-    files = [TensorFile(folder.path(PATTERN.format(i))) for i in range(n_layers)]
+    if _lists(folder):
+        paths = listed.listed_files(folder, read_yaml(folder), f"{folder.name}/{CONFIG}")
+    else:
+        n_layers = all_there(folder.name, folder.numbered(PATTERN), PATTERN)
+        paths = [folder.path(PATTERN.format(i)) for i in range(n_layers)]
+    files, n_layers = [TensorFile(path) for path in paths], len(paths)
     shape = files[0].entry("w_enc").shape
     if len(shape) != 2:
         raise FormatError(f"{files[0].path}: w_enc has shape {shape}, expected (width, features)")
@@ -64,17 +78,24 @@ def open_(folder: Folder) -> Opened:
 
     config = CLTConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, skip=skip)
     clt = assemble(config, files[0].dtype("w_enc"), [vectors(f) for f in files], W_enc, W_dec, W_skip if skip else None)
-    raw = _config(folder)
+    return Opened(clt, _provenance(folder))
+
+
+def _provenance(folder: Folder) -> Provenance:
+    if _lists(folder):
+        raw, where = read_yaml(folder), f"{folder.name}/{CONFIG}"
+        input_hook, output_hook = checked_hooks(where, raw.get("feature_input_hook"), raw.get("feature_output_hook"))
+    else:
+        raw = _config(folder)
+        input_hook = "hook_resid_mid" if "resid" in str(raw.get("hf_hook_point_in")) else "mlp.hook_in"
+        output_hook = "hook_mlp_out"
     model_name = str(raw.get("model_name") or "")
-    return Opened(
-        clt,
-        Provenance(
-            model_name=model_name,
-            scan=Path(folder.name).name,
-            input_hook="hook_resid_mid" if "resid" in str(raw.get("hf_hook_point_in")) else "mlp.hook_in",
-            output_hook="hook_mlp_out",
-            policy=FirstPosition(n_skip=4 if model_name.endswith("-it") else 1),
-        ),
+    return Provenance(
+        model_name=model_name,
+        scan=str(raw.get("scan") or Path(folder.name).name),
+        input_hook=input_hook,
+        output_hook=output_hook,
+        policy=FirstPosition(n_skip=4 if model_name.endswith("-it") else 1),
     )
 
 
@@ -93,5 +114,5 @@ FORMAT = Format(
     name="Gemma Scope 2",
     marker=PATTERN.format(0),
     recognises=recognises,
-    open=lambda folder, _as_loader: open_(folder),
+    open=lambda folder, _reading: open_(folder),
 )

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from crosslayer.clt.activations import JUMPRELU, RELU
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats import listed
 from crosslayer.clt.formats.format import Format
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
 from crosslayer.clt.formats.tensors import TensorFile
@@ -39,7 +40,9 @@ CONFIG = "config.yaml"
 
 def recognises(folder: Folder) -> bool:
     """Return whether the folder has this format."""
-    return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
+    return (
+        CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND and listed.KEY not in read_yaml(folder)
+    )
 
 
 def read_yaml(folder: Folder) -> dict[str, Any]:
@@ -219,7 +222,7 @@ FORMAT = Format(
     target="published",
     marker=CONFIG,
     recognises=recognises,
-    open=lambda folder, _as_loader: open_(folder),
+    open=lambda folder, _reading: open_(folder),
     plan=plan,
     holds_skip=False,
 )

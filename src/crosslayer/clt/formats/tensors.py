@@ -99,6 +99,13 @@ class TensorFile:
                     raise FormatError(f"{self.path} ended while {name} was read; download or write it again")
         return self.finite(name, out)
 
+    def integer(self, name: str) -> int:
+        """Return a tensor of one integer."""
+        shape, dtype = self.entries[name].shape, self.entries[name].dtype
+        if shape not in ((), (1,)) or dtype[0] not in "IU":
+            raise FormatError(f"{self.path}: {name} is {dtype} of shape {shape}, expected one integer")
+        return int(self._mapped.get_tensor(name))
+
     def finite(self, name: str, tensor: Tensor) -> Tensor:
         """Return the tensor, checked to hold neither NaN nor infinity."""
         # A sum is much faster than an elementwise check, and is not finite if any element is not.

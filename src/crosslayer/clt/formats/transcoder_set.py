@@ -1,30 +1,30 @@
 """A set of per-layer transcoders, one file per layer, as circuit-tracer loads it.
 
-config.yaml                 model_kind: transcoder_set, and the hooks; activation: topk and k for a TopK set
-layer_{i}.safetensors       W_enc (F, D) · W_dec (F, D) · b_enc (F) · b_dec (D) · W_skip (D, D), used as x @ W_skip.T ·
-                            activation_function.threshold (F), absent for ReLU and TopK
+config.yaml                 model_kind: transcoder_set, and the hooks; activation: topk and k for a TopK set, or relu,
+                            which ignores thresholds; transcoders: a list of files (`listed`), Gemma Scope's among them
+layer_{i}.safetensors       the layers (`layer_file`), where the config lists none
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
-from crosslayer.clt.activations import JUMPRELU, RELU, TOPK
+from crosslayer.clt.activations import JUMPRELU, RELU, TOPK, Activation
 from crosslayer.clt.config import CLTConfig, Provenance
 from crosslayer.clt.folder import Folder
+from crosslayer.clt.formats import listed
 from crosslayer.clt.formats.format import Format
-from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
+from crosslayer.clt.formats.layer_file import THRESHOLD, LayerFile
+from crosslayer.clt.formats.opened import Opened, all_there, assemble, checked_hooks
 from crosslayer.clt.formats.published import CONFIG, read_yaml
-from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.clt.formats.writing import Chunks, FilePlan, whole
 from crosslayer.core.errors import ConfigError, FormatError
 
 KIND = "transcoder_set"
-THRESHOLD = "activation_function.threshold"
 
 
 def recognises(folder: Folder) -> bool:
@@ -32,59 +32,37 @@ def recognises(folder: Folder) -> bool:
     return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
 
 
-def open_(folder: Folder) -> Opened:
-    """Open a per-layer transcoder of this format."""
+def open_(folder: Folder, k: int | None = None) -> Opened:
+    """Open a per-layer transcoder of this format.
+
+    Args:
+        k: active features per token and layer, for a TopK set that does not say.
+    """
     config = read_yaml(folder)
     where = f"{folder.name}/{CONFIG}"
     input_hook, output_hook = checked_hooks(where, config.get("feature_input_hook"), config.get("feature_output_hook"))
-    n_layers = all_there(folder.name, folder.numbered("layer_{}.safetensors"), "layer_{}.safetensors")
-    if not n_layers:
-        raise FormatError(f"{folder.name} holds no layer_*.safetensors; give the folder of a transcoder set")
-    files = [TensorFile(folder.path(f"layer_{i}.safetensors")) for i in range(n_layers)]
-    shape = files[0].entry("W_enc").shape
-    if len(shape) != 2:
-        raise FormatError(f"{files[0].path}: W_enc has shape {shape}, expected (features, width)")
-    n_features, d_model = shape
-    topk, k = config.get("activation") == TOPK.name, config.get("k")
-    if topk and (not isinstance(k, int) or k < 1):
-        raise FormatError(f"{where}: a TopK set needs k, a positive integer, not {k!r}")
-    jump, skip = any(THRESHOLD in f for f in files) and not topk, any("W_skip" in f for f in files)
+    files = [LayerFile(path) for path in _files(folder, config, where)]
+    n_features, d_model = files[0].shape
+    activation, skip = _activation(config, files, where), any(file.has_skip for file in files)
     for file in files:
-        for name in ("W_enc", "W_dec"):
-            file.entry(name, (n_features, d_model))
-        if skip:
-            file.entry("W_skip", (d_model, d_model))
-
-    def vectors(file: TensorFile) -> Vectors:
-        threshold = file.tensor(THRESHOLD, (n_features,)) if jump else None
-        if threshold is not None and (threshold < 0).any():
-            raise FormatError(f"{file.path}: {THRESHOLD} has {threshold.min():g}, expected no negative values")
-        return Vectors(file.tensor("b_enc", (n_features,)), file.tensor("b_dec", (d_model,)), threshold)
-
-    def read(name: str, i: int, rows: Tensor | None) -> Tensor:
-        return files[i].tensor(name) if rows is None else files[i].rows(name, rows)
-
-    def W_skip(i: int, rows: Tensor | None = None) -> Tensor:
-        W_DD = files[i].tensor("W_skip").T
-        return W_DD if rows is None else W_DD[rows]
-
+        file.check(n_features, d_model, skip=skip)
     clt = assemble(
         CLTConfig(
-            n_layers=n_layers,
+            n_layers=len(files),
             d_model=d_model,
             n_features=n_features,
-            activation=(TOPK if topk else JUMPRELU if jump else RELU).name,
-            k=k if topk else None,
+            activation=activation.name,
+            k=_k(config, files, where, k) if activation.ranks else None,
             scope="layer",
             rank_by="value",
             cross_layer=False,
             skip=skip,
         ),
-        files[0].dtype("W_enc"),
-        [vectors(file) for file in files],
-        lambda i, rows=None: read("W_enc", i, rows),
-        lambda i, rows=None: read("W_dec", i, rows).unsqueeze(1),
-        W_skip if skip else None,
+        files[0].file.dtype(files[0].names.W_enc),
+        [file.vectors(n_features, d_model, threshold=activation.thresholds) for file in files],
+        lambda i, rows=None: files[i].W_enc(rows),
+        lambda i, rows=None: files[i].W_dec(rows).unsqueeze(1),
+        (lambda i, rows=None: files[i].W_skip(rows)) if skip else None,
     )
     provenance = Provenance(
         model_name=str(config.get("model_name") or ""),
@@ -93,6 +71,36 @@ def open_(folder: Folder) -> Opened:
         output_hook=output_hook,
     )
     return Opened(clt, provenance)
+
+
+def _files(folder: Folder, config: dict[str, Any], where: str) -> list[Path]:
+    if listed.KEY in config:
+        return listed.listed_files(folder, config, where)
+    n_layers = all_there(folder.name, folder.numbered("layer_{}.safetensors"), "layer_{}.safetensors")
+    if not n_layers:
+        raise FormatError(f"{folder.name} holds no layer_*.safetensors; give the folder of a transcoder set")
+    return [folder.path(f"layer_{i}.safetensors") for i in range(n_layers)]
+
+
+def _activation(config: dict[str, Any], files: list[LayerFile], where: str) -> Activation:
+    """Return the activation that the config names; without one, JumpReLU if there are thresholds, else ReLU."""
+    name = config.get("activation")
+    if name is None:
+        return JUMPRELU if any(file.has_threshold for file in files) else RELU
+    known = {"topk": TOPK, "relu": RELU, "jumprelu": JUMPRELU, "jump_relu": JUMPRELU}
+    if name not in known:
+        raise FormatError(f"{where}: activation {name!r} is unknown; known: {', '.join(known)}")
+    return known[name]
+
+
+def _k(config: dict[str, Any], files: list[LayerFile], where: str, given: int | None) -> int:
+    found = config.get("k", files[0].k)
+    k = given if found is None else found
+    if k is None:
+        raise FormatError(f"{where}: a TopK set needs k, which it does not say; give it with --k, or k= in Python")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise FormatError(f"{where}: a TopK set needs k, a positive integer, not {k!r}")
+    return k
 
 
 def plan(opened: Opened, dtype: torch.dtype | None = None) -> list[FilePlan]:
@@ -139,6 +147,6 @@ FORMAT = Format(
     target="per-layer",
     marker=CONFIG,
     recognises=recognises,
-    open=lambda folder, _as_loader: open_(folder),
+    open=lambda folder, reading: open_(folder, reading.k),
     plan=plan,
 )
