@@ -32,13 +32,13 @@ CASES = [
 
 def local_of(pair: Pair) -> tuple[LocalModel, torch.Tensor]:
     local = local_model(pair.host, pair.clt, torch.tensor(TOKENS))
-    return local, read_writes(pair.clt, [local], local.dtype)[0].made_LTD
+    return local, read_writes(pair.clt, local, local.dtype).made_LTD
 
 
 @pytest.mark.parametrize(("family", "hooks", "skip"), CASES)
 def test_local_model_reproduces_the_host_logits(family: str, hooks: tuple[str, str], skip: bool):
     local, made_LTD = local_of(make_pair(family, hooks=hooks, skip=skip))
-    own = local.host_pass.logits_TV
+    own = local.anatomy.host.unembed(local.host_pass.hidden_TD)
     assert (local.logits(made_LTD) - own).abs().max() <= 1e-5 * own.abs().max()
     assert not torch.allclose(local.logits(torch.zeros_like(made_LTD)), own, rtol=1e-2)
 

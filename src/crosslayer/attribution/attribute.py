@@ -105,38 +105,29 @@ def _attribute(
     settings: dict[str, Any],
     update: Update,
 ) -> list[Graph]:
-    began = time.perf_counter()
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.promote_types(host.dtype, torch.float32)
-    anatomy = Anatomy(host)
-    locals_ = []
-    for prompt in prompts:
-        tokens_BT = tokens_of(host, prompt)
-        if isinstance(prompt, str) and not prompt:
-            raise ConfigError("the prompt is empty; give some text")
-        locals_.append(local_model(host, opened.clt, tokens_BT[0], anatomy))
-    resolved = [resolve(local, chosen) for local in locals_]
-    if chosen is not None:
-        settings = settings | {"targets": [r.name for r in resolved[0]]}
-    _check_memory(locals_, dtype, settings)
-    graphs = []
-    all_writes = read_writes(opened.clt, locals_, dtype)
-    shared_s = time.perf_counter() - began
-    for i, (prompt, local, writes, targets) in enumerate(zip(prompts, locals_, all_writes, resolved, strict=True)):
+    if any(isinstance(prompt, str) and not prompt for prompt in prompts):
+        raise ConfigError("the prompt is empty; give some text")
+    rows = [tokens_of(host, prompt)[0] for prompt in prompts]
+    anatomy, graphs = Anatomy(host), list[Graph]()
+    # Patterns and decoder rows of one prompt at a time are in memory.
+    for i, (prompt, tokens_T) in enumerate(zip(prompts, rows, strict=True)):
         began = time.perf_counter()
+        local = local_model(host, opened.clt, tokens_T, anatomy)
+        targets = resolve(local, chosen)
+        if chosen is not None:
+            settings = settings | {"targets": [r.name for r in targets]}
+        _check_memory(local, dtype, settings)
         swept = sweep(
-            writes,
+            read_writes(opened.clt, local, dtype),
             targets,
             tolerance=settings["tolerance"],
             max_nodes=settings["max_nodes"],
             dtype=dtype,
             on_progress=lambda share, metrics, at=i: update(at + share, metrics),
         )
-        # The time shared by all prompts is divided among them.
-        wall_s = shared_s / len(prompts) + time.perf_counter() - began
-        graphs.append(
-            Graph(_header(host, opened, prompt, local, targets, swept, settings, wall_s), _arrays(local, swept))
-        )
-        writes.rows.clear()
+        header = _header(host, opened, prompt, local, targets, swept, settings, time.perf_counter() - began)
+        graphs.append(Graph(header, _arrays(local, swept)))
     return graphs
 
 
@@ -215,20 +206,15 @@ def _arrays(local: LocalModel, s: Swept) -> GraphArrays:
     )
 
 
-def _check_memory(locals_: Sequence[LocalModel], dtype: torch.dtype, settings: dict[str, Any]) -> None:
-    """Check that decoder rows and edges fit, before decoders are read."""
-    device, machine = locals_[0].x_LTD.device, torch.device("cpu")
-    written, edges = 2 * BYTES_AT_ONCE, 0
-    for local in locals_:
-        n = len(local.features.layer_N)
-        written += Writes.n_bytes(local, dtype)
-        rows = min(n, settings["max_nodes"] or n)
-        edges += int(rows * n / 2 * 8 * (1.0 if settings["tolerance"] == 0 else 0.5))
-    count = sum(len(x.features.layer_N) for x in locals_)
+def _check_memory(local: LocalModel, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """Check that a prompt's decoder rows and edges fit, before its decoders are read."""
+    device, n = local.x_LTD.device, len(local.features.layer_N)
+    written = 2 * BYTES_AT_ONCE + Writes.n_bytes(local, dtype)
+    edges = int(min(n, settings["max_nodes"] or n) * n / 2 * 8 * (1.0 if settings["tolerance"] == 0 else 0.5))
     remedy = "set or lower max_nodes (--max-nodes), or shorten the prompt"
     # Edges are kept on the machine, whatever the device.
     if device.type == "cpu":
-        memory.require(written + edges, device, f"decoder rows and edges of {count} active features", remedy)
+        memory.require(written + edges, device, f"decoder rows and edges of {n} active features", remedy)
     else:
-        memory.require(written, device, f"decoder rows of {count} active features", "shorten the prompt")
-        memory.require(edges, machine, f"edges of {count} active features", remedy)
+        memory.require(written, device, f"decoder rows of {n} active features", "shorten the prompt")
+        memory.require(edges, torch.device("cpu"), f"edges of {n} active features", remedy)

@@ -75,8 +75,12 @@ class Edges(NamedTuple):
 class Folded(NamedTuple):
     """One layer's path for gradients, with G value heads of width E, each shared by R query heads."""
 
-    pattern_GTX: Float[Tensor, "G T X"]
-    """Transposed patterns, (source position, R x target position), times both norms' scales."""
+    pattern_HTT: Float[Tensor, "H T T"]
+    key_scale_T: Float[Tensor, " T"]
+    """Scales of the norm before attention."""
+    query_scale_T: Float[Tensor, " T"] | None
+    """Scales of the norm after attention."""
+    n_values: int
     output_DX: Float[Tensor, "D X"]
     value_XD: Float[Tensor, "X D"]
     skip_DD: Float[Tensor, "D D"] | None
@@ -231,22 +235,27 @@ class _Rows:
         Args:
             only_own: gradients are nonzero only at the targets' own positions.
         """
-        heads, n_positions, wide = folded.pattern_GTX.shape
-        share = wide // n_positions
         if only_own:
             own_NX = self.gradient_SD[self.own_N].to(self.dtype) @ folded.output_DX
             z_SX = own_NX.new_zeros(len(self.gradient_SD), own_NX.shape[1]).index_copy_(0, self.own_N, own_NX)
         else:
             z_SX = self.narrow() @ folded.output_DX
+        heads, groups, key_T = len(folded.pattern_HTT), folded.n_values, folded.key_scale_T.to(self.dtype)
         u_SX = z_SX.new_empty(len(z_SX), len(folded.value_XD))
-        early_XJ = folded.early_TXJ.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+        early_XJ = folded.early_TXJ.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
         for b in self.blocks:
-            n, t = b.rows.stop - b.rows.start, b.reach
-            z = self._view(b, z_SX).unflatten(2, (heads, share, -1)).permute(2, 3, 0, 1, 4)
-            pattern = folded.pattern_GTX.unflatten(2, (share, n_positions))[:, : first + t, :, first : first + t]
-            mixed = torch.bmm(pattern.reshape(heads, first + t, share * t), z.reshape(heads, share * t, -1))
-            mixed = mixed.unflatten(2, (n, -1))
-            self._view(b, u_SX).unflatten(2, (heads, -1)).copy_(mixed[:, first:].permute(1, 2, 0, 3))
+            n, end = b.rows.stop - b.rows.start, first + b.reach
+            z_TNX = self._view(b, z_SX)
+            if folded.query_scale_T is not None:
+                z_TNX = z_TNX * folded.query_scale_T[first:end, None, None].to(self.dtype)
+            z_GRTX = z_TNX.unflatten(2, (groups, heads // groups, -1)).permute(2, 3, 0, 1, 4).flatten(3)
+            # (value heads, query heads that share one, keys, queries); the slices are not copied.
+            back_GRTT = folded.pattern_HTT[:, first:end, :end].transpose(1, 2).unflatten(0, (groups, -1))
+            mixed_GTX = torch.bmm(back_GRTT[:, 0], z_GRTX[:, 0])
+            for r in range(1, heads // groups):
+                mixed_GTX.baddbmm_(back_GRTT[:, r], z_GRTX[:, r])
+            mixed = mixed_GTX.mul_(key_T[:end, None]).unflatten(2, (n, -1))
+            self._view(b, u_SX).unflatten(2, (groups, -1)).copy_(mixed[:, first:].permute(1, 2, 0, 3))
             early = mixed[:, :first].permute(0, 2, 1, 3).flatten(2).to(early_NJ.dtype)
             early_NJ[b.rows] += (early @ early_XJ).sum(0)
         self.gradient_SD += u_SX @ folded.value_XD
@@ -287,19 +296,12 @@ def _fold(local: LocalModel, layer: int, early_TJD: Tensor, dtype: torch.dtype) 
     block, scales = local.anatomy.blocks[layer], local.scales[layer]
     attention, full = block.attention, local.dtype
     output_DY = attention.output_DY.to(full)
-    pattern_HTT = local.host_pass.patterns[layer].to(full)
     constant_TD = _attention_bias(local, layer)
     if block.after_attention_norm is not None:
         norm = block.after_attention_norm
         assert not norm.centred, "no family has a centred norm after attention"
         assert scales.after_attention_T is not None
         output_DY = norm.gain_D.to(full)[:, None] * output_DY
-        pattern_HTT = pattern_HTT * scales.after_attention_T[None, :, None]
-    pattern_HTT = pattern_HTT * scales.attention_T[None, None, :]
-    heads, n_values, t = attention.n_heads, attention.n_value_heads, local.n_positions
-    pattern_GTX = (
-        pattern_HTT.transpose(1, 2).unflatten(0, (n_values, heads // n_values)).transpose(1, 2).reshape(n_values, t, -1)
-    )
     value_XD = block.attention_norm.pull(attention.value_XD.to(full))
     if constant_TD is not None and block.after_attention_norm is not None and scales.after_attention_T is not None:
         constant_TD = constant_TD * block.after_attention_norm.gain_D * scales.after_attention_T[:, None]
@@ -312,7 +314,10 @@ def _fold(local: LocalModel, layer: int, early_TJD: Tensor, dtype: torch.dtype) 
         written_T2D = written_T2D * block.after_mlp_norm.gain_D * scales.after_mlp_T[:, None, None]
     narrow = lambda x: x.to(dtype).contiguous()  # noqa: E731
     return Folded(
-        narrow(pattern_GTX),
+        local.host_pass.patterns[layer].to(dtype),
+        scales.attention_T,
+        scales.after_attention_T,
+        attention.n_value_heads,
         narrow(output_DY),
         narrow(value_XD),
         None if skip_DD is None else narrow(skip_DD),

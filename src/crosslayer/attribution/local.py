@@ -29,7 +29,8 @@ class HostPass(NamedTuple):
     """Values saved from one forward pass of the host over one row of tokens."""
 
     tokens_T: Int[Tensor, " T"]
-    logits_TV: Float[Tensor, "T V"]
+    hidden_TD: Float[Tensor, "T D"]
+    """Final hidden states, which the host unembeds."""
     token_TD: Float[Tensor, "T D"]
     """Token embeddings as they enter the stream: what the first layer reads, less learned positions."""
     start_TD: Float[Tensor, "T D"]
@@ -63,12 +64,11 @@ def run_host(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> HostP
             hook(block.attention.module.register_forward_hook(save_pattern))
         first: Any = anatomy.blocks[0].attention_norm.module
         hook(first.register_forward_pre_hook(lambda _m, inputs: starts.append(inputs[0][0])))
-        logits = host.run(tokens_T[None], visit)
-    assert logits is not None
+        hidden_TD = host.hidden(tokens_T[None], visit)[0]
     x_LTD, y_LTD = torch.stack(xs), torch.stack(ys)
     positions_TD = anatomy.positions_TD(len(tokens_T))
     token_TD = starts[0] if positions_TD is None else starts[0] - positions_TD
-    return HostPass(tokens_T.to(host.device), logits[0], token_TD, starts[0], patterns, x_LTD, y_LTD)
+    return HostPass(tokens_T.to(host.device), hidden_TD, token_TD, starts[0], patterns, x_LTD, y_LTD)
 
 
 @contextmanager
@@ -147,6 +147,10 @@ class LocalModel:
     @property
     def n_positions(self) -> int:
         return len(self.host_pass.tokens_T)
+
+    def probabilities(self, position: int) -> Float[Tensor, " V"]:
+        """Return the host's own probabilities of the token after a position, in float32."""
+        return self.anatomy.host.unembed(self.host_pass.hidden_TD[position]).float().softmax(0)
 
     def _up(self, layer: int, stream_TD: Tensor) -> tuple[Scales, Tensor, Tensor]:
         """Run one layer with the host's MLP output."""
@@ -284,7 +288,7 @@ def _check_patterns(host: Host, n_positions: int) -> None:
     if n_positions > host.max_positions:
         return
     config = host.model.config.get_text_config()  # type: ignore[operator]
-    needed = 2 * config.num_attention_heads * host.n_layers * n_positions**2 * torch.finfo(host.dtype).bits // 8
+    needed = config.num_attention_heads * host.n_layers * n_positions**2 * torch.finfo(host.dtype).bits // 8
     memory.require(needed, host.device, f"attention patterns of {n_positions} tokens", "shorten the prompt")
 
 

@@ -109,7 +109,7 @@ def resolve(local: LocalModel, asked: Sequence[Target] | None) -> list[Resolved]
             at its position.
     """
     if asked is None:
-        probability_V = local.host_pass.logits_TV[-1].float().softmax(0)
+        probability_V = local.probabilities(-1)
         top = probability_V.topk(min(MAX_LOGITS, len(probability_V)))
         n = int((top.values.cumsum(0) < DESIRED_PROBABILITY).sum()) + 1
         asked = [Target(token=int(i)) for i in top.indices[:n].tolist()]
@@ -152,7 +152,7 @@ def _resolve(local: LocalModel, target: Target) -> Resolved:
         shift = 0.0 if bias_V is None else float(bias_V[token] - bias_V.mean())
         if target.minus is None:
             kind = "logit"
-            probability = float(local.host_pass.logits_TV[position].float().softmax(0)[token])
+            probability = float(local.probabilities(position)[token])
         else:
             kind, (other, other_name) = "difference", token_of(local, target.minus)
             vector_D = vector_D - (unembedding_VD[other].to(full) - mean_D)

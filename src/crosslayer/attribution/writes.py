@@ -7,14 +7,12 @@ MLP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.attribution.local import LocalModel
-from crosslayer.clt.sparse import Active, sum_rows
+from crosslayer.clt.sparse import sum_rows
 from crosslayer.clt.transcoder import CLT
 
 
@@ -87,17 +85,12 @@ class Writes:
 
 
 @torch.no_grad()
-def read_writes(clt: CLT, locals_: Sequence[LocalModel], dtype: torch.dtype) -> list[Writes]:
-    """Read the decoder rows of several prompts once each, and set the errors and constants of their local models."""
-    all_writes = [Writes(local, dtype) for local in locals_]
-    for layer in range(clt.config.n_layers):
-        firing: list[Active] = [local.firing[layer] for local in locals_]
-        distinct, which = torch.cat([a.feature_K for a in firing]).unique(return_inverse=True)
-        if not len(distinct):
-            continue
-        rows_KSD = clt.decoder_rows(layer, distinct)
-        for writes, part in zip(all_writes, which.split([len(a.feature_K) for a in firing]), strict=True):
-            writes.put(layer, rows_KSD, part)
-    for local, writes in zip(locals_, all_writes, strict=True):
-        local.set_writes(writes.made_LTD)
-    return all_writes
+def read_writes(clt: CLT, local: LocalModel, dtype: torch.dtype) -> Writes:
+    """Read the decoder rows of a prompt, each once, and set the errors and constants of its local model."""
+    writes = Writes(local, dtype)
+    for layer, active in enumerate(local.firing):
+        distinct, which = active.feature_K.unique(return_inverse=True)
+        if len(distinct):
+            writes.put(layer, clt.decoder_rows(layer, distinct), which)
+    local.set_writes(writes.made_LTD)
+    return writes
