@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from crosslayer.clt.calibrate import to_jumprelu
-from crosslayer.clt.init import cut_for_density, initialise
+from crosslayer.clt.init import centre, cut_for_density, initialise
 from crosslayer.clt.transcoder import CLT
 from crosslayer.data.massive import Typical
 from crosslayer.data.rows import Documents, RowStream, held_out_rows
@@ -76,6 +76,9 @@ class Sweep(Trainer):
         self.error_L = self.variance_L = torch.zeros(host.n_layers, dtype=torch.float64)
         self.state.units = data.units
         initialise(self.state.clt, config.seed)
+        some = slice(None, 65536, 4)
+        means = (data.units.inputs(data.train.x_BLD[some]), data.units.outputs(data.train.y_BLD[some]))
+        centre(self.state.clt, *(a_BLD.mean(0) for a_BLD in means))
         for weights, scale in ((self.state.clt.W_enc, init[0]), (self.state.clt.W_dec, init[1])):
             for w in weights:
                 w.data.mul_(scale)

@@ -50,6 +50,8 @@ def test_massive_activations_are_excluded(
     x_BLD, y_BLD = activations
     usual = estimated(x_BLD, y_BLD)
     assert len(usual.sample_BLD) == 500
+    torch.testing.assert_close(usual.mean.x_LD, x_BLD.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(usual.mean.y_LD, y_BLD.mean(0), rtol=1e-4, atol=1e-4)
     x_BLD[7] *= 1e4
     y_BLD[300, 2] *= 1e4
     found = estimated(x_BLD, y_BLD)

@@ -68,12 +68,18 @@ def test_given_settings_are_kept_and_decide_those_that_depend_on_them():
     assert fewer_steps.lr > more_steps.lr
 
 
-def test_features_are_a_multiple_of_the_width_that_fits_into_memory():
-    found = {}
-    for gib in (4, 24, 80, 1000):
+def test_features_are_a_multiple_of_the_width_that_memory_and_tokens_allow():
+    def multiple(gib: int, tokens: int) -> float:
         budget = Budget(n_layers=30, d_model=576, memory_bytes=gib << 30)
-        found[gib] = by_budget(TrainConfig(text=("x",)), budget)[0].n_features / 576
-    assert found == {4: 1.0, 24: 4.0, 80: 8.0, 1000: 8.0}
+        return by_budget(TrainConfig(text=("x",), tokens=tokens), budget)[0].n_features / 576
+
+    assert {gib: multiple(gib, 10**7) for gib in (4, 24, 80, 1000)} == {4: 1.0, 24: 4.0, 80: 8.0, 1000: 8.0}
+    assert {n: multiple(80, n) for n in (10_000, 300_000, 600_000, 3_000_000)} == {
+        10_000: 1.0,
+        300_000: 2.0,
+        600_000: 4.0,
+        3_000_000: 8.0,
+    }
 
 
 def test_a_batch_larger_than_the_run_is_refused():

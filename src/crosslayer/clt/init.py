@@ -37,6 +37,14 @@ def initialise(clt: CLT, seed: int, threshold: float = 0.0) -> None:
 
 
 @torch.no_grad()
+def centre(clt: CLT, x_LD: Float[Tensor, "L D"], y_LD: Float[Tensor, "L D"]) -> None:
+    """Set biases so that features are zero at the mean input, and the reconstruction without features is the mean."""
+    for i in range(clt.config.n_layers):
+        clt.b_enc[i].copy_(-(clt.W_enc[i] @ x_LD[i].to(clt.W_enc[i].dtype)))
+        clt.b_dec[i].copy_(y_LD[i])
+
+
+@torch.no_grad()
 def set_bias_for_density(clt: CLT, x_BLD: Float[Tensor, "B L D"], fire: float) -> None:
     """Set encoder biases so that each feature is active on a fraction `fire` of these tokens; for ReLU."""
     for i in range(clt.config.n_layers):

@@ -53,33 +53,47 @@ class Units(NamedTuple):
         return Units(*(t.to(device) for t in self))
 
 
+class Means(NamedTuple):
+    """Mean activations by layer, in the host's units."""
+
+    x_LD: Float[Tensor, "L D"]
+    y_LD: Float[Tensor, "L D"]
+
+
 class Estimate(NamedTuple):
     """What the first tokens of a run's text determine."""
 
     units: Units
     typical: Typical
     """Median norms, of the first forward pass; they decide which tokens are left out of training."""
+    mean: Means
     sample_BLD: Float[Tensor, "B L D"]
     """MLP inputs of some of the tokens, spread over all of them, in the host's units."""
 
 
 class Moments:
-    """Sums of norms and second moments by layer."""
+    """Sums of activations, norms and second moments by layer."""
 
     def __init__(self, host: Host) -> None:
         self.sum_2L = torch.zeros(2, host.n_layers, dtype=torch.float64)
+        self.sum_2LD = torch.zeros(2, host.n_layers, host.d_model, dtype=torch.float64)
         self.second_LDD = torch.zeros(host.n_layers, host.d_model, host.d_model, dtype=torch.float64)
         self.n_tokens = 0
         self.d_model = host.d_model
 
     def add(self, x_BLD: Float[Tensor, "B L D"], y_BLD: Float[Tensor, "B L D"]) -> None:
         """Accumulate the moments of these tokens."""
-        for sum_L, a_BLD in zip(self.sum_2L, (x_BLD, y_BLD), strict=True):
+        for sum_L, sum_LD, a_BLD in zip(self.sum_2L, self.sum_2LD, (x_BLD, y_BLD), strict=True):
             sum_L += norms(a_BLD).sum(0).cpu()
+            sum_LD += a_BLD.sum(0, dtype=torch.float32).cpu()
         for second_DD, x_BD in zip(self.second_LDD, x_BLD.unbind(1), strict=True):
             x_BD = x_BD.float()
             second_DD += (x_BD.T @ x_BD).cpu()
         self.n_tokens += len(x_BLD)
+
+    def means(self) -> Means:
+        """Return the mean activations of the accumulated tokens."""
+        return Means(*(self.sum_2LD / self.n_tokens).float())
 
     def units(self) -> Units:
         """Return the scale factors and principal axes of the accumulated tokens.
@@ -129,4 +143,4 @@ def estimate(
         sample.append(x_BLD[::stride].clone())
         on_progress(done)
     assert typical is not None, "at least one token is read"
-    return Estimate(moments.units(), typical, torch.cat(sample))
+    return Estimate(moments.units(), typical, moments.means(), torch.cat(sample))

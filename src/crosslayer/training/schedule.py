@@ -61,7 +61,7 @@ class Cut:
         # Far below all scores the cut has no hold on the L0: if too few pre-activations are positive, it waits there.
         waits = self.slope < FLAT and error < 0
         # A large error is of the start or of a jump: it is clipped, so that nothing winds up.
-        self.drift = 0.0 if waits else max(-0.2, min(0.2, self.drift + 0.1 * max(-0.2, min(0.2, error))))
+        self.drift = 0.0 if waits else max(-0.5, min(0.5, self.drift + 0.1 * max(-0.2, min(0.2, error))))
         step = (self.damping * error + self.drift + math.log(asked / next_asked)) / max(self.slope, FLAT)
         self.log_tau += 0.0 if waits else max(-1.0, min(1.0, step))
 

@@ -25,6 +25,8 @@ FEATURES_PER_WIDTH = (8, 4, 2, 1)
 """Features per layer, as multiples of the width, from the best to what fits into little memory."""
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2}
 LARGEST_BATCH = 4096
+PARAMETERS_PER_TOKEN = 1200
+"""Largest number of parameters for each token of the run, where features per layer are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def print_choices(console: Console, choices: Sequence[Choice]) -> None:
 
 
 def _features(given: TrainConfig, budget: Budget) -> tuple[int, str]:
-    """Return features per layer: the largest multiple of the width whose training fits into half of the memory."""
+    """Return features per layer: the largest multiple of the width that half of the memory and the tokens allow."""
     moments = 8 if given.moments == "fp32" else 2
     each = 2 * BYTES_PER_PARAMETER[given.precision] + moments  # also the copy that is saved at the end
     for multiple in FEATURES_PER_WIDTH:
@@ -102,9 +104,10 @@ def _features(given: TrainConfig, budget: Budget) -> tuple[int, str]:
         clt = CLTConfig(
             n_layers=budget.n_layers, d_model=budget.d_model, n_features=n_features, cross_layer=given.cross_layer
         )
-        if clt.n_parameters // given.feature_ranks * each <= budget.memory_bytes // 2:
+        fits = clt.n_parameters // given.feature_ranks * each <= budget.memory_bytes // 2
+        if fits and clt.n_parameters <= PARAMETERS_PER_TOKEN * given.tokens:
             break
-    return n_features, f"{multiple} x the width, in half of {budget.memory_bytes / 2**30:.1f} GiB"
+    return n_features, f"{multiple} x the width, for {given.tokens:,} tokens and {budget.memory_bytes / 2**30:.1f} GiB"
 
 
 def _batch(tokens: int, accumulate: int, ranks: int) -> int:

@@ -11,17 +11,17 @@ from importlib.metadata import version
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from crosslayer.clt.config import CLTConfig
-from crosslayer.clt.init import cut_for_density, initialise, set_bias_for_density
+from crosslayer.clt.init import centre, cut_for_density, initialise, set_bias_for_density
 from crosslayer.clt.precision import DTYPES
 from crosslayer.clt.shard import share_of
+from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import RunError
 from crosslayer.core.progress import track
 from crosslayer.data.rows import Documents, RowStream
 from crosslayer.data.sources import ListedSource, Source, Weighted
-from crosslayer.data.units import Estimate, estimate, estimate_tokens
+from crosslayer.data.units import Estimate, Means, estimate, estimate_tokens
 from crosslayer.host.host import Host
 from crosslayer.parallel import Mesh
 from crosslayer.schemas.run import RunManifest
@@ -30,6 +30,9 @@ from crosslayer.training.optimiser import Adam
 from crosslayer.training.plan import HostShape
 from crosslayer.training.schedule import Cut, Penalty
 from crosslayer.training.state import TrainState
+
+WRITERS = 4
+"""Layers that may write to a layer at the whole learning rate (docs/log.md)."""
 
 
 def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) -> TrainState:
@@ -43,7 +46,7 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
     start_density = config.first_l0(whole.n_layers) / (whole.n_layers * config.n_features)
     return TrainState(
         clt=clt,
-        optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments),
+        optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments, slot_shares(clt)),
         cut=Cut(),
         penalty=Penalty(),
         inactive_LF=torch.zeros(whole.n_layers, clt.config.n_features, dtype=torch.int64, device=device),
@@ -51,15 +54,31 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
     )
 
 
-def set_first_weights(state: TrainState, config: TrainConfig, host: Host, sample_BLD: Tensor) -> None:
+def slot_shares(clt: CLT) -> dict[Parameter, Tensor]:
+    """Return the share of the learning rate of each decoder slot: 1, or `WRITERS` over the number of writing layers.
+
+    A step of Adam moves all rows that write to a layer alike, so the reconstruction of a layer that many layers write
+    to moves far more than that of a low one.
+    """
+    if not clt.config.cross_layer or clt.config.n_layers <= WRITERS:
+        return {}
+    writers_L = torch.arange(1, clt.config.n_layers + 1, device=clt.device)
+    share_L = (WRITERS / writers_L).clamp(max=1.0)
+    return {W_dec: share_L[i:] for i, W_dec in enumerate(clt.W_dec)}
+
+
+def set_first_weights(state: TrainState, config: TrainConfig, host: Host, found: Estimate) -> None:
     """Initialise weights, and set the cut (JumpReLU) or biases (ReLU) so that the first L0 is the requested one.
 
+    Biases start at the means, so that features begin with what varies.
+
     Args:
-        sample_BLD: MLP inputs of some training text in the host's units, the same on every rank.
+        found: estimate on training text, the same on every rank.
     """
-    clt, units = state.clt, state.units
+    clt, units, sample_BLD = state.clt, state.units, found.sample_BLD
     assert units is not None
     initialise(clt, config.seed)
+    centre(clt, units.inputs(found.mean.x_LD[None])[0], units.outputs(found.mean.y_LD[None])[0])
     if not clt.config.ranks:
         share = config.first_l0(host.n_layers) / (host.n_layers * config.n_features)
         x_BLD = units.inputs(sample_BLD)
@@ -77,13 +96,13 @@ def units_of_text(
     n_tokens = estimate_tokens(config.scale_tokens, config.tokens // config.reuse, host.d_model)
     rows = RowStream(host, Documents(sources, "train", config.seed), config.context)
     with track(console, "normalise", n_tokens) as update:
-        units, typical, sample_BLD = estimate(
-            host, rows.rows, n_tokens, config.rows_per_forward, lambda done: update(min(done, n_tokens))
-        )
+        found = estimate(host, rows.rows, n_tokens, config.rows_per_forward, lambda done: update(min(done, n_tokens)))
     # The sign of an eigenvector is arbitrary: ranks must agree on it.
-    units, typical = units.to(device), typical.to(device)
-    mesh.world.copy_from_first([*units, *typical])
-    return Estimate(units, typical, sample_BLD)
+    found = found._replace(
+        units=found.units.to(device), typical=found.typical.to(device), mean=Means(*(t.to(device) for t in found.mean))
+    )
+    mesh.world.copy_from_first([*found.units, *found.typical, *found.mean])
+    return found
 
 
 def new_manifest(config: TrainConfig, host: Host, clt: CLTConfig, sources: Sequence[Weighted]) -> RunManifest:

@@ -205,7 +205,7 @@ class Trainer:
         if not restored:
             estimate = units_of_text(config, self.host, self.sources, self.mesh, self.device, self.console)
             state.units, state.typical = estimate.units, estimate.typical
-            set_first_weights(state, config, self.host, estimate.sample_BLD)
+            set_first_weights(state, config, self.host, estimate)
         assert state.typical is not None
         self.stream = ActivationStream(
             self.rows,
