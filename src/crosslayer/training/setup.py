@@ -11,6 +11,8 @@ from importlib.metadata import version
 
 import torch
 from rich.console import Console
+from torch import Tensor
+from torch.nn import Parameter
 
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.init import centre, cut_for_density, initialise, set_bias_for_density
