@@ -16,6 +16,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -45,6 +46,7 @@ CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**_GROUPED),
     "mistral": MistralConfig(**_GROUPED, sliding_window=WINDOW),
     "phi3": Phi3Config(**_SHAPE, num_key_value_heads=1),
+    "olmo2": Olmo2Config(**_SHAPE, num_key_value_heads=1),
     "gemma2": Gemma2Config(**_GROUPED, sliding_window=WINDOW),
     "gemma3_text": Gemma3TextConfig(**_GROUPED, sliding_window=WINDOW),
     "gpt2": GPT2Config(

@@ -56,4 +56,5 @@ def _freeze_norm(stack: ExitStack, norm: Norm, scale_T: Tensor) -> None:
     def replace(_module: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
         return norm.apply(inputs[0].to(scale_T.dtype), scale_T).to(inputs[0].dtype)
 
-    stack.callback(norm.module.register_forward_hook(replace).remove)
+    if norm.module is not None:
+        stack.callback(norm.module.register_forward_hook(replace).remove)

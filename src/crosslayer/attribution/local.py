@@ -62,8 +62,8 @@ def run_host(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> HostP
         for block in anatomy.blocks:
             save_pattern = lambda _m, _i, out: patterns.append(out[1][0])  # noqa: E731
             hook(block.attention.module.register_forward_hook(save_pattern))
-        first: Any = anatomy.blocks[0].attention_norm.module
-        hook(first.register_forward_pre_hook(lambda _m, inputs: starts.append(inputs[0][0])))
+        first = lambda _m, args, kwargs: starts.append((args[0] if args else kwargs["hidden_states"])[0])  # noqa: E731
+        hook(host.layers[0].register_forward_pre_hook(first, with_kwargs=True))
         hidden_TD = host.hidden(tokens_T[None], visit)[0]
     x_LTD, y_LTD = torch.stack(xs), torch.stack(ys)
     positions_TD = anatomy.positions_TD(len(tokens_T))

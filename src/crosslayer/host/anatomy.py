@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crosslayer.host.host import Host
-from crosslayer.host.norms import Norm, norm_of
+from crosslayer.host.norms import Norm, no_norm, norm_of
 from crosslayer.schemas.hooks import NORMALIZED, short_hook
 
 
@@ -102,9 +102,8 @@ class Anatomy:
     def _block(self, layer: nn.Module) -> Block:
         f = self._family
         norm = lambda path: norm_of(layer.get_submodule(path), f) if path else None  # noqa: E731
-        attention_norm, mlp_norm = norm(f.attention_norm), norm(f.mlp_norm)
-        assert attention_norm is not None
-        assert mlp_norm is not None
+        none = no_norm(self.host.d_model, next(layer.parameters()).detach())
+        attention_norm, mlp_norm = norm(f.attention_norm) or none, norm(f.mlp_norm) or none
         attention = _attention(layer.get_submodule(f.attention), self.host)
         mlp = layer.get_submodule(f.mlp)
         read_norm = {"mlp.hook_in": mlp_norm, NORMALIZED: mlp_norm.plain()}.get(short_hook(self.host.input_hook))

@@ -17,9 +17,9 @@ class Family(NamedTuple):
 
     layers: str
     final_norm: str
-    attention_norm: str
+    attention_norm: str | None
     attention: str
-    mlp_norm: str
+    mlp_norm: str | None
     mlp: str = "mlp"
     after_attention_norm: str | None = None
     after_mlp_norm: str | None = None
@@ -39,12 +39,20 @@ GEMMA_LIKE = LLAMA_LIKE._replace(
     gain_plus_one=True,
 )
 
+OLMO_LIKE = LLAMA_LIKE._replace(
+    attention_norm=None,
+    mlp_norm=None,
+    after_attention_norm="post_attention_layernorm",
+    after_mlp_norm="post_feedforward_layernorm",
+)
+
 FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA_LIKE,
     "qwen2": LLAMA_LIKE,
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE,
     "phi3": LLAMA_LIKE,
+    "olmo2": OLMO_LIKE,
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
     "gemma3": GEMMA_LIKE._replace(layers="model.language_model.layers", final_norm="model.language_model.norm"),
@@ -84,10 +92,14 @@ def input_site(family: Family, hook: str, *, parallel: bool) -> Site:
     match short_hook(hook):
         case "mlp.hook_in":
             return Site(family.mlp, "input")
-        case "ln2.hook_normalized":
+        case "ln2.hook_normalized" if family.mlp_norm:
             return Site(family.mlp_norm, "input", normalized=True)
+        case "ln2.hook_normalized":
+            raise ConfigError(
+                "ln2.hook_normalized does not exist in a model without a norm before the MLP; use mlp.hook_in"
+            )
         case "hook_resid_mid" if not parallel:
-            return Site(family.mlp_norm, "input")
+            return Site(family.mlp_norm or family.mlp, "input")
         case "hook_resid_mid":
             raise ConfigError(
                 "hook_resid_mid does not exist in a model whose attention and MLP run in parallel; use mlp.hook_in"

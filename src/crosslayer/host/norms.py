@@ -14,7 +14,8 @@ from crosslayer.host.families import Family
 class Norm(NamedTuple):
     """An RMS or layer norm: `gain * scale(x) * (x - mean(x) if centred else x) + bias`."""
 
-    module: nn.Module
+    module: nn.Module | None
+    """None where a family has no norm: gain and scale are 1."""
     gain_D: Float[Tensor, " D"]
     bias_D: Float[Tensor, " D"] | None
     centred: bool
@@ -22,6 +23,8 @@ class Norm(NamedTuple):
 
     def scale(self, x_TD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
         """Return the scale of each position."""
+        if self.module is None:
+            return torch.ones_like(x_TD[..., 0], dtype=torch.promote_types(x_TD.dtype, torch.float32))
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         if self.centred:
             x_TD = x_TD - x_TD.mean(-1, keepdim=True)
@@ -41,6 +44,11 @@ class Norm(NamedTuple):
     def plain(self) -> Norm:
         """Return the norm without gain and bias."""
         return self._replace(gain_D=torch.ones_like(self.gain_D), bias_D=None)
+
+
+def no_norm(d_model: int, like: Tensor) -> Norm:
+    """Return the identity, for families without a norm here; dtype and device are those of `like`."""
+    return Norm(None, like.new_ones(d_model), None, False, 0.0)
 
 
 def norm_of(module: Any, family: Family) -> Norm:
