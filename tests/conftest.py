@@ -64,6 +64,7 @@ def tiny_config(host_folder: Path, text_folder: Path) -> TrainConfig:
         calibration_tokens=8000,
         lr=3e-3,
         dead_after=2000,
+        warmup=0.03,
         beta2=0.99,
         eval_tokens=1500,
         checkpoint_every=20,

@@ -78,19 +78,7 @@ def test_adam_equals_the_reference(dtype: torch.dtype):
     for t in range(1, 5):
         grad = random(50, 30, dtype=wide, seed=t)
         kernels.adam(
-            weight,
-            grad,
-            mean,
-            square,
-            lr=0.01,
-            beta1=0.9,
-            beta2=0.99,
-            eps=1e-8,
-            t=t,
-            scale=0.5,
-            share_S=None,
-            seed=t,
-            first=0,
+            weight, grad, mean, square, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, t=t, scale=0.5, seed=t, first=0
         )
         plain = optimiser.adam(plain, grad * 0.5, m, v, 0.01, 0.9, 0.99, t)
     torch.testing.assert_close(mean, m, rtol=close(wide), atol=close(wide))
@@ -102,7 +90,7 @@ def test_rounding_is_right_on_average_and_depends_on_the_index():
     weight = torch.full((20_000,), 1.0, dtype=torch.bfloat16, device=DEVICE)
     mean, square, grad = (torch.zeros(20_000, device=DEVICE) for _ in range(3))
     mean += 1.0
-    settings = {"lr": 1 / 1024, "beta1": 1.0, "beta2": 0.0, "eps": 1.0, "scale": 1.0, "share_S": None, "seed": 5}
+    settings = {"lr": 1 / 1024, "beta1": 1.0, "beta2": 0.0, "eps": 1.0, "scale": 1.0, "seed": 5}
     # A step of 1/1024, an eighth of bfloat16's resolution below 1.
     kernels.adam(weight, grad, mean, square, **(settings | {"beta1": 0.0, "lr": 0.0}), t=1, first=0)
     assert torch.equal(weight.float(), torch.ones(20_000, device=DEVICE))
@@ -144,11 +132,7 @@ def test_a_step_by_kernels_equals_the_pytorch_step(
     weights = [p.detach().clone() for p in clt.parameters()]
     plain = Gradients()
     by_parts(clt, x, y, c, some_dead(), True, into=plain)
-    optimiser = lambda: Adam(  # noqa: E731
-        [{"params": list(clt.parameters()), "lr": 1e-3}], (0.9, 0.999), 0, shares={clt.W_dec[0]: halves.to(clt.device)}
-    )
-    halves = 0.5 ** torch.arange(clt.W_dec[0].shape[1])
-    optimiser().step(plain)
+    Adam([{"params": list(clt.parameters()), "lr": 1e-3}], (0.9, 0.999), 0).step(plain)
     after = [p.detach().clone() for p in clt.parameters()]
     request.getfixturevalue("by_kernels")
     for p, before in zip(clt.parameters(), weights, strict=True):
@@ -164,7 +148,7 @@ def test_a_step_by_kernels_equals_the_pytorch_step(
         torch.testing.assert_close(
             mine[name].cpu(), slope, rtol=tolerance, atol=tolerance * max(1e-3, slope.abs().max().item())
         )
-    optimiser().step(into)
+    Adam([{"params": list(clt.parameters()), "lr": 1e-3}], (0.9, 0.999), 0).step(into)
     for p, wish in zip(clt.parameters(), after, strict=True):
         torch.testing.assert_close(
             p.detach().cpu().to(kind),

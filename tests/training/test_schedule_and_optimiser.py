@@ -17,7 +17,6 @@ from crosslayer.training import moments
 from crosslayer.training.gradients import Gradients
 from crosslayer.training.optimiser import Adam, round_at_random
 from crosslayer.training.schedule import STEP, Cut, Penalty, l0_asked, learning_rate
-from crosslayer.training.setup import slot_shares
 
 
 def test_learning_rate_rises_holds_and_ends_at_zero():
@@ -148,25 +147,6 @@ def test_the_optimiser_is_pytorchs_adam(dtype: torch.dtype, scale: float):
         torch.testing.assert_close(state[key].double(), their_state[key], rtol=close, atol=close)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "precision"), [(torch.float32, "fp32"), (torch.float64, "fp32"), (torch.float32, "8bit")]
-)
-def test_slots_take_their_share_of_the_learning_rate(dtype: torch.dtype, precision: str):
-    torch.manual_seed(0)
-    start, grads = torch.randn(20, 3, 8).to(dtype), [torch.randn(20, 3, 8).to(dtype) for _ in range(3)]
-    share_S = torch.tensor([1.0, 0.5, 0.0])
-    plain, shared = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    one = Adam([{"params": [plain], "lr": 0.01}], (0.9, 0.999), 0, precision)
-    other = Adam([{"params": [shared], "lr": 0.01}], (0.9, 0.999), 0, precision, {shared: share_S})
-    for g in grads:
-        one.step(gradient(plain, g))
-        other.step(gradient(shared, g))
-    moved, whole = shared.detach() - start, plain.detach() - start
-    torch.testing.assert_close(moved, share_S[:, None].to(dtype) * whole, rtol=1e-4, atol=1e-6)
-    assert torch.equal(shared[:, 2], start[:, 2])
-    assert all(torch.equal(a, b) for a, b in zip(one.state[plain].values(), other.state[shared].values(), strict=True))
-
-
 def test_a_centred_transcoder_writes_the_mean_where_it_reads_the_mean():
     clt = CLT(CLTConfig(n_layers=3, d_model=8, n_features=16))
     initialise(clt, 0, threshold=0.1)
@@ -174,18 +154,6 @@ def test_a_centred_transcoder_writes_the_mean_where_it_reads_the_mean():
     assert not torch.allclose(clt(mean_x_LD[None])[0], mean_y_LD)
     centre(clt, mean_x_LD, mean_y_LD)
     torch.testing.assert_close(clt(mean_x_LD[None])[0], mean_y_LD)
-
-
-def test_layers_that_many_layers_write_to_move_less_in_a_step():
-    """The first step of Adam moves the reconstruction of each layer in proportion to the layers that write to it."""
-    clt = CLT(CLTConfig(n_layers=12, d_model=8, n_features=16))
-    shares = slot_shares(clt)
-    moved_L = torch.zeros(12)
-    for i in range(12):
-        moved_L[i:] += shares[clt.W_dec[i]]
-    torch.testing.assert_close(moved_L, torch.arange(1.0, 13.0).clamp(max=4.0))
-    assert slot_shares(CLT(CLTConfig(n_layers=12, d_model=8, n_features=16, cross_layer=False))) == {}
-    assert slot_shares(CLT(CLTConfig(n_layers=4, d_model=8, n_features=16))) == {}
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "fp32"), (torch.float32, "8bit")])

@@ -108,7 +108,7 @@ class TrainConfig:
         1, "gradient accumulation: micro-batches per step, each of batch / accumulate tokens", "optimiser"
     )
     lr: float = chosen(0.0, "learning rate of weights and biases", "optimiser")
-    warmup: float = setting(0.03, "fraction of the run for the learning-rate warm-up", "optimiser")
+    warmup: float = chosen(0.0, "fraction of the run for the learning-rate warm-up", "optimiser")
     decay: float = setting(
         0.7, "fraction of the run, at its end, over which the learning rate decays to zero", "optimiser"
     )

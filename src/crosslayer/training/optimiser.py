@@ -7,7 +7,7 @@ Moments are float32 (Zamirai et al. 2020, arXiv:2010.06192) or 8 bits each (`mom
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,6 @@ class Adam:
         betas: decay rates of the two moments.
         seed: seed of stochastic rounding.
         precision: precision of the moments; those of vectors are always float32.
-        shares: per parameter of shape (rows, slots, width), the share of the learning rate of each slot; default: 1.
     """
 
     def __init__(
@@ -38,9 +37,7 @@ class Adam:
         betas: tuple[float, float],
         seed: int,
         precision: Literal["fp32", "8bit"] = "fp32",
-        shares: Mapping[Parameter, Tensor] | None = None,
     ) -> None:
-        self.shares = dict(shares or {})
         self.param_groups, self.betas, self.seed, self.precision = groups, betas, seed, precision
         self.state: dict[Parameter, dict[str, Tensor]] = {}
         self._number = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
@@ -88,17 +85,11 @@ class Adam:
         beta1, beta2 = self.betas
         lr, t, compact = self._group[p]["lr"], int(state["step"]), "exp_avg_most" in state
         weight = p.detach()[rows]
-        share = self.shares[p][:, None] if p in self.shares else None
         if compact:
             mean, square = moments.decode(state, rows)
         else:
             mean, square = state["exp_avg"][rows], state["exp_avg_sq"][rows]
         if grad.dtype == weight.dtype == mean.dtype:
-            if share is not None:
-                # Slots with the whole learning rate come first.
-                first = int((share == 1).sum())
-                partial, part = weight[:, first:], share[first:].to(weight.dtype)
-                before = partial.clone()
             torch._fused_adam_(
                 [weight],
                 [grad],
@@ -115,12 +106,8 @@ class Adam:
                 maximize=False,
                 grad_scale=torch.tensor(1.0 / scale, dtype=torch.float32, device=p.device) if scale != 1.0 else None,
             )
-            if share is not None:
-                torch.lerp(before, partial, part, out=partial)
         else:
-            before = weight.to(mean.dtype)
-            new = adam(before, grad.to(mean.dtype).mul_(scale), mean, square, lr, beta1, beta2, t)
-            new = new if share is None else before + share * (new - before)
+            new = adam(weight.to(mean.dtype), grad.to(mean.dtype).mul_(scale), mean, square, lr, beta1, beta2, t)
             weight.copy_(round_at_random(new, generator) if generator else new)
         if compact:
             moments.encode(state, rows, moments.Moments(mean, square))
@@ -141,7 +128,6 @@ class Adam:
             eps=EPS,
             t=int(state["step"]),
             scale=scale,
-            share_S=self.shares.get(p),
             seed=seed,
             first=rows.start * (p.numel() // len(p)),
         )

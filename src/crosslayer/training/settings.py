@@ -25,6 +25,8 @@ FEATURES_PER_WIDTH = (8, 4, 2, 1)
 """Features per layer, as multiples of the width, from the best to what fits into little memory."""
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2}
 LARGEST_BATCH = 4096
+WARMUP_STEPS = 40
+"""Least steps of the warm-up: with fewer, the reconstruction of deep hosts overshoots several times its size."""
 PARAMETERS_PER_TOKEN = 1200
 """Largest number of parameters for each token of the run, where features per layer are chosen."""
 
@@ -73,6 +75,8 @@ def by_budget(given: TrainConfig, budget: Budget) -> tuple[TrainConfig, list[Cho
         raise ConfigError(f"batch={batch} exceeds tokens={tokens}; lower --batch or raise --tokens")
     steps = tokens // batch
     choose("lr", _learning_rate(steps, budget.d_model), f"for {steps:,} steps at width {budget.d_model}")
+    warmup = round(min(max(0.03, WARMUP_STEPS / steps), 0.3, 1 - given.decay), 4)
+    choose("warmup", warmup, f"{round(warmup * steps):,} steps")
     choose("beta2", max(0.98, min(0.999, round(1 - 30 / steps, 4))), "a memory of a thirtieth of the run")
     choose("dead_after", max(10_000, min(10_000_000, tokens // 20)), "a twentieth of the run")
     token_bytes = 2 * 2 * budget.n_layers * budget.d_model

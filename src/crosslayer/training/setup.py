@@ -11,14 +11,11 @@ from importlib.metadata import version
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from torch.nn import Parameter
 
 from crosslayer.clt.config import CLTConfig
 from crosslayer.clt.init import centre, cut_for_density, initialise, set_bias_for_density
 from crosslayer.clt.precision import DTYPES
 from crosslayer.clt.shard import share_of
-from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import RunError
 from crosslayer.core.progress import track
 from crosslayer.data.rows import Documents, RowStream
@@ -33,9 +30,6 @@ from crosslayer.training.plan import HostShape
 from crosslayer.training.schedule import Cut, Penalty
 from crosslayer.training.state import TrainState
 
-WRITERS = 4
-"""Layers that may write to a layer at the whole learning rate (docs/log.md)."""
-
 
 def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) -> TrainState:
     """Return the state of a run before weights are initialised, for the features of this rank.
@@ -48,25 +42,12 @@ def empty_state(config: TrainConfig, whole: CLTConfig, mesh: Mesh, device: str) 
     start_density = config.first_l0(whole.n_layers) / (whole.n_layers * config.n_features)
     return TrainState(
         clt=clt,
-        optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments, slot_shares(clt)),
+        optimiser=Adam(groups, (config.beta1, config.beta2), config.seed, config.moments),
         cut=Cut(),
         penalty=Penalty(),
         inactive_LF=torch.zeros(whole.n_layers, clt.config.n_features, dtype=torch.int64, device=device),
         density_L=[start_density] * whole.n_layers,
     )
-
-
-def slot_shares(clt: CLT) -> dict[Parameter, Tensor]:
-    """Return the share of the learning rate of each decoder slot: 1, or `WRITERS` over the number of writing layers.
-
-    A step of Adam moves all rows that write to a layer alike, so the reconstruction of a layer that many layers write
-    to moves far more than that of a low one.
-    """
-    if not clt.config.cross_layer or clt.config.n_layers <= WRITERS:
-        return {}
-    writers_L = torch.arange(1, clt.config.n_layers + 1, device=clt.device)
-    share_L = (WRITERS / writers_L).clamp(max=1.0)
-    return {W_dec: share_L[i:] for i, W_dec in enumerate(clt.W_dec)}
 
 
 def set_first_weights(state: TrainState, config: TrainConfig, host: Host, found: Estimate) -> None:

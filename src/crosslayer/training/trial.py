@@ -24,7 +24,6 @@ from crosslayer.training.objective import SPARSE_BELOW, compute
 from crosslayer.training.optimiser import Adam
 from crosslayer.training.plan import HostShape
 from crosslayer.training.schedule import l0_asked
-from crosslayer.training.setup import slot_shares
 
 PARAMETERS = 1 << 27
 """Approximate number of parameters of the timed transcoder."""
@@ -60,11 +59,7 @@ def _step(config: TrainConfig, shape: HostShape, device: str, dtype: torch.dtype
     n_tokens, n_entries = min(micro, TOKENS), n_layers * config.n_features
     x_BLD, y_BLD = torch.randn(2, n_tokens, n_layers, shape.d_model, device=device)
     optimiser = Adam(
-        [{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 0.0}],
-        (0.9, 0.999),
-        0,
-        config.moments,
-        slot_shares(clt),
+        [{"params": [p for p in clt.parameters() if p.requires_grad], "lr": 0.0}], (0.9, 0.999), 0, config.moments
     )
     inactive_LF = torch.zeros(n_layers, config.n_features, dtype=torch.bool, device=device)
     start = part.first_l0(n_layers)

@@ -27,7 +27,6 @@ def adam(
     eps: float,
     t: int,
     scale: float,
-    share_S: Tensor | None,
     seed: int,
     first: int,
 ) -> None:
@@ -36,7 +35,6 @@ def adam(
     Args:
         t: step number, from 1.
         scale: factor of the gradient.
-        share_S: share of the learning rate of each slot, the second of three axes; None for 1.
         seed, first: random numbers depend on the seed and on the element's index, counted from `first`.
     """
     n, block = weight.numel(), 1024
@@ -52,12 +50,8 @@ def adam(
         beta2,
         eps,
         scale,
-        weight if share_S is None else share_S,
-        1 if share_S is None else len(share_S),
-        weight.shape[-1],
         seed % (1 << 31),
         first,
-        SHARED=share_S is not None,
         WIDE=wide(weight.dtype),
         ROUND=weight.dtype == torch.bfloat16,
         BLOCK=block,
@@ -78,12 +72,8 @@ def _adam(
     beta2: tl.float64,
     eps: tl.float64,
     scale: tl.float64,
-    share,
-    n_slots,
-    width,
     seed,
     first,
-    SHARED: tl.constexpr,
     WIDE: tl.constexpr,
     ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,8 +88,6 @@ def _adam(
     tl.store(mean + i, m, mask=here)
     tl.store(square + i, v, mask=here)
     step = tl.full((), rate, WIDE) * m / (tl.sqrt(v * tl.full((), correction, WIDE)) + tl.full((), eps, WIDE))
-    if SHARED:
-        step *= tl.load(share + (i // width) % n_slots, mask=here, other=0.0).to(WIDE)
     new = tl.load(weight + i, mask=here, other=0.0).to(WIDE) - step
     if ROUND:
         noise = (tl.randint(seed, (first + i).to(tl.int32)) & 0xFFFF).to(tl.int32)
