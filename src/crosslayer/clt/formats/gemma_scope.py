@@ -20,7 +20,7 @@ from crosslayer.clt.folder import Folder
 from crosslayer.clt.formats import listed
 from crosslayer.clt.formats.format import Format
 from crosslayer.clt.formats.opened import Opened, Vectors, all_there, assemble, checked_hooks
-from crosslayer.clt.formats.published import CONFIG, KIND, read_yaml
+from crosslayer.clt.formats.published import CONFIG, KIND, config_of
 from crosslayer.clt.formats.tensors import TensorFile
 from crosslayer.core.errors import FormatError
 from crosslayer.schemas.policy import FirstPosition
@@ -30,20 +30,20 @@ PATTERN = "params_layer_{}.safetensors"
 
 def recognises(folder: Folder) -> bool:
     """Return whether the folder has this format."""
-    return bool(folder.numbered(PATTERN)) or _lists(folder)
+    return bool(folder.numbered(PATTERN)) or _list(folder) is not None
 
 
-def _lists(folder: Folder) -> bool:
-    if CONFIG not in folder.names:
-        return False
-    config = read_yaml(folder)
-    return config.get("model_kind") == KIND and listed.KEY in config
+def _list(folder: Folder) -> dict[str, Any] | None:
+    """Return the config that lists the files, if there is one."""
+    config = config_of(folder, KIND)
+    return config if config is not None and listed.KEY in config else None
 
 
 def open_(folder: Folder) -> Opened:
     """Open a transcoder of this format; encoders are transposed at first use, decoders read by row."""
-    if _lists(folder):
-        paths = listed.listed_files(folder, read_yaml(folder), f"{folder.name}/{CONFIG}")
+    listing = _list(folder)
+    if listing is not None:
+        paths = listed.listed_files(folder, listing, f"{folder.name}/{CONFIG}")
     else:
         n_layers = all_there(folder.name, folder.numbered(PATTERN), PATTERN)
         paths = [folder.path(PATTERN.format(i)) for i in range(n_layers)]
@@ -78,12 +78,12 @@ def open_(folder: Folder) -> Opened:
 
     config = CLTConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, skip=skip)
     clt = assemble(config, files[0].dtype("w_enc"), [vectors(f) for f in files], W_enc, W_dec, W_skip if skip else None)
-    return Opened(clt, _provenance(folder))
+    return Opened(clt, _provenance(folder, listing))
 
 
-def _provenance(folder: Folder) -> Provenance:
-    if _lists(folder):
-        raw, where = read_yaml(folder), f"{folder.name}/{CONFIG}"
+def _provenance(folder: Folder, listing: dict[str, Any] | None) -> Provenance:
+    if listing is not None:
+        raw, where = listing, f"{folder.name}/{CONFIG}"
         input_hook, output_hook = checked_hooks(where, raw.get("feature_input_hook"), raw.get("feature_output_hook"))
     else:
         raw = _config(folder)

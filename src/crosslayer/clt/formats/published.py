@@ -40,9 +40,14 @@ CONFIG = "config.yaml"
 
 def recognises(folder: Folder) -> bool:
     """Return whether the folder has this format."""
-    return (
-        CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND and listed.KEY not in read_yaml(folder)
-    )
+    config = config_of(folder, KIND)
+    return config is not None and listed.KEY not in config
+
+
+def config_of(folder: Folder, kind: str) -> dict[str, Any] | None:
+    """Return the `config.yaml` of a folder with this `model_kind`, None for other folders."""
+    config = read_yaml(folder) if CONFIG in folder.names else {}
+    return config if config.get("model_kind") == kind else None
 
 
 def read_yaml(folder: Folder) -> dict[str, Any]:

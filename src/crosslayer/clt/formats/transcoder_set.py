@@ -20,7 +20,7 @@ from crosslayer.clt.formats import listed
 from crosslayer.clt.formats.format import Format
 from crosslayer.clt.formats.layer_file import THRESHOLD, LayerFile
 from crosslayer.clt.formats.opened import Opened, all_there, assemble, checked_hooks
-from crosslayer.clt.formats.published import CONFIG, read_yaml
+from crosslayer.clt.formats.published import CONFIG, config_of, read_yaml
 from crosslayer.clt.formats.writing import Chunks, FilePlan, whole
 from crosslayer.core.errors import ConfigError, FormatError
 
@@ -29,7 +29,7 @@ KIND = "transcoder_set"
 
 def recognises(folder: Folder) -> bool:
     """Return whether the folder has this format."""
-    return CONFIG in folder.names and read_yaml(folder).get("model_kind") == KIND
+    return config_of(folder, KIND) is not None
 
 
 def open_(folder: Folder, k: int | None = None) -> Opened:
