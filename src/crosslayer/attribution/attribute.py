@@ -19,7 +19,7 @@ from crosslayer.attribution.local import LocalModel, local_model
 from crosslayer.attribution.opening import open_both
 from crosslayer.attribution.sweep import BYTES_AT_ONCE, Swept, sweep
 from crosslayer.attribution.targets import DESIRED_PROBABILITY, Resolved, Target, parse_target, resolve
-from crosslayer.attribution.writes import Writes, read_writes
+from crosslayer.attribution.writes import Writes
 from crosslayer.clt.formats.opened import Opened
 from crosslayer.clt.precision import NAMES, bfloat16_is_fast
 from crosslayer.clt.transcoder import CLT
@@ -117,9 +117,11 @@ def _attribute(
         targets = resolve(local, chosen)
         if chosen is not None:
             settings = settings | {"targets": [r.name for r in targets]}
-        _check_memory(local, dtype, settings)
+        writes = Writes(local, dtype)
+        _check_memory(writes, settings)
+        writes.fill(opened.clt)
         swept = sweep(
-            read_writes(opened.clt, local, dtype),
+            writes,
             targets,
             tolerance=settings["tolerance"],
             max_nodes=settings["max_nodes"],
@@ -206,10 +208,10 @@ def _arrays(local: LocalModel, s: Swept) -> GraphArrays:
     )
 
 
-def _check_memory(local: LocalModel, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+def _check_memory(writes: Writes, settings: dict[str, Any]) -> None:
     """Check that a prompt's decoder rows and edges fit, before its decoders are read."""
-    device, n = local.x_LTD.device, len(local.features.layer_N)
-    written = 2 * BYTES_AT_ONCE + Writes.n_bytes(local, dtype)
+    device, n = writes.local.device, len(writes.local.layers)
+    written = 2 * BYTES_AT_ONCE + writes.n_bytes
     edges = int(min(n, settings["max_nodes"] or n) * n / 2 * 8 * (1.0 if settings["tolerance"] == 0 else 0.5))
     remedy = "set or lower max_nodes (--max-nodes), or shorten the prompt"
     # Edges are kept on the machine, whatever the device.

@@ -5,6 +5,7 @@ what is written at each layer. Attention takes four products: with the output pr
 a sum over the heads that share a value, and with the value projection. Norm scales and gains are folded into these
 beforehand.
 
+Targets of several layers descend together: rows are zero until the descent reaches the layer that their target reads.
 Only positions up to a target's own take part. Rows are sorted by the position of their target and laid out in blocks of
 neighbouring targets. Each block has shape (positions, rows, width), so that every product is over contiguous memory.
 
@@ -14,21 +15,36 @@ every layer. Gradients that reach these positions are multiplied with these sums
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.attribution.local import LocalModel
+from crosslayer.attribution.folding import Folded, fold
 from crosslayer.attribution.writes import Writes
 
 SMALL = 1 << 16
 """Rows times mean number of sources per position, below which a narrow product costs more to set up than it saves."""
 
-MAX_BLOCKS = 32
-"""Number of blocks of target positions. More blocks waste less memory and need more calls."""
+
+class Plan(NamedTuple):
+    """How rows are laid out and grouped. A CPU pays for arithmetic, a GPU for calls."""
+
+    max_blocks: int
+    """Max number of blocks of target positions. More blocks waste less memory and arithmetic and need more calls."""
+    together: int
+    """Rows times positions up to which further layers join a descent."""
+
+    @classmethod
+    def of(cls, device: torch.device, n_positions: int) -> Plan:
+        """Return the plan of a device."""
+        if device.type == "cuda":
+            return cls(max_blocks=-(-n_positions // 128), together=1 << 15)
+        return cls(max_blocks=32, together=1 << 11)
 
 
 class Reads(NamedTuple):
@@ -38,8 +54,7 @@ class Reads(NamedTuple):
     """
 
     layer: int
-    position_N: Int[Tensor, " N"]
-    """Ascending."""
+    positions: Int[np.ndarray, " N"]
     read_ND: Float[Tensor, "N D"]
     """Gradients with respect to the stream at the site."""
     constant_N: Float[Tensor, " N"]
@@ -49,49 +64,15 @@ class Reads(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """Incoming edges of a group of targets: C features of lower layers by position, then layer; errors; tokens."""
+    """Incoming edges of N targets in order of position; T positions have features, at most K each below the targets."""
 
+    order: Int[np.ndarray, " N"]
+    """The place of each row among the targets asked for."""
     all_NX: Float[Tensor, "N X"]
+    """Features by position, then layer; errors, then tokens."""
     n_columns: int
-    """The number C of feature columns."""
-    n_layers: int
+    """The number T K of feature columns, with those of positions that have fewer."""
     constant_N: Float[Tensor, " N"]
-
-    @property
-    def feature_NC(self) -> Float[Tensor, "N C"]:
-        return self.all_NX[:, : self.n_columns]
-
-    @property
-    def error_NLT(self) -> Float[Tensor, "N L T"]:
-        n_positions = (self.all_NX.shape[1] - self.n_columns) // (self.n_layers + 1)
-        return self.all_NX[:, self.n_columns :].unflatten(1, (self.n_layers + 1, n_positions))[:, :-1]
-
-    @property
-    def token_NT(self) -> Float[Tensor, "N T"]:
-        n_positions = (self.all_NX.shape[1] - self.n_columns) // (self.n_layers + 1)
-        return self.all_NX[:, -n_positions:]
-
-
-class Folded(NamedTuple):
-    """One layer's path for gradients, with G value heads of width E, each shared by R query heads."""
-
-    pattern_HTT: Float[Tensor, "H T T"]
-    key_scale_T: Float[Tensor, " T"]
-    """Scales of the norm before attention."""
-    query_scale_T: Float[Tensor, " T"] | None
-    """Scales of the norm after attention."""
-    n_values: int
-    output_DX: Float[Tensor, "D X"]
-    value_XD: Float[Tensor, "X D"]
-    skip_DD: Float[Tensor, "D D"] | None
-    skip_scale_T: Float[Tensor, " T"] | None
-    attention_constant_TD: Float[Tensor, "T D"] | None
-    """What attention writes independent of its input; None if nothing."""
-    written_T2D: Float[Tensor, "T 2 D"]
-    """Error and constant at the MLP's output."""
-    early_TXJ: Float[Tensor, "T X J"]
-    """At the first positions of the policy: parts of attention's values by token, and the rest from constants.
-    """
 
 
 class Descent:
@@ -101,79 +82,153 @@ class Descent:
         dtype: dtype of the matrix products; gradients are summed in the dtype of the local model.
     """
 
-    def __init__(self, local: LocalModel, writes: Writes, dtype: torch.dtype) -> None:
-        self.local, self.writes, self.dtype = local, writes, dtype
-        start_TD, token_TD = local.host_pass.start_TD.to(local.dtype), local.host_pass.token_TD.to(local.dtype)
+    def __init__(self, writes: Writes, dtype: torch.dtype) -> None:
+        self.local, self.writes, self.dtype = writes.local, writes, dtype
+        self.plan = Plan.of(self.local.device, writes.n_positions)
+        host_pass, full = self.local.host_pass, self.local.dtype
+        start_TD, token_TD = host_pass.start_TD.to(full), host_pass.token_TD.to(full)
         self.bottom_T2D = torch.stack([token_TD, start_TD - token_TD], dim=1)
-        early = list(_early(local, token_TD[: local.n_skip]))
-        self.folded = [_fold(local, i, early[i], dtype) for i in range(local.n_layers)]
-        self.early_top_TJD = early[-1]
+        self.folded, self.early_top_TJD = fold(writes, dtype)
+        self._within: dict[int, Tensor] = {}
 
-    def columns(self, layer: int) -> tuple[list[int], int]:
-        """Return the first column of each position's sources below a layer in `Edges`, and the number of columns."""
-        starts, total = [], 0
-        for below in self.writes.below:
-            starts.append(total)
-            total += below[layer]
-        return starts, total
+    def tall(self, layer: int) -> int:
+        """Return the number K of feature columns of each position for targets of a layer."""
+        return int(self.writes.below[:, layer].max(initial=0))
 
-    def edges(self, reads: Reads) -> Edges:
-        """Compute all incoming edges of the targets of one site, before multiplication with source activations."""
-        local, n, first = self.local, len(reads.position_N), self.local.n_skip
-        starts, total = self.columns(reads.layer)
-        zeros = reads.read_ND.new_zeros
-        all_NX = zeros(n, total + (local.n_layers + 1) * local.n_positions)
-        edges = Edges(all_NX, total, local.n_layers, reads.constant_N)
-        early_NJ = zeros(n, first + 1)
-        n_early = int((reads.position_N < first).sum())
-        for i, position in enumerate(reads.position_N[:n_early].tolist()):
-            early_NJ[i] = self.early_top_TJD[position] @ reads.read_ND[i]
+    def edges(self, sites: Sequence[Reads]) -> Edges:
+        """Compute all incoming edges of the targets of one or several sites, the highest first, before multiplication
+        with source activations.
+        """
+        local, by_position = self.local, (self.writes.n_positions, self.tall(sites[0].layer))
+        n_columns = by_position[0] * by_position[1]
+        positions = np.concatenate([s.positions for s in sites])
+        order = np.argsort(positions, kind="stable")
+        n, first = len(positions), local.n_skip
+        new = lambda *shape: sites[0].read_ND.new_zeros(*shape)  # noqa: E731
+        others = (local.n_layers + 1, local.n_positions, 2)
+        all_NX, early_NJ = new(n, n_columns + int(np.prod(others))), new(n, first + 1)
+        n_early = int((positions < first).sum())
+        for i, at in enumerate(order[:n_early].tolist()):
+            early_NJ[i] = self.early_top_TJD[int(positions[at])] @ sites[0].read_ND[at]
         if n_early < n:
-            rows = _Rows(reads.position_N[n_early:] - first, reads.read_ND[n_early:], self.dtype)
-            self._descend(rows, reads.layer, starts, edges._replace(all_NX=all_NX[n_early:]), early_NJ[n_early:])
-        edges.token_NT[:, :first] = early_NJ[:, :first]
-        return edges._replace(constant_N=reads.constant_N + early_NJ[:, first])
+            rows = _Rows(positions[order[n_early:]] - first, self.plan, sites[0].read_ND, self.dtype)
+            place = np.empty(n, np.int64)
+            place[order] = np.arange(n) - n_early
+            later_NX = all_NX[n_early:]
+            features_NTK = later_NX[:, :n_columns].unflatten(1, by_position)
+            others_NLTJ = later_NX[:, n_columns:].unflatten(1, others)
+            early_YNJ = new(len(self.folded[0].early_YEJ), n - n_early, first + 1)
+            self._descend(_Descending(rows, features_NTK, others_NLTJ, early_YNJ), sites, place)
+            early_NJ[n_early:] += early_YNJ.sum(0)
+        others_NLTJ = all_NX[:, n_columns:].unflatten(1, others)
+        constant_N = torch.cat([s.constant_N for s in sites])[torch.from_numpy(order).to(local.device)]
+        constant_N = constant_N + early_NJ[:, first] + others_NLTJ[..., 1].sum((1, 2))
+        others_NLTJ[..., 1] = 0
+        if first:
+            others_NLTJ[:, -1, :first, 0] = early_NJ[:, :first]
+        return Edges(order, all_NX, n_columns, constant_N)
 
-    def _descend(self, rows: _Rows, layer: int, starts: list[int], edges: Edges, early_NJ: Tensor) -> None:
-        feature_NC, error_NLT, token_NT = edges.feature_NC, edges.error_NLT, edges.token_NT
-        first, parallel = self.local.n_skip, self.local.anatomy.parallel
-        if layer < self.local.n_layers and not parallel:
-            self._attention(rows, layer, early_NJ, only_own=True)
-        for written in range(layer - 1, -1, -1):
-            self._contract(rows, written, starts, feature_NC)
+    def _descend(self, d: _Descending, sites: Sequence[Reads], place: Int[np.ndarray, " N"]) -> None:
+        parallel, top = self.local.anatomy.parallel, sites[0].layer
+        own_N = d.rows.own(np.maximum(place, 0))
+        parts = own_N.split([len(s.positions) for s in sites])
+        entering = [(s.layer, own_N, s.read_ND) for s, own_N in zip(sites, parts, strict=True)]
+        if (place < 0).any():
+            later_N = torch.from_numpy((place >= 0)[: len(sites[0].positions)].nonzero()[0]).to(own_N.device)
+            entering[0] = top, parts[0][later_N], sites[0].read_ND[later_N]
+        d.enter(entering, top)
+        if top < self.local.n_layers and not parallel:
+            self._attention(d, top)
+        for written in range(top - 1, -1, -1):
             folded = self.folded[written]
-            for block, (error, constant) in rows.multiply(folded.written_T2D[first:]):
-                error_NLT[block.rows, written, first : first + block.reach] = error.T
-                early_NJ[block.rows, first] += constant.sum(0)
-            skipped = rows.skip(folded, first) if folded.skip_DD is not None else None
+            self._contract(d, written)
+            d.write(folded.written_T2D, written, self.local.n_skip)
+            skipped = d.rows.skip(folded, self.local.n_skip) if folded.skip_DD is not None else None
             if skipped is not None and not parallel:
-                rows.gradient_SD += skipped
-            self._attention(rows, written, early_NJ)
+                d.rows.add(skipped)
+            if not parallel:
+                d.enter(entering, written)
+            self._attention(d, written)
             if skipped is not None and parallel:
-                rows.gradient_SD += skipped
-        for block, (token, constant) in rows.multiply(self.bottom_T2D[first:]):
-            token_NT[block.rows, first : first + block.reach] = token.T
-            early_NJ[block.rows, first] += constant.sum(0)
+                d.rows.add(skipped)
+            if parallel:
+                d.enter(entering, written)
+        d.write(self.bottom_T2D, self.local.n_layers, self.local.n_skip)
 
-    def _attention(self, rows: _Rows, layer: int, early_NJ: Tensor, *, only_own: bool = False) -> None:
+    def _attention(self, d: _Descending, layer: int) -> None:
         folded, first = self.folded[layer], self.local.n_skip
         if folded.attention_constant_TD is not None:
-            for block, (written,) in rows.multiply(folded.attention_constant_TD[first:, None]):
-                early_NJ[block.rows, first] += written.sum(0)
-        rows.attention(folded, first, early_NJ, only_own=only_own)
+            for b in d.rows.blocks:
+                constant_TD1 = folded.attention_constant_TD[first : first + b.reach, :, None]
+                d.others_NLTJ[b.rows, layer, first : first + b.reach, 1:].transpose(0, 1).baddbmm_(
+                    d.rows.view(b), constant_TD1
+                )
+        d.rows.attention(folded, first, d.early_YNJ)
 
-    def _contract(self, rows: _Rows, written: int, starts: list[int], feature_NC: Tensor) -> None:
-        """Multiply gradients with what features write to a layer, position by position."""
-        below, first, at = self.writes.below, self.writes.first_layer(written), 0
-        source_XD = self.writes.rows[written]
-        small = len(rows.gradient_SD) * len(source_XD) < SMALL * len(rows.counts)
-        for position, (begin, gradient_ND) in enumerate(rows.by_position(narrow=not small), self.local.n_skip):
-            count = self.writes.count(written, position)
+    def _contract(self, d: _Descending, written: int) -> None:
+        """Multiply gradients with what features write to a layer."""
+        rows, writes = d.rows, self.writes
+        source_XD = writes.rows[written]
+        if not source_XD.numel():
+            return
+        if not writes.padded:
+            self._contract_by_position(d, written)
+            return
+        everyone = writes.first_layer[written] == 0
+        for b in rows.blocks:
+            source_TDK, gradient_TND = source_XD[: b.reach].transpose(1, 2), rows.view(b, rows.narrow_SD)
+            if not everyone:
+                column_X = self._columns(written, d.features_NTK.shape[2], b.reach)
+                product_NX = (gradient_TND @ source_TDK).transpose(0, 1).flatten(1)
+                d.features_NTK[b.rows].flatten(1).index_add_(1, column_X, product_NX.to(d.features_NTK.dtype))
+                continue
+            sum_TNK = d.features_NTK[b.rows, : b.reach, : source_TDK.shape[2]].transpose(0, 1)
+            if gradient_TND.dtype == sum_TNK.dtype:
+                sum_TNK.baddbmm_(gradient_TND, source_TDK)
+            else:
+                sum_TNK += gradient_TND @ source_TDK
+
+    def _contract_by_position(self, d: _Descending, written: int) -> None:
+        rows, writes, first_layer = d.rows, self.writes, self.writes.first_layer[written]
+        source_XD, below_T = writes.rows[written], writes.below[:, first_layer].tolist()
+        counts_T = writes.counts[written].tolist()
+        small = len(rows.gradient_SD) * len(source_XD) < SMALL * rows.reach
+        at = 0
+        for position, (begin, gradient_ND) in enumerate(rows.by_position(narrow=not small)):
+            count = counts_T[position]
             if count:
-                column = starts[position] + below[position][first]
-                product = gradient_ND @ source_XD[at : at + count].to(gradient_ND.dtype).T
-                feature_NC[begin:, column : column + count].add_(product)
+                product_NK = gradient_ND @ source_XD[at : at + count].to(gradient_ND.dtype).T
+                d.features_NTK[begin:, position, below_T[position] : below_T[position] + count].add_(product_NK)
             at += count
+
+    def _columns(self, written: int, tall: int, reach: int) -> Int[Tensor, " X"]:
+        """Return the column of each padded row, for layers that not all lower layers write to."""
+        if written not in self._within:
+            within_TK = self.writes.below[:, [self.writes.first_layer[written]]] + np.arange(self.writes.tall[written])
+            self._within[written] = torch.from_numpy(within_TK).to(self.local.device)
+        within_TK = self._within[written][:reach].clamp(max=tall - 1)
+        return (within_TK + torch.arange(0, reach * tall, tall, device=within_TK.device)[:, None]).flatten()
+
+
+class _Descending(NamedTuple):
+    """Rows on their way down, and what they have met so far."""
+
+    rows: _Rows
+    features_NTK: Float[Tensor, "N T K"]
+    others_NLTJ: Float[Tensor, "N X T 2"]
+    """Errors and constants; of the last layer, tokens and the rest of the stream's start."""
+    early_YNJ: Float[Tensor, "Y N J"]
+
+    def enter(self, entering: list[tuple[int, Tensor, Tensor]], layer: int) -> None:
+        """Begin the descent of the targets of a layer, given those of all layers with their places and gradients."""
+        for _, own_N, read_ND in (e for e in entering if e[0] == layer):
+            self.rows.enter(own_N, read_ND)
+
+    def write(self, vectors_T2D: Float[Tensor, "T 2 D"], layer: int, first: int) -> None:
+        """Multiply with two vectors of each position, in full precision."""
+        for b in self.rows.blocks:
+            out_TNJ = self.others_NLTJ[b.rows, layer, first : first + b.reach].transpose(0, 1)
+            out_TNJ.baddbmm_(self.rows.view(b), vectors_T2D[first : first + b.reach].transpose(1, 2))
 
 
 class _Block(NamedTuple):
@@ -183,182 +238,117 @@ class _Block(NamedTuple):
     offset: int
     reach: int
 
+    @property
+    def n(self) -> int:
+        return self.rows.stop - self.rows.start
+
 
 class _Rows:
-    """Gradients of N targets at one point of the descent, flat over (block, position, row)."""
+    """Gradients of N targets at one point of the descent, flat over (block, position, row).
 
-    def __init__(self, position_N: Tensor, read_ND: Tensor, dtype: torch.dtype) -> None:
-        positions = position_N.tolist()
-        self.dtype, self.n = dtype, len(positions)
-        self.blocks = _blocks(positions)
-        size = sum(b.reach * (b.rows.stop - b.rows.start) for b in self.blocks)
-        self.gradient_SD = read_ND.new_zeros(size, read_ND.shape[1])
-        own, by_position = [], [[] for _ in range(self.blocks[-1].reach)]
-        for b in self.blocks:
-            n = b.rows.stop - b.rows.start
-            for i, position in enumerate(positions[b.rows]):
-                own.append(b.offset + position * n + i)
-                for p in range(position + 1):
-                    by_position[p].append(b.offset + p * n + i)
-        device = read_ND.device
-        self.own_N = torch.tensor(own, device=device)
-        self.gradient_SD[self.own_N] = read_ND
-        self.counts = [len(p) for p in by_position]
-        self.order = torch.tensor([i for p in by_position for i in p], device=device)
+    Attributes:
+        gradient_SD, narrow_SD: in the dtype of sums and of products; one tensor if these are equal.
+    """
 
-    def narrow(self) -> Tensor:
-        return self.gradient_SD.to(self.dtype)
+    def __init__(self, positions: Int[np.ndarray, " N"], plan: Plan, like: Tensor, dtype: torch.dtype) -> None:
+        self.positions, self.dtype = positions, dtype
+        self.blocks = _blocks(positions, plan.max_blocks)
+        self.reach = self.blocks[-1].reach
+        size = sum(b.reach * b.n for b in self.blocks)
+        self.gradient_SD = like.new_zeros(size, like.shape[1])
+        self.narrow_SD = self.gradient_SD if dtype == like.dtype else like.new_zeros(size, like.shape[1], dtype=dtype)
+        self._by_position: tuple[Tensor, list[int]] | None = None
+
+    def own(self, row_N: Int[np.ndarray, " N"]) -> Int[Tensor, " N"]:
+        """Return where rows have their own position."""
+        flat = [b.offset + self.positions[b.rows] * b.n + np.arange(b.n) for b in self.blocks]
+        return torch.from_numpy(np.concatenate(flat)[row_N]).to(self.gradient_SD.device)
+
+    def enter(self, own_N: Tensor, read_ND: Tensor) -> None:
+        """Begin the descent of some rows."""
+        self.gradient_SD.index_copy_(0, own_N, read_ND)
+        if self.narrow_SD is not self.gradient_SD:
+            self.narrow_SD.index_copy_(0, own_N, read_ND.to(self.dtype))
+
+    def add(self, gained_SD: Tensor) -> None:
+        self.gradient_SD += gained_SD
+        self._narrow()
+
+    def _narrow(self) -> None:
+        if self.narrow_SD is not self.gradient_SD:
+            self.narrow_SD.copy_(self.gradient_SD)
 
     def by_position(self, *, narrow: bool) -> list[tuple[int, Tensor]]:
         """Return, per position, the first row that reaches it and the gradients of this row and all later ones."""
-        parts = (self.narrow() if narrow else self.gradient_SD).index_select(0, self.order).split(self.counts)
-        return [(self.n - n, part) for n, part in zip(self.counts, parts, strict=True)]
-
-    def multiply(self, vectors_TXD: Float[Tensor, "T X D"]) -> list[tuple[_Block, Tensor]]:
-        """Multiply with vectors of each position, in full precision; one (X, positions, rows) tensor per block."""
-        return [(b, (self._view(b) @ vectors_TXD[: b.reach].transpose(1, 2)).permute(2, 0, 1)) for b in self.blocks]
+        if self._by_position is None:
+            begins = np.searchsorted(self.positions, np.arange(self.reach))
+            flat = [
+                np.arange(b.offset + p * b.n + max(begin - b.rows.start, 0), b.offset + (p + 1) * b.n)
+                for p, begin in enumerate(begins.tolist())
+                for b in self.blocks
+                if b.rows.stop > begin
+            ]
+            device = self.gradient_SD.device
+            order = torch.from_numpy(np.concatenate(flat)).to(device)
+            self._by_position = order, (len(self.positions) - begins).tolist()
+        order, counts = self._by_position
+        parts = (self.narrow_SD if narrow else self.gradient_SD).index_select(0, order).split(counts)
+        return [(len(self.positions) - n, part) for n, part in zip(counts, parts, strict=True)]
 
     def skip(self, folded: Folded, first: int) -> Tensor:
         """Compute the gradients through an affine skip."""
         assert folded.skip_DD is not None
         assert folded.skip_scale_T is not None
-        gained_SD = (self.narrow() @ folded.skip_DD).to(self.gradient_SD.dtype)
+        gained_SD = (self.narrow_SD @ folded.skip_DD).to(self.gradient_SD.dtype)
         for b in self.blocks:
-            self._view(b, gained_SD).mul_(folded.skip_scale_T[first : first + b.reach, None, None])
+            self.view(b, gained_SD).mul_(folded.skip_scale_T[first : first + b.reach, None, None])
         return gained_SD
 
-    def attention(self, folded: Folded, first: int, early_NJ: Tensor, *, only_own: bool = False) -> None:
+    def attention(self, folded: Folded, first: int, early_YNJ: Tensor) -> None:
         """Add the gradients through attention with frozen patterns.
 
-        Gradients that reach the first positions are added to `early_NJ`.
-
-        Args:
-            only_own: gradients are nonzero only at the targets' own positions.
+        What gradients meet at the first positions is added to `early_YNJ`.
         """
-        if only_own:
-            own_NX = self.gradient_SD[self.own_N].to(self.dtype) @ folded.output_DX
-            z_SX = own_NX.new_zeros(len(self.gradient_SD), own_NX.shape[1]).index_copy_(0, self.own_N, own_NX)
-        else:
-            z_SX = self.narrow() @ folded.output_DX
-        heads, groups, key_T = len(folded.pattern_HTT), folded.n_values, folded.key_scale_T.to(self.dtype)
+        z_SX = self.narrow_SD @ folded.output_DX
+        heads, groups = len(folded.pattern_HTT), folded.n_values
         u_SX = z_SX.new_empty(len(z_SX), len(folded.value_XD))
-        early_XJ = folded.early_TXJ.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
         for b in self.blocks:
-            n, end = b.rows.stop - b.rows.start, first + b.reach
-            z_TNX = self._view(b, z_SX)
+            end, z_TNX = first + b.reach, self.view(b, z_SX)
             if folded.query_scale_T is not None:
-                z_TNX = z_TNX * folded.query_scale_T[first:end, None, None].to(self.dtype)
+                z_TNX = z_TNX * folded.query_scale_T[first:end, None, None]
             z_GRTX = z_TNX.unflatten(2, (groups, heads // groups, -1)).permute(2, 3, 0, 1, 4).flatten(3)
             # (value heads, query heads that share one, keys, queries); the slices are not copied.
             back_GRTT = folded.pattern_HTT[:, first:end, :end].transpose(1, 2).unflatten(0, (groups, -1))
             mixed_GTX = torch.bmm(back_GRTT[:, 0], z_GRTX[:, 0])
             for r in range(1, heads // groups):
                 mixed_GTX.baddbmm_(back_GRTT[:, r], z_GRTX[:, r])
-            mixed = mixed_GTX.mul_(key_T[:end, None]).unflatten(2, (n, -1))
-            self._view(b, u_SX).unflatten(2, (groups, -1)).copy_(mixed[:, first:].permute(1, 2, 0, 3))
-            early = mixed[:, :first].permute(0, 2, 1, 3).flatten(2).to(early_NJ.dtype)
-            early_NJ[b.rows] += (early @ early_XJ).sum(0)
-        self.gradient_SD += u_SX @ folded.value_XD
+            mixed_GTNE = mixed_GTX.unflatten(2, (b.n, -1))
+            torch.mul(
+                mixed_GTNE[:, first:].permute(1, 2, 0, 3),
+                folded.key_scale_T[first:end, None, None, None],
+                out=self.view(b, u_SX).unflatten(2, (groups, -1)),
+            )
+            if first:
+                early_YNE = mixed_GTNE[:, :first].flatten(0, 1).to(early_YNJ.dtype)
+                early_YNJ[:, b.rows].baddbmm_(early_YNE, folded.early_YEJ)
+        if self.narrow_SD is self.gradient_SD:
+            self.gradient_SD.addmm_(u_SX, folded.value_XD)
+        else:
+            self.add(u_SX @ folded.value_XD)
 
-    def _view(self, b: _Block, flat_SD: Tensor | None = None) -> Tensor:
+    def view(self, b: _Block, flat_SD: Tensor | None = None) -> Tensor:
+        """Return a block's part of the gradients, or of others: (positions, rows, width)."""
         flat = self.gradient_SD if flat_SD is None else flat_SD
-        n = b.rows.stop - b.rows.start
-        return flat[b.offset : b.offset + b.reach * n].view(b.reach, n, -1)
+        return flat[b.offset : b.offset + b.reach * b.n].view(b.reach, b.n, -1)
 
 
-def _blocks(positions: list[int]) -> list[_Block]:
+def _blocks(positions: Int[np.ndarray, " N"], max_blocks: int) -> list[_Block]:
     """Group neighbouring targets: one block per position if there are few positions, ranges of positions otherwise."""
-    last = positions[-1] + 1
-    span = -(-last // MAX_BLOCKS)
-    blocks, begin, offset = [], 0, 0
-    for i in range(1, len(positions) + 1):
-        if i == len(positions) or positions[i] // span != positions[begin] // span:
-            reach = positions[i - 1] + 1
-            blocks.append(_Block(slice(begin, i), offset, reach))
-            offset += reach * (i - begin)
-            begin = i
+    span = -(-(int(positions[-1]) + 1) // max_blocks)
+    starts = [0, *((np.diff(positions // span) > 0).nonzero()[0] + 1).tolist(), len(positions)]
+    blocks, offset = [], 0
+    for begin, end in pairwise(starts):
+        reach = int(positions[end - 1]) + 1
+        blocks.append(_Block(slice(begin, end), offset, reach))
+        offset += reach * (end - begin)
     return blocks
-
-
-def _early(local: LocalModel, token_TD: Tensor) -> Iterator[Tensor]:
-    """Yield (T, J, D) parts of the stream at the first positions, below each layer and at the top.
-
-    The parts are one per token, and the constant rest.
-    """
-    part_JTD = torch.diag_embed(token_TD.T).permute(1, 2, 0)
-    for layer, stream_TD in enumerate(local.early):
-        yield torch.cat([part_JTD, (stream_TD - part_JTD.sum(0))[None]]).transpose(0, 1)
-        if layer < local.n_layers:
-            part_JTD = local.carry_early(layer, part_JTD)
-
-
-def _fold(local: LocalModel, layer: int, early_TJD: Tensor, dtype: torch.dtype) -> Folded:
-    block, scales = local.anatomy.blocks[layer], local.scales[layer]
-    attention, full = block.attention, local.dtype
-    output_DY = attention.output_DY.to(full)
-    constant_TD = _attention_bias(local, layer)
-    if block.after_attention_norm is not None:
-        norm = block.after_attention_norm
-        assert not norm.centred, "no family has a centred norm after attention"
-        assert scales.after_attention_T is not None
-        output_DY = norm.gain_D.to(full)[:, None] * output_DY
-    value_XD = block.attention_norm.pull(attention.value_XD.to(full))
-    if constant_TD is not None and block.after_attention_norm is not None and scales.after_attention_T is not None:
-        constant_TD = constant_TD * block.after_attention_norm.gain_D * scales.after_attention_T[:, None]
-    skip_DD, skip_scale_T, constant_LD = _skip(local, layer)
-    constant = local.constant_LTD[layer].clone()
-    if constant_LD is not None:
-        constant[local.n_skip :] += constant_LD
-    written_T2D = torch.stack([local.error_LTD[layer], constant], dim=1)
-    if scales.after_mlp_T is not None and block.after_mlp_norm is not None:
-        written_T2D = written_T2D * block.after_mlp_norm.gain_D * scales.after_mlp_T[:, None, None]
-    narrow = lambda x: x.to(dtype).contiguous()  # noqa: E731
-    return Folded(
-        local.host_pass.patterns[layer].to(dtype),
-        scales.attention_T,
-        scales.after_attention_T,
-        attention.n_value_heads,
-        narrow(output_DY),
-        narrow(value_XD),
-        None if skip_DD is None else narrow(skip_DD),
-        skip_scale_T,
-        constant_TD,
-        written_T2D.to(full),
-        (early_TJD @ value_XD.T).transpose(1, 2),
-    )
-
-
-def _attention_bias(local: LocalModel, layer: int) -> Tensor | None:
-    """Compute what attention writes for any input: its own biases and that of the norm before it."""
-    block = local.anatomy.blocks[layer]
-    a, full = block.attention.to(local.dtype), local.dtype
-    value_X = a.value_bias_X
-    if block.attention_norm.bias_D is not None:
-        value_X = a.value_XD @ block.attention_norm.bias_D.to(full) + (0 if value_X is None else value_X)
-    if value_X is None:
-        return None if a.output_bias_D is None else a.output_bias_D.expand(local.n_positions, -1)
-    value_HE = value_X.unflatten(0, (a.n_value_heads, -1)).repeat_interleave(a.n_heads // a.n_value_heads, dim=0)
-    # A pattern's rows sum to one only to the precision of the host's softmax.
-    mixed_THE = local.host_pass.patterns[layer].to(full).sum(2).T[:, :, None] * value_HE
-    return torch.nn.functional.linear(mixed_THE.flatten(1), a.output_DY, a.output_bias_D)
-
-
-def _skip(local: LocalModel, layer: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return matrix and scales of the affine skip's gradient, and the contribution of the preceding norm's bias."""
-    if not local.clt.config.skip:
-        return None, None, None
-    block, scales, full = local.anatomy.blocks[layer], local.scales[layer], local.dtype
-    skip_DD = local.clt.W_skip[layer].to(full)
-    scale_T = torch.ones_like(scales.mlp_T)
-    constant_D = None
-    back_DD = skip_DD.T
-    if block.read_norm is not None:
-        back_DD = block.read_norm.pull(back_DD)
-        scale_T = scales.mlp_T.clone()
-        if block.read_norm.bias_D is not None:
-            constant_D = block.read_norm.bias_D.to(full) @ skip_DD
-    if scales.after_mlp_T is not None and block.after_mlp_norm is not None:
-        back_DD = block.after_mlp_norm.gain_D.to(full)[:, None] * back_DD
-        scale_T = scale_T * scales.after_mlp_T
-    scale_T[: local.n_skip] = 0
-    return back_DD, scale_T, constant_D

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +23,7 @@ from crosslayer.core.errors import ConfigError
 from crosslayer.host import memory
 from crosslayer.host.anatomy import Anatomy
 from crosslayer.host.host import Host, capped
+from crosslayer.host.memory import fetch
 from crosslayer.schemas.hooks import short_hook
 
 
@@ -108,6 +110,7 @@ class LocalModel:
         host_pass: attention patterns and MLP outputs of the host.
         scales, final_scale_T: norm scales of the layers and of the final norm.
         features: the active features, with activations on this model's own residual stream.
+        layers, positions, indices: those of the active features, on the machine.
         firing: the active features of each layer; positions count from 0.
         error_LTD: MLP outputs minus the transcoder's reconstruction; zero at the first positions of the policy.
         constant_LTD: MLP outputs that belong to no feature: decoder biases, and the whole output at the first
@@ -135,10 +138,17 @@ class LocalModel:
         self.early.append(stream_TD[: self.n_skip])
         self.x_LTD, self.top_TD = torch.stack(xs), stream_TD
         self.final_scale_T = anatomy.final_norm.scale(stream_TD)
+        firing, self.layers, self.positions, self.indices = _only_firing(firing)
+        self.positions = self.positions + self.n_skip
         self.firing = [self._values(layer, active) for layer, active in enumerate(firing)]
         self.features = _in_order(self.firing)
+        self._probabilities: dict[int, np.ndarray] = {}
         self.error_LTD = torch.zeros_like(self.x_LTD)
         self.constant_LTD = torch.zeros_like(self.x_LTD)
+
+    @property
+    def device(self) -> torch.device:
+        return self.x_LTD.device
 
     @property
     def n_layers(self) -> int:
@@ -148,9 +158,12 @@ class LocalModel:
     def n_positions(self) -> int:
         return len(self.host_pass.tokens_T)
 
-    def probabilities(self, position: int) -> Float[Tensor, " V"]:
+    def probabilities(self, position: int) -> Float[np.ndarray, " V"]:
         """Return the host's own probabilities of the token after a position, in float32."""
-        return self.anatomy.host.unembed(self.host_pass.hidden_TD[position]).float().softmax(0)
+        if position not in self._probabilities:
+            logits_V = self.anatomy.host.unembed(self.host_pass.hidden_TD[position])
+            (self._probabilities[position],) = fetch(logits_V.float().softmax(0))
+        return self._probabilities[position]
 
     def _up(self, layer: int, stream_TD: Tensor) -> tuple[Scales, Tensor, Tensor]:
         """Run one layer with the host's MLP output."""
@@ -200,10 +213,11 @@ class LocalModel:
         position_K = active.token_K + self.n_skip
         value_K = active.value_K.new_empty(len(position_K), dtype=self.dtype)
         bias_F = self.clt.b_enc[layer]
-        for part in torch.arange(len(position_K), device=position_K.device).split(1 << 14):
-            rows = self.clt.W_enc.rows(layer, active.feature_K[part]).to(self.dtype)
-            x_KD = self.x_LTD[layer, position_K[part]]
-            value_K[part] = (rows * x_KD).sum(1) + bias_F[active.feature_K[part]].to(self.dtype)
+        parts = zip(*(t.split(1 << 14) for t in (position_K, active.feature_K, value_K)), strict=True)
+        for position, feature, value in parts:
+            rows_KD = self.clt.W_enc.rows(layer, feature).to(self.dtype)
+            torch.linalg.vecdot(rows_KD, self.x_LTD[layer].index_select(0, position), out=value)
+            value += bias_F[feature]
         return Active(position_K, active.feature_K, value_K, (self.n_positions, active.shape[1]))
 
     def set_writes(self, made_LTD: Float[Tensor, "L T D"]) -> None:
@@ -212,14 +226,14 @@ class LocalModel:
         Args:
             made_LTD: what features write, without biases and skips.
         """
-        y_LTD = self.host_pass.y_LTD.to(self.dtype)
-        later = slice(self.n_skip, None)
+        y_LTD, later = self.host_pass.y_LTD.to(self.dtype), slice(self.n_skip, None)
         self.constant_LTD[:, : self.n_skip] = y_LTD[:, : self.n_skip]
-        for layer in range(self.n_layers):
-            bias_D = self.clt.b_dec[layer].to(self.dtype)
-            skipped_TD = self.clt.skip(self.x_LTD[layer, later], layer) if self.clt.config.skip else 0.0
-            self.constant_LTD[layer, later] = bias_D
-            self.error_LTD[layer, later] = y_LTD[layer, later] - made_LTD[layer, later] - bias_D - skipped_TD
+        self.constant_LTD[:, later] = torch.stack([*self.clt.b_dec])[:, None]
+        torch.sub(y_LTD, made_LTD + self.constant_LTD, out=self.error_LTD)
+        if self.clt.config.skip:
+            for layer in range(self.n_layers):
+                self.error_LTD[layer, later] -= self.clt.skip(self.x_LTD[layer, later], layer)
+        self.error_LTD[:, : self.n_skip] = 0
 
     def logits(self, made_LTD: Float[Tensor, "L T D"]) -> Float[Tensor, "T V"]:
         """Compute logits with features, errors and constants in place of the MLPs.
@@ -278,9 +292,7 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
     n_skip = min(host.policy.n_skip, len(tokens_T))
     # Products in float32 decide which features fire, whatever the precision of host and transcoder.
     x_BLD = host_pass.x_LTD[:, n_skip:].transpose(0, 1).to(torch.promote_types(host.dtype, torch.float32))
-    firing = clt.encode_sparse(x_BLD)
-    firing = [_only_firing(a) for a in firing]
-    return LocalModel(anatomy, clt, host_pass, firing)
+    return LocalModel(anatomy, clt, host_pass, clt.encode_sparse(x_BLD))
 
 
 def _check_patterns(host: Host, n_positions: int) -> None:
@@ -292,6 +304,17 @@ def _check_patterns(host: Host, n_positions: int) -> None:
     memory.require(needed, host.device, f"attention patterns of {n_positions} tokens", "shorten the prompt")
 
 
-def _only_firing(active: Active) -> Active:
-    fires = active.value_K > 0
-    return Active(active.token_K[fires], active.feature_K[fires], active.value_K[fires], active.shape)
+def _only_firing(firing: Sequence[Active]) -> tuple[Sequence[Active], np.ndarray, np.ndarray, np.ndarray]:
+    """Leave out entries that do not fire, as top-k may select zeros and negative values.
+
+    Returns:
+        What is left, and its layers, tokens and features on the machine.
+    """
+    layers = np.repeat(np.arange(len(firing)), [len(a.token_K) for a in firing])
+    joined = [torch.cat(x) for x in zip(*(a[:3] for a in firing), strict=True)]
+    tokens, features, fires = fetch(joined[0], joined[1], joined[2] > 0)
+    if fires.all():
+        return firing, layers, tokens, features
+    kept = [torch.from_numpy(fires[layers == i].nonzero()[0]).to(a.token_K.device) for i, a in enumerate(firing)]
+    left = [Active(a.token_K[k], a.feature_K[k], a.value_K[k], a.shape) for a, k in zip(firing, kept, strict=True)]
+    return left, layers[fires], tokens[fires], features[fires]

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from crosslayer.attribution.descent import Reads
 from crosslayer.attribution.local import LocalModel
 from crosslayer.core.errors import ConfigError
+from crosslayer.host.memory import fetch
 
 MAX_LOGITS = 10
 DESIRED_PROBABILITY = 0.95
@@ -109,13 +112,13 @@ def resolve(local: LocalModel, asked: Sequence[Target] | None) -> list[Resolved]
             at its position.
     """
     if asked is None:
-        probability_V = local.probabilities(-1)
-        top = probability_V.topk(min(MAX_LOGITS, len(probability_V)))
-        n = int((top.values.cumsum(0) < DESIRED_PROBABILITY).sum()) + 1
-        asked = [Target(token=int(i)) for i in top.indices[:n].tolist()]
+        probability_V = local.probabilities(local.n_positions - 1)
+        top = np.argsort(-probability_V, kind="stable")[:MAX_LOGITS]
+        n = int((probability_V[top].cumsum() < DESIRED_PROBABILITY).sum()) + 1
+        asked = [Target(token=int(i)) for i in top[:n]]
     if not asked:
         raise ConfigError("no target was given; name one, or leave targets out for the most probable tokens")
-    resolved = [_resolve(local, target) for target in asked]
+    resolved = _with_values(local, [_resolve(local, target) for target in asked])
     if not sum(r.weight for r in resolved) > 0:
         raise ConfigError(
             f"target {resolved[0].name!r} has a probability of 0 here, so it has no influence; give it a weight"
@@ -159,14 +162,30 @@ def _resolve(local: LocalModel, target: Target) -> Resolved:
             shift -= 0.0 if bias_V is None else float(bias_V[other] - bias_V.mean())
             name = f"{name} - {other_name}"
         name = target.name or name
-    if not bool(vector_D.any()):
-        raise ConfigError(f"target {name!r} is a zero direction, which has no edges; give another")
     norm, scale = local.anatomy.final_norm, local.final_scale_T[position]
     constant = shift + (0.0 if norm.bias_D is None else float(norm.bias_D.to(full) @ vector_D))
     read_D = norm.pull(vector_D) * scale
-    value = float(read_D @ local.top_TD[position]) + constant
     weight = target.weight if target.weight is not None else 1.0 if probability is None else probability
-    return Resolved(kind, name, position, local.n_layers, token, weight, probability, read_D, constant, value)
+    return Resolved(kind, name, position, local.n_layers, token, weight, probability, read_D, constant, 0.0)
+
+
+def _with_values(local: LocalModel, resolved: list[Resolved]) -> list[Resolved]:
+    """Compute the values of targets after the last layer, of all at once.
+
+    Raises:
+        ConfigError: for a direction that reads nothing.
+    """
+    tops = [r for r in resolved if r.layer == local.n_layers]
+    if not tops:
+        return resolved
+    read_ND = torch.stack([r.read_D for r in tops])
+    top_ND = local.top_TD[[r.position for r in tops]]
+    sizes, values = fetch(read_ND.abs().amax(1), torch.linalg.vecdot(read_ND, top_ND))
+    for r, size in zip(tops, sizes, strict=True):
+        if size == 0:
+            raise ConfigError(f"target {r.name!r} is a zero direction, which has no edges; give another")
+    value = iter(values.tolist())
+    return [replace(r, value=next(value) + r.constant) if r.layer == local.n_layers else r for r in resolved]
 
 
 def _position(local: LocalModel, position: int) -> int:
@@ -219,7 +238,7 @@ def _feature(local: LocalModel, target: Target, position: int) -> Resolved:
             f"feature {index} of layer {layer} is not active at position {position}, {where}; a graph explains active"
             " features only"
         )
-    reads = feature_reads(local, layer, found)
+    reads = feature_reads(local, layer, found.cpu().numpy())
     name = target.name or f"L{layer}/{index}"
     weight = 1.0 if target.weight is None else target.weight
     return Resolved(
@@ -236,30 +255,26 @@ def _feature(local: LocalModel, target: Target, position: int) -> Resolved:
     )
 
 
-def feature_reads(local: LocalModel, layer: int, which_N: Tensor) -> Reads:
+def feature_reads(local: LocalModel, layer: int, which_N: Int[np.ndarray, " N"]) -> Reads:
     """Build the reads of active features of one layer.
 
     Args:
-        which_N: places among `local.features`, in order of position.
+        which_N: places among `local.features`.
     """
     f, full, block = local.features, local.dtype, local.anatomy.blocks[layer]
-    position_N, index_N = f.position_N[which_N], f.index_N[which_N]
+    at_N = torch.from_numpy(which_N).to(local.device)
+    index_N = f.index_N[at_N]
     row_ND = local.clt.W_enc.rows(layer, index_N).to(full)
     constant_N = local.clt.b_enc[layer][index_N].to(full)
     if block.read_norm is not None:
         if block.read_norm.bias_D is not None:
             constant_N = constant_N + row_ND @ block.read_norm.bias_D.to(full)
-        row_ND = block.read_norm.pull(row_ND) * local.scales[layer].mlp_T[position_N, None]
-    return Reads(layer, position_N, row_ND, constant_N, f.activation_N[which_N])
+        row_ND = block.read_norm.pull(row_ND) * local.scales[layer].mlp_T[f.position_N[at_N], None]
+    return Reads(layer, local.positions[which_N], row_ND, constant_N, f.activation_N[at_N])
 
 
 def target_reads(resolved: Sequence[Resolved]) -> Reads:
-    """Build the reads of targets of one site, in order of position."""
+    """Build the reads of targets of one site."""
     read_ND = torch.stack([r.read_D for r in resolved])
-    return Reads(
-        resolved[0].layer,
-        torch.tensor([r.position for r in resolved], device=read_ND.device),
-        read_ND,
-        read_ND.new_tensor([r.constant for r in resolved]),
-        read_ND.new_tensor([r.value for r in resolved]),
-    )
+    numbers_2N = read_ND.new_tensor([[r.constant for r in resolved], [r.value for r in resolved]])
+    return Reads(resolved[0].layer, np.array([r.position for r in resolved]), read_ND, *numbers_2N)

@@ -6,8 +6,9 @@ pattern, and an output projection. `Anatomy` finds these in the modules of any f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from crosslayer.host.host import Host
 from crosslayer.host.norms import Norm, no_norm, norm_of
 from crosslayer.schemas.hooks import NORMALIZED, short_hook
+
+Kept = TypeVar("Kept")
 
 
 class Attention(NamedTuple):
@@ -43,9 +46,10 @@ class Attention(NamedTuple):
         """Apply attention with frozen patterns, of one row or per row."""
         v_BTX = nn.functional.linear(x_BTD, self.value_XD, self.value_bias_X)
         v_BGTE = v_BTX.unflatten(-1, (self.n_value_heads, -1)).transpose(1, 2)
-        v_BHTE = v_BGTE.repeat_interleave(self.n_heads // self.n_value_heads, dim=1)
-        mixed_BHTE = pattern_BHTT.to(v_BHTE.dtype) @ v_BHTE
-        return nn.functional.linear(mixed_BHTE.transpose(1, 2).flatten(2), self.output_DY, self.output_bias_D)
+        # Query heads that share a value are rows of one product.
+        pattern_BGXT = pattern_BHTT.to(v_BTX.dtype).unflatten(-3, (self.n_value_heads, -1)).flatten(-3, -2)
+        mixed_BGRTE = (pattern_BGXT @ v_BGTE).unflatten(2, (self.n_heads // self.n_value_heads, -1))
+        return nn.functional.linear(mixed_BGRTE.movedim(3, 1).flatten(2), self.output_DY, self.output_bias_D)
 
 
 class Block(NamedTuple):
@@ -76,6 +80,10 @@ class Anatomy:
         layers: list[nn.Module] = list(model.get_submodule(self._family.layers))
         self.blocks = [self._block(layer) for layer in layers]
         self.final_norm = norm_of(model.get_submodule(self._family.final_norm), self._family)
+        weights = [(p.data_ptr(), p._version, p.device) for p in model.parameters()]
+        if host.kept.get("weights") != weights:
+            host.kept = {"weights": weights}
+        self._kept: dict[Hashable, Any] = host.kept
 
     def positions_TD(self, n_positions: int) -> Float[Tensor, "T D"] | None:
         """Learned positions as they enter the stream; None for a family without them."""
@@ -89,10 +97,17 @@ class Anatomy:
         model: Any = self.host.model
         return model.get_output_embeddings().weight.detach()
 
-    @cached_property
+    @property
     def mean_unembedding_D(self) -> Float[Tensor, " D"]:
         """Mean row of the unembedding, in float32 or wider."""
-        return self.unembedding_VD.to(torch.promote_types(self.unembedding_VD.dtype, torch.float32)).mean(0)
+        wide = torch.promote_types(self.unembedding_VD.dtype, torch.float32)
+        return self.kept("mean", lambda: self.unembedding_VD.mean(0, dtype=wide))
+
+    def kept(self, name: Hashable, make: Callable[[], Kept]) -> Kept:
+        """Return what depends on the host's weights alone; it is made once for a host."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     @property
     def unembedding_bias_V(self) -> Float[Tensor, " V"] | None:

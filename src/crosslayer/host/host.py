@@ -6,7 +6,7 @@ output. Tapping is a visitor that stores them, patching one that returns a tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from inspect import signature
@@ -55,6 +55,7 @@ class Host:
         d_model, n_vocab, max_positions: its sizes.
         input_hook, output_hook: the sites tapped and patched, in TransformerLens' names.
         read_scales: frozen norm scales of each layer, for the input hook `ln2.hook_normalized`; default: computed.
+        kept: what was computed from the weights alone; emptied by `Anatomy` if they change.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Host:
         self.input_hook, self.output_hook = input_hook, output_hook
         self.policy = policy or FirstPosition()
         self.read_scales: list[Tensor] | None = None
+        self.kept: dict[Hashable, Any] = {}
         self._input_site = input_site(self.family, input_hook, parallel=self.parallel)
         self._output_site = output_site(self.family, output_hook)
 

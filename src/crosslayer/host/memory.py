@@ -1,8 +1,10 @@
-"""Memory of a device, and the check that a computation fits before it allocates."""
+"""Memory of a device, the check that a computation fits before it allocates, and transfers to the machine's."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from crosslayer.core import memory
 from crosslayer.core.errors import ResourceError
@@ -33,3 +35,14 @@ def require(needed: float, device: torch.device, what: str, remedy: str) -> None
         raise ResourceError(
             f"{what} take about {needed / 2**30:.1f} GiB of memory but {free / 2**30:.1f} GiB are free{where}; {remedy}"
         )
+
+
+def fetch(*tensors: Tensor) -> list[np.ndarray]:
+    """Copy tensors to the machine's memory, all with one synchronisation."""
+    if not any(t.is_cuda for t in tensors):
+        return [t.numpy() for t in tensors]
+    here = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for to, tensor in zip(here, tensors, strict=True):
+        to.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return [t.numpy() for t in here]
