@@ -232,6 +232,19 @@ def test_every_layout_gives_the_same_edges(
             np.testing.assert_allclose(part.to_dense()[rows], whole.to_dense()[rows], atol=1e-12)
 
 
+@pytest.mark.parametrize("family", list(tiny.CONFIGS))
+def test_patterns_that_are_computed_again_give_the_same_graph(family: str, monkeypatch: pytest.MonkeyPatch):
+    pair = make_pair(family)
+    kept = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    edit = xl.Intervention(layer=1, index=int(kept.arrays.index_F[kept.arrays.layer_F == 1][0]), scale=0.0)
+    effects = [xl.intervene(*pair, TOKENS, [[edit]], freeze="both").linear_after_BTV]
+    monkeypatch.setattr("crosslayer.attribution.patterns.KEPT_SHARE", 0.0)
+    again = xl.attribute(*pair, TOKENS, tolerance=0.0)
+    effects.append(xl.intervene(*pair, TOKENS, [[edit]], freeze="both").linear_after_BTV)
+    np.testing.assert_array_equal(again.to_dense(), kept.to_dense())
+    torch.testing.assert_close(*effects, rtol=0, atol=0)
+
+
 def _active(pair: Pair) -> tuple[int, int]:
     """Return a feature of a middle layer that is active at the last position."""
     local = local_model(*pair, torch.tensor(TOKENS))

@@ -163,6 +163,8 @@ class Descent:
                 d.others_NLTJ[b.rows, layer, first : first + b.reach, 1:].transpose(0, 1).baddbmm_(
                     d.rows.view(b), constant_TD1
                 )
+        if folded.pattern_HTT is None:
+            folded = folded._replace(pattern_HTT=self.local.host_pass.patterns[layer].to(self.dtype))
         d.rows.attention(folded, first, d.early_YNJ)
 
     def _contract(self, d: _Descending, written: int) -> None:
@@ -309,6 +311,7 @@ class _Rows:
 
         What gradients meet at the first positions is added to `early_YNJ`.
         """
+        assert folded.pattern_HTT is not None
         z_SX = self.narrow_SD @ folded.output_DX
         heads, groups = len(folded.pattern_HTT), folded.n_values
         u_SX = z_SX.new_empty(len(z_SX), len(folded.value_XD))

@@ -20,7 +20,8 @@ from crosslayer.host.anatomy import Block
 class Folded(NamedTuple):
     """One layer's path for gradients, with G value heads of width E, each shared by R query heads."""
 
-    pattern_HTT: Float[Tensor, "H T T"]
+    pattern_HTT: Float[Tensor, "H T T"] | None
+    """None where patterns are computed again at each use."""
     key_scale_T: Float[Tensor, " T"]
     """Scales of the norm before attention."""
     query_scale_T: Float[Tensor, " T"] | None
@@ -82,7 +83,7 @@ def _fold(writes: Writes, layer: int, early_TJD: Tensor, written_T2D: Tensor, dt
     early_TJGE = (early_TJD @ value_XD.T).unflatten(2, (attention.n_value_heads, -1))
     early_GTEJ = early_TJGE.permute(2, 0, 3, 1) * scales.attention_T[: local.n_skip, None, None]
     return Folded(
-        local.host_pass.patterns[layer].to(dtype),
+        local.host_pass.patterns[layer].to(dtype) if local.host_pass.patterns.keeps else None,
         scales.attention_T.to(dtype),
         None if scales.after_attention_T is None else narrow(scales.after_attention_T),
         attention.n_value_heads,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from crosslayer.attribution.local import LocalModel
+from crosslayer.attribution.patterns import Patterns
 from crosslayer.host.anatomy import Attention
 from crosslayer.host.norms import Norm
 
@@ -28,7 +29,7 @@ def frozen(local: LocalModel, what: str) -> Iterator[None]:
         for layer, block in enumerate(local.anatomy.blocks):
             scales = local.scales[layer]
             if what in ("attention", "both"):
-                _freeze_attention(stack, block.attention, local.host_pass.patterns[layer])
+                _freeze_attention(stack, block.attention, local.host_pass.patterns, layer)
             if what in ("norms", "both"):
                 _freeze_norm(stack, block.attention_norm, scales.attention_T)
                 _freeze_norm(stack, block.mlp_norm, scales.mlp_T)
@@ -44,10 +45,10 @@ def frozen(local: LocalModel, what: str) -> Iterator[None]:
         yield
 
 
-def _freeze_attention(stack: ExitStack, attention: Attention, pattern_HTT: Tensor) -> None:
+def _freeze_attention(stack: ExitStack, attention: Attention, patterns: Patterns, layer: int) -> None:
     def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x_BTD = args[0] if args else kwargs["hidden_states"]
-        return (attention.apply(x_BTD, pattern_HTT), *output[1:])
+        return (attention.apply(x_BTD, patterns[layer]), *output[1:])
 
     stack.callback(attention.module.register_forward_hook(replace, with_kwargs=True).remove)
 

@@ -8,8 +8,8 @@ alone, in float32 or wider. So edges sum to pre-activations up to rounding, even
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from crosslayer.attribution.patterns import Patterns, eager_attention
 from crosslayer.clt.sparse import Active
 from crosslayer.clt.transcoder import CLT
 from crosslayer.core.errors import ConfigError
-from crosslayer.host import memory
 from crosslayer.host.anatomy import Anatomy
 from crosslayer.host.host import Host, capped
 from crosslayer.host.memory import fetch
@@ -37,7 +37,7 @@ class HostPass(NamedTuple):
     """Token embeddings as they enter the stream: what the first layer reads, less learned positions."""
     start_TD: Float[Tensor, "T D"]
     """The residual stream before the first layer: token embeddings and learned positions, if any."""
-    patterns: list[Float[Tensor, "H T T"]]
+    patterns: Patterns
     x_LTD: Float[Tensor, "L T D"]
     y_LTD: Float[Tensor, "L T D"]
 
@@ -48,8 +48,9 @@ def run_host(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> HostP
 
     Raises:
         HostError: for a prompt longer than the host's context.
+        ResourceError: if attention patterns do not fit into memory; checked before they are computed.
     """
-    patterns: list[Tensor] = []
+    patterns = Patterns(host, len(tokens_T))
     starts: list[Tensor] = []
     xs: list[Tensor] = []
     ys: list[Tensor] = []
@@ -62,8 +63,7 @@ def run_host(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> HostP
         stack.enter_context(eager_attention(host))
         hook = lambda handle: stack.callback(handle.remove)  # noqa: E731
         for block in anatomy.blocks:
-            save_pattern = lambda _m, _i, out: patterns.append(out[1][0])  # noqa: E731
-            hook(block.attention.module.register_forward_hook(save_pattern))
+            hook(block.attention.module.register_forward_hook(patterns.save, with_kwargs=True))
         first = lambda _m, args, kwargs: starts.append((args[0] if args else kwargs["hidden_states"])[0])  # noqa: E731
         hook(host.layers[0].register_forward_pre_hook(first, with_kwargs=True))
         hidden_TD = host.hidden(tokens_T[None], visit)[0]
@@ -71,18 +71,6 @@ def run_host(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> HostP
     positions_TD = anatomy.positions_TD(len(tokens_T))
     token_TD = starts[0] if positions_TD is None else starts[0] - positions_TD
     return HostPass(tokens_T.to(host.device), hidden_TD, token_TD, starts[0], patterns, x_LTD, y_LTD)
-
-
-@contextmanager
-def eager_attention(host: Host) -> Iterator[None]:
-    """Switch the host to eager attention, which returns its patterns."""
-    model: Any = host.model
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 class Features(NamedTuple):
@@ -287,21 +275,11 @@ def local_model(host: Host, clt: CLT, tokens_T: Int[Tensor, " T"], anatomy: Anat
             f"the transcoder covers {host.n_layers} of the {len(anatomy.blocks)} layers of {host.name}; graphs need a"
             " transcoder of all layers"
         )
-    _check_patterns(host, len(tokens_T))
     host_pass = run_host(host, anatomy, tokens_T)
     n_skip = min(host.policy.n_skip, len(tokens_T))
     # Products in float32 decide which features fire, whatever the precision of host and transcoder.
     x_BLD = host_pass.x_LTD[:, n_skip:].transpose(0, 1).to(torch.promote_types(host.dtype, torch.float32))
     return LocalModel(anatomy, clt, host_pass, clt.encode_sparse(x_BLD))
-
-
-def _check_patterns(host: Host, n_positions: int) -> None:
-    """Check that the attention patterns fit; their size is quadratic in the prompt length."""
-    if n_positions > host.max_positions:
-        return
-    config = host.model.config.get_text_config()  # type: ignore[operator]
-    needed = config.num_attention_heads * host.n_layers * n_positions**2 * torch.finfo(host.dtype).bits // 8
-    memory.require(needed, host.device, f"attention patterns of {n_positions} tokens", "shorten the prompt")
 
 
 def _only_firing(firing: Sequence[Active]) -> tuple[Sequence[Active], np.ndarray, np.ndarray, np.ndarray]:
