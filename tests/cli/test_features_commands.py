@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,12 +49,41 @@ def test_build_show_search_top_and_exchange(made: Made, tmp_path: Path):
     assert "L2/7" in printed
     assert run("features", "label", "2/7", "always on", "--bundle", out)[1] == "L2/7: always on\n"
     assert "always on" in run("features", "top", "--prompt", "def", "--bundle", out, "--clt", made.folder)[1]
+    viewer_shows_features(out, made, tmp_path / "viewer")
     code, printed, error = run("features", "export", "--bundle", out, "-o", tmp_path / "packed")
     assert (code, error) == (0, "")
     code, printed, error = run("features", "import", tmp_path / "packed", "-o", tmp_path / "back")
     assert (code, error) == (0, "")
     assert "q" in run("features", "show", "L2/7", "--bundle", tmp_path / "back")[1]
     assert run("features", "export", "--to", "parquet", "--bundle", out, "-o", tmp_path / "t.parquet")[0] == 0
+
+
+def viewer_shows_features(bundle: Path, made: Made, folder: Path):
+    """Circuit-tracer 0.5 fetches `SCAN/FEATURE.json` where a graph has a scan that begins with `./data/`, the folder."""
+    for prompt in ("def class return", "import os as"):
+        code, printed, error = run(
+            "graph", "--clt", made.folder, "--features", bundle, "--prompt", prompt, "--viewer", folder
+        )
+        assert (code, error) == (0, "")
+        assert f"start-server --graph_file_dir {folder}" in printed
+    slugs = ["def-class-return", "import-os-as"]
+    assert [g["slug"] for g in json.loads((folder / "graph-metadata.json").read_text())["graphs"]] == slugs
+    opened = xl.load_features(bundle)
+    for slug in slugs:
+        graph = json.loads((folder / f"{slug}.json").read_text())
+        root, name = graph["metadata"]["scan"].split("/data/")
+        assert root == "."
+        nodes = [n for n in graph["nodes"] if n["feature_type"] == "cross layer transcoder"]
+        assert nodes
+        for node in nodes:
+            record = json.loads((folder / name / f"{node['feature']}.json").read_text())
+            layer, index = (int(x) for x in node["node_id"].split("_")[:2])
+            assert record["index"] == index
+            assert record["transcoder_id"].endswith(f"-{layer}")
+            assert len(record["examples_quantiles"][0]["examples"]) == min(
+                len([e for e in opened.feature(layer, index).examples if e.bin == 0]), 99
+            )
+    assert run("graph", "--clt", made.folder, "--prompt", "def", "--viewer", bundle / "manifest.json")[0] != 0
 
 
 def test_the_only_bundle_is_the_default(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

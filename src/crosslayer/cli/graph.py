@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from crosslayer.cli.labels import labels_of
+from crosslayer.cli.labels import bundle_of, labels_of
 from crosslayer.cli.texts import prompt_text
 from crosslayer.core.console import progress, results
 
@@ -55,6 +55,11 @@ from crosslayer.core.console import progress, results
     help="also write the pruned graph as JSON for the viewers of circuit-tracer and Neuronpedia",
 )
 @click.option(
+    "--viewer",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="also add the pruned graph and its features' examples to this folder, for circuit-tracer's local viewer",
+)
+@click.option(
     "--node-threshold",
     type=float,
     default=0.8,
@@ -82,12 +87,14 @@ def command(
     features: Path | None,
     out: Path | None,
     export: Path | None,
+    viewer: Path | None,
     node_threshold: float,
     edge_threshold: float,
 ) -> None:
     """Compute the attribution graph of PROMPT: the features that lead to the next token, and their connections."""
     from crosslayer.attribution.attribute import attribute
     from crosslayer.bundles.bundle import load_features
+    from crosslayer.cli.viewer import add_to_viewer
     from crosslayer.clt.open import load_clt
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable
@@ -119,10 +126,15 @@ def command(
         device=device,
         console=progress(),
     )
-    labels = labels_of(graph, clt, features)
+    bundle = bundle_of(graph, clt, features)
+    labels = labels_of(graph, bundle)
     print_graph(results(), graph, top=top, labels=labels)
     if out is not None:
         click.echo(f"saved as {graph.save(out)}")
     if export is not None:
         write_graph_file(to_file(graph, slug_of(export), node_threshold, edge_threshold, labels), export)
         click.echo(f"exported to {export}")
+    if viewer is not None:
+        slug = slug_of(f"{out.name if out else text[-60:].strip()}.json")
+        added = add_to_viewer(to_file(graph, slug, node_threshold, edge_threshold, labels), viewer, bundle)
+        click.echo(f"added {added}; open it with: circuit-tracer start-server --graph_file_dir {viewer}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from crosslayer.cli.labels import labels_of
+from crosslayer.cli.labels import bundle_of, labels_of
 from crosslayer.cli.serve import PORT
 from crosslayer.core.console import progress, results
 from crosslayer.core.errors import RunError
@@ -74,7 +74,7 @@ def command(out: Path, seed: int, serve: bool | None) -> None:
     click.echo(f"features are in {out}/features; to search them: crosslayer features search self --bundle {out}\n")
     (out / "graphs").mkdir(exist_ok=True)
     graph = attribute(None, out, PROMPT, device="cpu", console=progress())
-    print_graph(results(), graph, top=5, labels=labels_of(graph, out, None))
+    print_graph(results(), graph, top=5, labels=labels_of(graph, bundle_of(graph, out, None)))
     saved = graph.save(out / "graphs" / "width")
     click.echo(f"saved as {saved}; to trace another prompt: crosslayer graph --clt {out} --prompt TEXT\n")
     if serve if serve is not None else sys.stdin.isatty() and sys.stdout.isatty():

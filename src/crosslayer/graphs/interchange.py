@@ -114,16 +114,20 @@ def _target_number(graph: Graph, node: int) -> int:
     return target.token if target.kind == "logit" and target.token is not None else graph.header.n_vocab + number
 
 
+def cantor(layer: int, index: int) -> int:
+    """Return the number of a feature in a graph file: layer and index as one, by Cantor's pairing."""
+    return (layer + index) * (layer + index + 1) // 2 + index
+
+
 def _node(graph: Graph, pruned: Pruned, node: int, labels: Mapping[tuple[int, int], str]) -> GraphNode:
     a, h = graph.arrays, graph.header
     name, position = _node_id(graph, node), graph.position(node)
     influence = float(pruned.cumulative_N[node])
     if node < graph.first_error:
         layer, index = int(a.layer_F[node]), int(a.index_F[node])
-        cantor = (layer + index) * (layer + index + 1) // 2 + index
         return GraphNode(
             node_id=name,
-            feature=cantor,
+            feature=cantor(layer, index),
             layer=str(layer),
             ctx_idx=position,
             feature_type=FEATURE,
