@@ -174,7 +174,7 @@ def test_k_that_the_config_does_not_say(tmp_path: Path, stored: bool):
         with pytest.raises(ConfigError, match=r"k=5: .* has k=4; omit k"):
             load_clt(tmp_path / "x", k=5)
         return
-    with pytest.raises(FormatError, match="needs k, which it does not say; give it with --k"):
+    with pytest.raises(FormatError, match="needs k, which it does not say; write one that does"):
         load_clt(tmp_path / "x")
     check_means(load_clt(tmp_path / "x", k=4), meaning)
     convert(tmp_path / "x", tmp_path / "said", to="per-layer", k=4)

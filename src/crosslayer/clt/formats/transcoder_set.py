@@ -97,7 +97,10 @@ def _k(config: dict[str, Any], files: list[LayerFile], where: str, given: int | 
     found = config.get("k", files[0].k)
     k = given if found is None else found
     if k is None:
-        raise FormatError(f"{where}: a TopK set needs k, which it does not say; give it with --k, or k= in Python")
+        raise FormatError(
+            f"{where}: a TopK set needs k, which it does not say; write one that does with crosslayer convert --k, or give"
+            " k= in Python"
+        )
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise FormatError(f"{where}: a TopK set needs k, a positive integer, not {k!r}")
     return k
