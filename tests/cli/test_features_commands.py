@@ -59,7 +59,7 @@ def test_build_show_search_top_and_exchange(made: Made, tmp_path: Path):
 
 
 def viewer_shows_features(bundle: Path, made: Made, folder: Path):
-    """Circuit-tracer 0.5 fetches `SCAN/FEATURE.json` where a graph has a scan that begins with `./data/`, the folder."""
+    """Circuit-tracer 0.5 fetches `SCAN/FEATURE.json` where a graph has a scan that begins with `./data/`."""
     for prompt in ("def class return", "import os as"):
         code, printed, error = run(
             "graph", "--clt", made.folder, "--features", bundle, "--prompt", prompt, "--viewer", folder

@@ -98,8 +98,8 @@ def _k(config: dict[str, Any], files: list[LayerFile], where: str, given: int | 
     k = given if found is None else found
     if k is None:
         raise FormatError(
-            f"{where}: a TopK set needs k, which it does not say; write one that does with crosslayer convert --k, or give"
-            " k= in Python"
+            f"{where}: a TopK set needs k, which it does not say; write one that does with crosslayer convert --k, or"
+            " give k= in Python"
         )
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise FormatError(f"{where}: a TopK set needs k, a positive integer, not {k!r}")
