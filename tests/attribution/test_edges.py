@@ -14,7 +14,7 @@ from crosslayer.attribution.descent import Plan
 from crosslayer.attribution.freeze import frozen
 from crosslayer.attribution.local import LocalModel, local_model
 from crosslayer.attribution.targets import Target
-from crosslayer.attribution.writes import read_writes
+from crosslayer.attribution.writes import Writes
 from crosslayer.graphs.graph import Graph
 from pairs import TOKENS, Pair, make_pair
 
@@ -34,7 +34,9 @@ CASES = [
 
 def local_of(pair: Pair) -> tuple[LocalModel, torch.Tensor]:
     local = local_model(pair.host, pair.clt, torch.tensor(TOKENS))
-    return local, read_writes(pair.clt, local, local.dtype).made_LTD
+    writes = Writes(local, local.dtype)
+    writes.fill(pair.clt)
+    return local, writes.made_LTD
 
 
 @pytest.mark.parametrize(("family", "hooks", "skip"), CASES)

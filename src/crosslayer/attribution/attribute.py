@@ -189,13 +189,11 @@ def _header(
 
 
 def _arrays(local: LocalModel, s: Swept) -> GraphArrays:
-    f = local.features
-    numpy = lambda t: t.cpu().numpy()  # noqa: E731
     return GraphArrays(
-        numpy(f.layer_N),
-        numpy(f.position_N),
-        numpy(f.index_N),
-        numpy(f.activation_N),
+        local.layers,
+        local.positions,
+        local.indices,
+        local.features.activation_N.cpu().numpy(),
         s.influence_N,
         s.row_node_R,
         s.indptr_R1,

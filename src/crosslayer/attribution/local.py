@@ -76,7 +76,6 @@ def run_host(host: Host, anatomy: Anatomy, tokens_T: Int[Tensor, " T"]) -> HostP
 class Features(NamedTuple):
     """Active features of one prompt, sorted by layer, position and index."""
 
-    layer_N: Int[Tensor, " N"]
     position_N: Int[Tensor, " N"]
     index_N: Int[Tensor, " N"]
     activation_N: Float[Tensor, " N"]
@@ -129,7 +128,7 @@ class LocalModel:
         firing, self.layers, self.positions, self.indices = _only_firing(firing)
         self.positions = self.positions + self.n_skip
         self.firing = [self._values(layer, active) for layer, active in enumerate(firing)]
-        self.features = _in_order(self.firing)
+        self.features = Features(*(torch.cat(x) for x in zip(*(a[:3] for a in self.firing), strict=True)))
         self._probabilities: dict[int, np.ndarray] = {}
         self.error_LTD = torch.zeros_like(self.x_LTD)
         self.constant_LTD = torch.zeros_like(self.x_LTD)
@@ -248,16 +247,6 @@ class LocalModel:
         if self.anatomy.unembedding_bias_V is not None:
             logits = logits + self.anatomy.unembedding_bias_V
         return capped(logits, self.anatomy.host.softcap)
-
-
-def _in_order(firing: Sequence[Active]) -> Features:
-    layers = [torch.full_like(a.token_K, i) for i, a in enumerate(firing)]
-    return Features(
-        torch.cat(layers),
-        torch.cat([a.token_K for a in firing]),
-        torch.cat([a.feature_K for a in firing]),
-        torch.cat([a.value_K for a in firing]),
-    )
 
 
 @torch.no_grad()

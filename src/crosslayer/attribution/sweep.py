@@ -25,7 +25,7 @@ from torch import Tensor
 
 from crosslayer.attribution.descent import Descent, Reads
 from crosslayer.attribution.targets import Resolved, feature_reads, target_reads
-from crosslayer.attribution.writes import Writes
+from crosslayer.attribution.writes import Writes, rank_at_position
 from crosslayer.host.memory import fetch
 
 BYTES_AT_ONCE = 1 << 29
@@ -135,7 +135,7 @@ class _Sweep:
         local, below_TL = self.local, self.descent.writes.below
         by_place = np.lexsort((local.layers, local.positions))
         position_N, counts_T = local.positions[by_place] - local.n_skip, below_TL[:, -1]
-        rank_N = np.arange(self.n_features) - (np.cumsum(counts_T) - counts_T)[position_N]
+        rank_N = rank_at_position(position_N, counts_T)
         self.node_TK = np.full((len(counts_T), int(counts_T.max(initial=0))), self.n_nodes)
         self.node_TK[position_N, rank_N] = by_place
         activation_N = torch.cat([local.features.activation_N, local.features.activation_N.new_zeros(1)])
@@ -236,6 +236,8 @@ class _Sweep:
         """Count a layer's nodes among the most influential of this and all lower layers, as many as are left."""
         left = self.n_features if self.max_nodes is None else self.max_nodes - int(self.expanded_N.sum())
         competing_N = ((self.local.layers <= layer) & ~self.expanded_N).nonzero()[0]
+        if left >= len(competing_N):
+            return int((self.local.layers[competing_N] == layer).sum())
         order = np.argsort(-self.influence_N[competing_N], kind="stable")[: max(left, 0)]
         return int((self.local.layers[competing_N[order]] == layer).sum())
 

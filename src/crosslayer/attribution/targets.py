@@ -229,16 +229,16 @@ def _feature(local: LocalModel, target: Target, position: int) -> Resolved:
             f"there is no feature {index} in layer {layer}; the transcoder has {config.n_layers} layers of"
             f" {config.n_features} features"
         )
-    f = local.features
-    found = ((f.layer_N == layer) & (f.position_N == position) & (f.index_N == index)).nonzero().flatten()
+    same_N = (local.layers == layer) & (local.indices == index)
+    found = (same_N & (local.positions == position)).nonzero()[0]
     if not len(found):
-        elsewhere = f.position_N[(f.layer_N == layer) & (f.index_N == index)].tolist()
+        elsewhere = local.positions[same_N].tolist()
         where = f"it is at {', '.join(map(str, elsewhere[:12]))}" if elsewhere else "nor anywhere else on this prompt"
         raise ConfigError(
             f"feature {index} of layer {layer} is not active at position {position}, {where}; a graph explains active"
             " features only"
         )
-    reads = feature_reads(local, layer, found.cpu().numpy())
+    reads = feature_reads(local, layer, found)
     name = target.name or f"L{layer}/{index}"
     weight = 1.0 if target.weight is None else target.weight
     return Resolved(

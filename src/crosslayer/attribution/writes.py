@@ -68,6 +68,7 @@ class Writes:
             return np.arange(self.n_positions) * self.tall[written]
         return np.cumsum(self.counts[written]) - self.counts[written]
 
+    @torch.no_grad()
     def fill(self, clt: CLT) -> None:
         """Read the decoder rows, and set the errors and constants of the local model."""
         local, width = self.local, self.local.x_LTD.shape[2]
@@ -117,12 +118,17 @@ class Writes:
         """Return the row of each of a layer's features in each layer that it writes to."""
         position_N = self.local.positions[self.local.layers == layer] - self.local.n_skip
         counts_T = self.below[:, layer + 1] - self.below[:, layer]
-        rank_N = np.arange(len(position_N)) - (np.cumsum(counts_T) - counts_T)[position_N]
+        rank_N = rank_at_position(position_N, counts_T)
         begin_ST = [
             self.base[m] + self.starts(m) + self.below[:, layer] - self.below[:, self.first_layer[m]]
             for m in range(layer, layer + slots)
         ]
         return np.stack(begin_ST)[:, position_N].T + rank_N[:, None]
+
+
+def rank_at_position(position_N: Int[np.ndarray, " N"], counts_T: Int[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
+    """Return the place of each feature among those of its position; features are in order of position."""
+    return np.arange(len(position_N)) - (np.cumsum(counts_T) - counts_T)[position_N]
 
 
 def _scales(local: LocalModel) -> Tensor | None:
@@ -132,11 +138,3 @@ def _scales(local: LocalModel) -> Tensor | None:
     if gains[0] is None or scales[0] is None:
         return None
     return torch.stack([s[:, None] * n.gain_D for s, n in zip(scales, gains, strict=True)])  # type: ignore[union-attr]
-
-
-@torch.no_grad()
-def read_writes(clt: CLT, local: LocalModel, dtype: torch.dtype) -> Writes:
-    """Read the decoder rows of a prompt, each once, and set the errors and constants of its local model."""
-    writes = Writes(local, dtype)
-    writes.fill(clt)
-    return writes

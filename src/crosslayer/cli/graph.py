@@ -103,7 +103,8 @@ def command(
     from crosslayer.graphs.report import print_graph
     from crosslayer.host.host import choose_device
 
-    for path in (*(files_of(out) if out is not None else ()), *([export] if export is not None else [])):
+    added = [] if viewer is None else [viewer / "graph-metadata.json"]
+    for path in (*(files_of(out) if out is not None else ()), *([export] if export is not None else []), *added):
         require_writable(path)
     if out is not None:
         refuse_other_file(out)
@@ -136,5 +137,5 @@ def command(
         click.echo(f"exported to {export}")
     if viewer is not None:
         slug = slug_of(f"{out.name if out else text[-60:].strip()}.json")
-        added = add_to_viewer(to_file(graph, slug, node_threshold, edge_threshold, labels), viewer, bundle)
-        click.echo(f"added {added}; open it with: circuit-tracer start-server --graph_file_dir {viewer}")
+        shown = add_to_viewer(to_file(graph, slug, node_threshold, edge_threshold, labels), viewer, bundle)
+        click.echo(f"added {shown}; open it with: circuit-tracer start-server --graph_file_dir {viewer}")
