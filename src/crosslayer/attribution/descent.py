@@ -274,9 +274,6 @@ class _Rows:
 
     def add(self, gained_SD: Tensor) -> None:
         self.gradient_SD += gained_SD
-        self._narrow()
-
-    def _narrow(self) -> None:
         if self.narrow_SD is not self.gradient_SD:
             self.narrow_SD.copy_(self.gradient_SD)
 

@@ -72,37 +72,42 @@ def _fold(writes: Writes, layer: int, early_TJD: Tensor, written_T2D: Tensor, dt
     scale_TD = None if writes.scale_LTD is None else writes.scale_LTD[layer]
     block, scales = local.anatomy.blocks[layer], local.scales[layer]
     attention, full = block.attention, local.dtype
-    output_DY, value_XD = local.anatomy.kept(("wide", layer, full), lambda: _through_norms(block, full))
     constant_TD = _attention_bias(local, layer)
     if constant_TD is not None and block.after_attention_norm is not None and scales.after_attention_T is not None:
         constant_TD = constant_TD * block.after_attention_norm.gain_D * scales.after_attention_T[:, None]
     skip_DD, skip_scale_T, constant_D = _skip(local, layer)
     if constant_D is not None:
         written_T2D[local.n_skip :, 1] += constant_D if scale_TD is None else constant_D * scale_TD[local.n_skip :]
-    narrow = lambda x: x.to(dtype).contiguous()  # noqa: E731
-    early_TJGE = (early_TJD @ value_XD.T).unflatten(2, (attention.n_value_heads, -1))
-    early_GTEJ = early_TJGE.permute(2, 0, 3, 1) * scales.attention_T[: local.n_skip, None, None]
+    output_DX, value_XD = local.anatomy.kept((layer, dtype), lambda: _through_norms(block, full, dtype))
+    narrow = lambda x: None if x is None else x.to(dtype).contiguous()  # noqa: E731
+    norm = block.attention_norm._replace(bias_D=None)
+    x_JTD = norm.apply(early_TJD.transpose(0, 1), scales.attention_T[: local.n_skip])
+    early_JTGE = (x_JTD @ attention.value_XD.to(full).T).unflatten(2, (attention.n_value_heads, -1))
     return Folded(
         local.host_pass.patterns[layer].to(dtype) if local.host_pass.patterns.keeps else None,
         scales.attention_T.to(dtype),
-        None if scales.after_attention_T is None else narrow(scales.after_attention_T),
+        narrow(scales.after_attention_T),
         attention.n_value_heads,
-        *local.anatomy.kept(("narrow", layer, dtype), lambda: (narrow(output_DY), narrow(value_XD))),
-        None if skip_DD is None else narrow(skip_DD),
+        output_DX,
+        value_XD,
+        narrow(skip_DD),
         skip_scale_T,
         constant_TD,
         written_T2D,
-        early_GTEJ.flatten(0, 1),
+        early_JTGE.permute(2, 1, 3, 0).flatten(0, 1),
     )
 
 
-def _through_norms(block: Block, dtype: torch.dtype) -> tuple[Float[Tensor, "D Y"], Float[Tensor, "X D"]]:
-    """Return attention's projections with the gains of the norms around it."""
-    output_DY = block.attention.output_DY.to(dtype)
+def _through_norms(
+    block: Block, wide: torch.dtype, dtype: torch.dtype
+) -> tuple[Float[Tensor, "D Y"], Float[Tensor, "X D"]]:
+    """Return attention's projections with the gains of the norms around it, multiplied in the wider dtype."""
+    output_DY = block.attention.output_DY.to(wide)
     if block.after_attention_norm is not None:
         assert not block.after_attention_norm.centred, "no family has a centred norm after attention"
-        output_DY = block.after_attention_norm.gain_D.to(dtype)[:, None] * output_DY
-    return output_DY, block.attention_norm.pull(block.attention.value_XD.to(dtype))
+        output_DY = block.after_attention_norm.gain_D.to(wide)[:, None] * output_DY
+    value_XD = block.attention_norm.pull(block.attention.value_XD.to(wide))
+    return output_DY.to(dtype).contiguous(), value_XD.to(dtype).contiguous()
 
 
 def _attention_bias(local: LocalModel, layer: int) -> Tensor | None:

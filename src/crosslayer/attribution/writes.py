@@ -38,10 +38,10 @@ class Writes:
     rows: list[Tensor]
     made_LTD: Tensor
 
-    def __init__(self, local: LocalModel, dtype: torch.dtype, *, padded: bool | None = None) -> None:
+    def __init__(self, local: LocalModel, dtype: torch.dtype) -> None:
         self.local, self.dtype = local, dtype
         n_layers, self.n_positions = local.n_layers, local.n_positions - local.n_skip
-        self.padded = local.device.type == "cuda" or self.n_positions <= MAX_PADDED if padded is None else padded
+        self.padded = local.device.type == "cuda" or self.n_positions <= MAX_PADDED
         last = [min(i + local.clt.config.n_slots(i), n_layers) for i in range(n_layers)]
         self.first_layer = [next(i for i in range(m + 1) if last[i] > m) for m in range(n_layers)]
         counts_TL = np.zeros((self.n_positions, n_layers), np.int64)
