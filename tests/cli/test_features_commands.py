@@ -84,6 +84,14 @@ def viewer_shows_features(bundle: Path, made: Made, folder: Path):
                 len([e for e in opened.feature(layer, index).examples if e.bin == 0]), 99
             )
     assert run("graph", "--clt", made.folder, "--prompt", "def", "--viewer", bundle / "manifest.json")[0] != 0
+    broken = folder.with_name("broken")
+    broken.mkdir()
+    for text in ('{"graphs": [', '{"graphs": [1]}', '{"graphs": {}}', "[]", "1"):
+        (broken / "graph-metadata.json").write_text(text)
+        code, _, error = run("graph", "--clt", made.folder, "--features", bundle, "--prompt", "def", "--viewer", broken)
+        assert code != 0
+        assert "is not a list of graphs" in error
+        assert [p.name for p in broken.iterdir()] == ["graph-metadata.json"]
 
 
 def test_the_only_bundle_is_the_default(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

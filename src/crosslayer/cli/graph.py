@@ -99,13 +99,15 @@ def command(
     from crosslayer.core.errors import ConfigError
     from crosslayer.core.files import require_writable
     from crosslayer.graphs.files import files_of, refuse_other_file
-    from crosslayer.graphs.interchange import slug_of, to_file, write_graph_file
+    from crosslayer.graphs.interchange import FOLDER_INDEX, graphs_of_folder, slug_of, to_file, write_graph_file
     from crosslayer.graphs.report import print_graph
     from crosslayer.host.host import choose_device
 
-    added = [] if viewer is None else [viewer / "graph-metadata.json"]
+    added = [] if viewer is None else [viewer / FOLDER_INDEX]
     for path in (*(files_of(out) if out is not None else ()), *([export] if export is not None else []), *added):
         require_writable(path)
+    if viewer is not None:
+        graphs_of_folder(viewer)
     if out is not None:
         refuse_other_file(out)
     if out is not None and export is not None and export.resolve() in {p.resolve() for p in files_of(out)}:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -33,6 +33,8 @@ from crosslayer.schemas.graph import (
     QParams,
     TargetRecord,
 )
+
+FOLDER_INDEX = "graph-metadata.json"
 
 
 def to_file(
@@ -217,19 +219,35 @@ def open_graph(path: str | Path) -> Graph:
     return Graph.load(path)
 
 
+def graphs_of_folder(folder: Path) -> list[dict[str, Any]]:
+    """Return the metadata of a folder's graphs; none for a folder without `graph-metadata.json`.
+
+    Raises:
+        FormatError: if that file is not a list of graphs.
+    """
+    index = folder / FOLDER_INDEX
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["graphs"] if index.exists() else []
+        if not isinstance(listed, list) or not all(isinstance(g, dict) for g in listed):
+            raise TypeError("not a list of records")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f'{index} is not a list of graphs ({{"graphs": [...]}}); repair or remove it') from error
+    return listed
+
+
 def add_to_folder(file: GraphFile, folder: Path) -> Path:
-    """Write `SLUG.json` into a folder of graphs, and its metadata into the folder's `graph-metadata.json`."""
+    """Write `SLUG.json` into a folder of graphs, and its metadata into the folder's `graph-metadata.json`.
+
+    Raises:
+        FormatError: if that file is not a list of graphs; nothing is written then.
+    """
+    listed = graphs_of_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file.metadata.slug}.json"
     write_graph_file(file, path)
-    index = folder / "graph-metadata.json"
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["graphs"] if index.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f'{index} is not a list of graphs ({{"graphs": [...]}}); repair or remove it') from error
     mine = _as_record(file)["metadata"]
     write_text(
-        index,
+        folder / FOLDER_INDEX,
         json.dumps({"graphs": [g for g in listed if g.get("slug") != file.metadata.slug] + [mine]}, indent=1) + "\n",
     )
     return path
