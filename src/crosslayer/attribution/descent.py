@@ -44,7 +44,7 @@ class Plan(NamedTuple):
         """Return the plan of a device."""
         if device.type == "cuda":
             return cls(max_blocks=-(-n_positions // 128), together=1 << 15)
-        return cls(max_blocks=32, together=1 << 11)
+        return cls(max_blocks=16, together=1 << 11)
 
 
 class Reads(NamedTuple):
