@@ -68,7 +68,9 @@ CASES = [
     Case("reference", 10, 54, 0.02, None, "bf16", 45.0, None, 1),
     Case("reference", 10, 0, 0.02, None, "fp32", 8.0, None),
     Case("reference", 10, 0, 0.02, None, "bf16", 8.0, None),
+    Case("reference", 64, 0, 0.02, 2000, "fp32", None, None, 1),
     Case("reference", 64, 0, 0.02, 2000, "bf16", None, None, 1),
+    Case("reference", 512, 0, 0.02, 2000, "fp32", 600.0, None, 1),
     Case("reference", 512, 0, 0.02, 2000, "bf16", 600.0, None, 1),
 ]
 
